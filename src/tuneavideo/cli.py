@@ -1,0 +1,318 @@
+"""The command line: flags in, progress and paths out. Everything it does is in `api`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from tuneavideo import __version__
+from tuneavideo.errors import TuneAVideoError
+from tuneavideo.progress import Job, Progress
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; a user's mistake is one line and exit code 2, an interrupted job exit code 130."""
+    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""][:1] + list(sys.argv[2:] if argv is None else argv[1:])
+    if name in ("", "-h", "--help"):
+        print(_help())
+    elif name == "--version":
+        print(__version__)
+    elif name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"did you mean '{near[0]}'?" if near else f"commands are {', '.join(COMMANDS)}"
+        _fail(f"unknown command '{name}'; {advice}")
+    else:
+        try:
+            COMMANDS[name](rest)
+        except TuneAVideoError as error:
+            if "--debug" in rest:
+                raise
+            _fail(str(error))
+
+
+def demo(argv: Sequence[str]) -> None:
+    """Tune the bundled miniature model on a bundled clip and make four edits."""
+    from tuneavideo import api
+
+    options = _options("demo", demo.__doc__, argv, out=("PATH", "run folder to make"))
+    done = _Show(options.json).run(api.demoing(out=options.out))
+    _report(options.json, done, picture=str(Path(done["run"]) / "edits.png"))
+
+
+def tune(argv: Sequence[str]) -> None:
+    """Teach a text-to-image model the motion of one clip, and edit the clip."""
+    from tuneavideo import api
+    from tuneavideo.settings import TuneSettings, layers, read_yaml
+
+    early = _early(argv)
+    if early.resume:
+        stated = api.resumed_settings(early.resume, {}).model_dump()
+    else:
+        given = {name: value for name, value in (("base", early.base), ("preset", early.preset)) if value}
+        stated = layers(given, read_yaml(early.config, TuneSettings) if early.config else {})
+    settings, options = _parse("tune", tune.__doc__, argv, TuneSettings, stated, "video", ("edit",), RESUMABLE)
+    if options.resume:
+        job = api.tuning(api.resumed_settings(options.resume, settings), resume=options.resume)
+    else:
+        job = api.tuning(api.tune_settings(settings), out=options.out)
+    _report(options.json, _Show(options.json).run(job))
+
+
+def edit(argv: Sequence[str]) -> None:
+    """Make new videos with the motion of a tuned clip, one per prompt."""
+    settings, options = _edit_settings("edit", edit.__doc__, argv)
+    from tuneavideo import api
+
+    _report(options.json, _Show(options.json).run(api.editing(settings)))
+
+
+def invert(argv: Sequence[str]) -> None:
+    """Find the noise a tuned clip came from, and keep it for edits to start from."""
+    settings, options = _edit_settings("invert", invert.__doc__, [*argv, "--prompt", "-"])
+    from tuneavideo import api
+
+    _report(options.json, _Show(options.json).run(api.inverting(settings)))
+
+
+def models(argv: Sequence[str]) -> None:
+    """List the base models known by name, and which of them are on this machine."""
+    from tuneavideo import api
+
+    options = _options("models", models.__doc__, argv)
+    known = api.models()
+    if options.json:
+        print(json.dumps(known, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "model", "opened from", "here", box=None)
+    for row in known:
+        source = "(bundled)" if row["name"] == "miniature" else row["source"]
+        table.add_row(row["name"], row["note"], source, "yes" if row["here"] else "no")
+    Console().print(table)
+    print("Any Stable Diffusion 1.x or 2.x works: give --base a hub id, a folder or a .safetensors file.")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo,
+    "tune": tune,
+    "edit": edit,
+    "invert": invert,
+    "models": models,
+}
+RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tuning to go on with"}
+
+
+class _Show:
+    """Progress of a job on the terminal; the first Ctrl-C ends the job after the step at hand."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet or os.environ.get("RANK", "0") != "0"
+        self.interrupted = False
+        self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
+        self.began = time.perf_counter()
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Run the job to its end; returns the run folder, the edits and other files it made."""
+        _hush()
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            with self._bar() as bar:
+                for each in job:
+                    self._show(bar, each)
+                    self._note(bar, each)
+                    if self.interrupted:
+                        job.close()
+                        break
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self.interrupted:
+            _stopped(self.done["run"])
+        return self.done | {"seconds": round(time.perf_counter() - self.began, 1)}
+
+    def _interrupt(self, *_: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def _bar(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        return Bar(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), disable=self.quiet)
+
+    def _show(self, bar: Any, each: Progress) -> None:
+        """One bar per stage and prompt."""
+        name = (each.stage, each.about if each.stage in ("edit", "preview") else "")
+        if each.total:
+            if getattr(self, "_at", None) != name:
+                self._at, self._task = name, bar.add_task(each.stage, total=each.total, note=each.about)
+            bar.update(self._task, completed=each.number, note=_told(each))
+
+    def _note(self, bar: Any, each: Progress) -> None:
+        if each.step:
+            self.done |= {"steps": each.step.number, "loss": each.step.loss}
+        if not each.path:
+            return
+        if each.stage in ("encode", "tune"):
+            self.done["run"] = str(each.path)
+        else:
+            self.done["edits" if each.stage == "edit" else "files"].append(str(each.path))
+        if not self.quiet:
+            bar.console.print(f"{_MADE[each.stage]}: {each.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+_MADE = {
+    "encode": "run",
+    "tune": "tuned",
+    "preview": "preview",
+    "invert": "inversion",
+    "edit": "edit",
+    "picture": "picture",
+}
+
+
+def _told(each: Progress) -> str:
+    if each.step is None:
+        return each.about
+    rate, memory = 1 / each.step.seconds, each.step.memory / 2**30
+    return f"loss {each.step.loss:.4f}  {rate:.1f} steps/s  {memory:.1f} GiB"
+
+
+def _report(as_json: bool, done: Mapping[str, Any], **more: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print(json.dumps({**done, **more}))
+    else:
+        where = more.get("picture") or done["run"] or (done["edits"] or done["files"])[-1]
+        print(f"done in {done['seconds']:.0f} s: {where}")
+
+
+def _stopped(run: str | None) -> None:
+    how = f"; go on with: tuneavideo tune --resume {run}" if run else ""
+    print(f"tuneavideo: stopped{how}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"tuneavideo: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: tuneavideo COMMAND ...",
+            "",
+            "Tune a text-to-image model on one short clip, then edit the clip with new prompts.",
+            "",
+            *lines,
+            "",
+            "tuneavideo COMMAND --help says more; tuneavideo --version which this is.",
+        ]
+    )
+
+
+def _options(name: str, about: str | None, argv: Sequence[str], **more: tuple[str, str]) -> argparse.Namespace:
+    """Parse a command that has no settings."""
+    parser = argparse.ArgumentParser(f"tuneavideo {name}", description=about)
+    for option, (metavar, meaning) in more.items():
+        parser.add_argument(f"--{option}", metavar=metavar, help=meaning)
+    parser.add_argument("--json", action="store_true", help="print the result for machines")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def _early(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags that other flags' defaults hang on."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
+    for name in ("base", "preset", "config", "resume"):
+        parser.add_argument(f"--{name}", nargs="?")
+    return parser.parse_known_args(argv)[0]
+
+
+def _edit_settings(name: str, about: str | None, argv: Sequence[str]) -> tuple[Any, Any]:
+    from tuneavideo import api
+    from tuneavideo.runs import RunFolder
+    from tuneavideo.settings import EditSettings, Sampling, read_yaml
+
+    early = _early(argv)
+    stated = read_yaml(early.config, EditSettings) if early.config else {}
+    run = next((word for word in argv if not word.startswith("-")), None) or stated.get("run")
+    if run and not {"-h", "--help"} & set(argv):
+        own = RunFolder.open(run).read_settings()
+        stated = own.model_dump(include=set(Sampling.model_fields)) | stated
+    settings, options = _parse(name, about, argv, EditSettings, stated, "run", ("prompt",), {})
+    return api.edit_settings(settings), options
+
+
+def _parse(
+    name: str,
+    about: str | None,
+    argv: Sequence[str],
+    kind: Any,
+    stated: Mapping[str, Any],
+    positional: str,
+    repeated: tuple[str, ...],
+    paths: Mapping[str, str],
+) -> tuple[dict[str, Any], Any]:
+    """Read flags over `stated` values: every field of the settings `kind`, and options of the command itself."""
+    import tyro
+
+    values = {key: value for key, value in stated.items() if not (key in repeated and f"--{key}" in argv)}
+    arguments, default = _arguments(kind, values, positional, repeated)
+    fields: list[Any] = [("settings", tyro.conf.OmitArgPrefixes[arguments], dataclasses.field(default=default))]
+    for key, meaning in {"config": "YAML file of settings; flags go before it", **paths}.items():
+        described = Annotated[Path | None, tyro.conf.arg(help=meaning, metavar="PATH")]
+        fields.append((key, described, dataclasses.field(default=None)))
+    for key, meaning in {"json": "print the result for machines", "debug": "show the traceback of an error"}.items():
+        described = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=meaning)]
+        fields.append((key, described, dataclasses.field(default=False)))
+    command = dataclasses.make_dataclass(name.title(), fields)
+    command.__doc__ = about
+    parsed = tyro.cli(command, prog=f"tuneavideo {name}", description=about, args=list(argv))
+    return vars(parsed.settings), parsed
+
+
+def _arguments(kind: Any, values: Mapping[str, Any], positional: str, repeated: tuple[str, ...]) -> tuple[Any, Any]:
+    """Settings as tyro wants them: a plain class, so that checking (and its one-line errors) stays ours."""
+    import tyro
+
+    fields, defaults = [], {}
+    for key, field in kind.model_fields.items():
+        hint: Any = field.annotation
+        if key == positional:
+            hint = tyro.conf.Positional[hint]
+        if key in repeated:
+            hint = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+        hint = Annotated[hint, tyro.conf.arg(help=field.description)]
+        missing = () if key in repeated else tyro.MISSING
+        defaults[key] = values.get(key, missing if field.is_required() else field.default)
+        fields.append((key, hint, dataclasses.field(default=defaults[key])))
+    arguments = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
+    return arguments, arguments(**defaults)
+
+
+def _hush() -> None:
+    """Loading bars and notices of libraries say nothing to the user of a command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

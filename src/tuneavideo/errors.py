@@ -1,0 +1,45 @@
+"""What can go wrong for a user, said in one line.
+
+```
+TuneAVideoError        base of them all; the command line prints it and exits with 2
+├── SettingsError      a setting, flag or YAML key that cannot be used
+├── VideoError         a clip that cannot be read, sampled or written
+├── ModelError         a base model that is missing, incomplete or of the wrong kind
+├── AdapterError       an adapter that is damaged or belongs to another base
+├── RunError           a run folder that is missing, busy, unfinished or of another run
+└── MissingExtra       an optional part that is not installed
+```
+
+A message says where, what was expected, what was found, and what to do.
+"""
+
+
+class TuneAVideoError(Exception):
+    """Something the user can put right."""
+
+
+class SettingsError(TuneAVideoError):
+    """A setting, flag or YAML key that cannot be used."""
+
+
+class VideoError(TuneAVideoError):
+    """A clip that cannot be read, sampled or written."""
+
+
+class ModelError(TuneAVideoError):
+    """A base model that is missing, incomplete or of the wrong kind."""
+
+
+class AdapterError(TuneAVideoError):
+    """An adapter that is damaged or belongs to another base."""
+
+
+class RunError(TuneAVideoError):
+    """A run folder that is missing, busy, unfinished or of another run."""
+
+
+class MissingExtra(TuneAVideoError):
+    """An optional part that is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional part: pip install 'tuneavideo[{extra}]'")

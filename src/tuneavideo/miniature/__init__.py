@@ -1,0 +1,20 @@
+"""The bundled miniature: a 64-pixel Stable Diffusion of a drawn world, its sample clips and their edits.
+
+Paths and captions only; the model card is in README.md beside this file, the recipe in `tools/miniature`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+MODEL = FOLDER / "model"
+CLIPS = FOLDER / "clips"
+
+
+def clips() -> list[dict[str, Any]]:
+    """The sample clips: `name`, `path`, `caption`, true `track` (pixels at 64), `set` and four `edits` each."""
+    listed = json.loads((CLIPS / "clips.json").read_text(encoding="utf-8"))
+    return [clip | {"path": CLIPS / clip["file"]} for clip in listed]

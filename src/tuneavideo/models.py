@@ -1,0 +1,155 @@
+"""Opens a base: a stock diffusers pipeline. Device and precision are decided here and nowhere below."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from einops import rearrange
+from torch import Tensor
+
+from tuneavideo.adapter import Adapter
+from tuneavideo.bases import BASES
+from tuneavideo.errors import ModelError
+from tuneavideo.inflate import inflate
+from tuneavideo.settings import Inflation
+from tuneavideo.video import Video
+
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def precision(wish: str | None) -> str:
+    """`no`, `fp16` or `bf16`: as wished, or bf16 on a GPU that has it and full precision elsewhere."""
+    if wish is None:
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return wish
+
+
+def open(
+    base: str,
+    *,
+    adapter: Adapter | Path | str | None = None,
+    inflation: Inflation | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> StableDiffusionPipeline:
+    """Open a base as a stock diffusers pipeline whose UNet is inflated in place.
+
+    Args:
+        base: A name of the table of bases, a hub id, a diffusers folder or a single-file checkpoint.
+        adapter: What a run learned (an `Adapter` or its folder), attached to the UNet.
+        inflation: How to inflate the UNet when there is no adapter.
+        device: Where to put it; by default what accelerate finds.
+        dtype: Precision of the weights; float32 by default.
+
+    Raises:
+        ModelError: The base is not there (the message says what to download) or is no Stable Diffusion model.
+        AdapterError: The adapter belongs to another base.
+    """
+    pipe = open_image_model(base, device=device, dtype=dtype)
+    if adapter is None:
+        inflate(pipe.unet, inflation)
+    else:
+        (adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)).attach(pipe.unet)
+    return pipe
+
+
+def open_image_model(
+    base: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> StableDiffusionPipeline:
+    """Like `open`, with the UNet still an image UNet."""
+    place = source(base)
+    options: dict[str, Any] = {"dtype": dtype or torch.float32}
+    try:
+        if Path(place).is_file():
+            pipe: Any = StableDiffusionPipeline.from_single_file(place, **options)
+        else:
+            pipe = DiffusionPipeline.from_pretrained(place, **options | _without_checker(place))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_missing(base, place, error)) from error
+    if not hasattr(pipe, "unet") or not hasattr(pipe, "vae"):
+        raise ModelError(f"{base}: {type(pipe).__name__} has no UNet and VAE; give a Stable Diffusion base")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or PartialState().device)
+
+
+def source(base: str) -> str:
+    """Hub id, folder or file that a base is opened from."""
+    return BASES[base].source if base in BASES else base
+
+
+def default_size(pipe: StableDiffusionPipeline) -> int:
+    """Side in pixels that the base was trained at."""
+    return pipe.unet.config.sample_size * stride(pipe)
+
+
+def stride(pipe: StableDiffusionPipeline) -> int:
+    """Pixels per latent along each side."""
+    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode(pipe: StableDiffusionPipeline, video: Video) -> dict[str, Tensor]:
+    """Moments of the clip's latents: `mean` and `std`, each `1 C T H W`, scaled as the UNet expects them.
+
+    Frames go through the VAE one by one, so memory does not grow with the clip.
+    """
+    vae, device = pipe.vae, pipe._execution_device
+    means, stds = [], []
+    for frame_HWC in video.frames_THWC:
+        pixels = torch.from_numpy(frame_HWC).to(device, vae.dtype) / 127.5 - 1
+        moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w")).latent_dist
+        means.append(moments.mean.float())
+        stds.append(moments.std.float())
+    scale = vae.config.scaling_factor
+    return {"mean": torch.stack(means, dim=2) * scale, "std": torch.stack(stds, dim=2) * scale}
+
+
+@torch.no_grad()
+def decode(pipe: StableDiffusionPipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
+    """Latents to clips, one per entry of the batch, frame by frame."""
+    vae, device = pipe.vae, pipe._execution_device
+    videos = []
+    for latents_CTHW in latents_BCTHW / vae.config.scaling_factor:
+        frames = []
+        for latents_CHW in latents_CTHW.unbind(1):
+            pixels_CHW = vae.decode(latents_CHW[None].to(device, vae.dtype)).sample[0].float()
+            frames.append(((pixels_CHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        videos.append(Video(rearrange(torch.stack(frames), "t c h w -> t h w c").numpy(), fps))
+    return videos
+
+
+@torch.no_grad()
+def embed(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
+    """Text embeddings of prompts, `B L D`. diffusers warns of words beyond the encoder's length and names them."""
+    return pipe.encode_prompt(prompts, pipe._execution_device, 1, False)[0]
+
+
+def memory(device: torch.device) -> int:
+    """Bytes in use: the most a GPU has held so far, or what this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def _without_checker(source: str) -> dict[str, Any]:
+    index = Path(source) / "model_index.json"
+    has_checker = not index.is_file() or "safety_checker" in index.read_text(encoding="utf-8")
+    return {"safety_checker": None, "requires_safety_checker": False} if has_checker else {}
+
+
+def _missing(base: str, source: str, error: Exception) -> str:
+    first = " ".join(str(error).split())[:300]
+    if Path(source).exists():
+        return f"{source}: cannot be opened as a Stable Diffusion model: {first}"
+    looked = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    return (
+        f"base {base!r} is not there: no such folder, and not in the hub's cache ({looked}). Download it with "
+        f"'hf download {source}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases. "
+        f"({first})"
+    )

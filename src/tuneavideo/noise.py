@@ -1,0 +1,140 @@
+"""Noise levels: how much noise there is at a timestep, what the model predicts, and how to move between levels.
+
+A *level* is the cumulative signal share `alpha` in 0..1 (written with a bar in the papers): `x = sqrt(alpha) clean +
+sqrt(1 - alpha) noise`. The base model's scheduler config says which levels it knows and whether it predicts the
+noise or the velocity; nothing here assumes a number of timesteps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from tuneavideo.errors import SettingsError
+from tuneavideo.settings import SAMPLERS
+
+
+def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """Forward diffusion (DDPM, eq. 4): `clean` brought to level `alpha`, which broadcasts from the left."""
+    alpha = _broadcast(alpha, clean)
+    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+
+
+def target(clean: Tensor, noise: Tensor, alpha: Tensor, prediction_type: str) -> Tensor:
+    """What the model is asked to predict: the noise, or the velocity (Progressive Distillation, appendix D)."""
+    if prediction_type == "epsilon":
+        return noise
+    alpha = _broadcast(alpha, clean)
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+
+def split(x: Tensor, output: Tensor, alpha: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """Clean latents and noise that a prediction implies for `x` at level `alpha` (a scalar tensor)."""
+    signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+    if prediction_type == "epsilon":
+        return (x - spread * output) / signal, output
+    return signal * x - spread * output, signal * output + spread * x
+
+
+def ddim_move(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """DDIM (eq. 12, sigma = 0): the point at level `alpha` on the line from `clean` to `noise`, in either direction."""
+    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels a base model was trained on, read from its scheduler's config.
+
+    Attributes:
+        alphas: Level of every training timestep, shape `(num_train_timesteps,)`, falling.
+        final_alpha: Level that DDIM calls clean (1, or the level of timestep 0).
+        prediction_type: `epsilon` or `v_prediction`.
+        config: The scheduler config itself, for making samplers of the same levels.
+    """
+
+    alphas: Tensor
+    final_alpha: Tensor
+    prediction_type: str
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Levels:
+        """Read the levels of any diffusers scheduler that has betas. Raises SettingsError for other kinds."""
+        config = dict(scheduler.config)
+        kind = config.get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "v_prediction") or "beta_schedule" not in config:
+            raise SettingsError(
+                f"the base's scheduler is {type(scheduler).__name__} predicting {kind!r}; Tune-A-Video needs a model "
+                "that predicts the noise ('epsilon') or the velocity ('v_prediction'): take a Stable Diffusion base"
+            )
+        ddim: Any = diffusers.DDIMScheduler.from_config(config)
+        return cls(ddim.alphas_cumprod, ddim.final_alpha_cumprod, kind, config)
+
+    def inversion_grid(self, steps: int, spacing: str | None) -> list[int]:
+        """Timesteps of an inversion of `steps` steps, rising: those of a DDIM sampling, backwards."""
+        return [int(t) for t in reversed(self._scheduler("ddim", steps, spacing).timesteps)]
+
+    def sampler(self, name: str, steps: int, *, spacing: str | None = None, strength: float = 1.0) -> Sampler:
+        """A sampler that runs the last `strength` share of `steps` steps."""
+        scheduler = self._scheduler(name, steps, spacing)
+        skipped = (steps - max(1, round(steps * strength))) * getattr(scheduler, "order", 1)
+        return Sampler(scheduler, skipped)
+
+    def _scheduler(self, name: str, steps: int, spacing: str | None) -> Any:
+        count = len(self.alphas)
+        if steps > count:
+            raise SettingsError(f"{steps} steps were asked for; the model knows {count} noise levels: take fewer steps")
+        class_name, overrides = SAMPLERS[name]
+        overrides = overrides | ({"timestep_spacing": spacing} if spacing else {})
+        scheduler = getattr(diffusers, class_name).from_config(self.config, **overrides)
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+
+class Sampler:
+    """A diffusers scheduler set to its steps, with the level it starts from said aloud."""
+
+    def __init__(self, scheduler: Any, skipped: int) -> None:
+        self.scheduler = scheduler
+        self.timesteps = self._without(skipped)
+        self.start_alpha = self._level(skipped)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(skipped)
+        self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Latents at level `start_alpha` in the scale this sampler works in (Euler and its kin grow with sigma)."""
+        grows = float(self.scheduler.init_noise_sigma) != 1.0
+        return x / self.start_alpha**0.5 if grows else x
+
+    def scaled(self, x: Tensor, t: Tensor) -> Tensor:
+        """`x` as the model wants to see it at timestep `t`."""
+        return self.scheduler.scale_model_input(x, t)
+
+    def step(self, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One step towards the clean latents."""
+        extra = {"generator": generator} if self._takes_generator else {}
+        return self.scheduler.step(output, t, x, return_dict=False, **extra)[0]
+
+    def _without(self, skipped: int) -> Tensor:
+        timesteps = self.scheduler.timesteps
+        if skipped and isinstance(self.scheduler, diffusers.PNDMScheduler):
+            # PLMS takes its second step twice; starting midway must keep that shape.
+            once = torch.cat([timesteps[:1], timesteps[2:]])[skipped:]
+            return torch.cat([once[:2], once[1:]])
+        return timesteps[skipped:]
+
+    def _level(self, skipped: int) -> float:
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        if sigmas is not None:
+            return float(1 / (1 + sigmas[skipped] ** 2))
+        return float(self.scheduler.alphas_cumprod[int(self.timesteps[0])])
+
+
+def _broadcast(alpha: Tensor, like: Tensor) -> Tensor:
+    return alpha.reshape(alpha.shape + (1,) * (like.ndim - alpha.ndim))

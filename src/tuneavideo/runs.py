@@ -1,0 +1,148 @@
+"""RunFolder: names, writes and reads every file of a run. Nobody else joins its paths."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneavideo.errors import RunError
+from tuneavideo.settings import TuneSettings, as_yaml, checked, read_yaml
+
+
+def slug(text: str, limit: int = 60) -> str:
+    """Words of a prompt or file name as part of a file name: lower-case letters, digits and hyphens."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:limit].rstrip("-") or "untitled"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one tuned clip; see the table in docs/runs.md."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, clip: str, out: Path | str | None = None, root: Path | str = "runs") -> RunFolder:
+        """A new folder: `out`, which must not hold anything yet, or the next free `<root>/<clip>-<n>`."""
+        if out is not None:
+            path = Path(out)
+            if path.exists() and any(path.iterdir()):
+                raise RunError(f"{path} exists and is not empty; give another --out, or --resume {path}")
+            path.mkdir(parents=True, exist_ok=True)
+            return cls(path)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            path = Path(root) / f"{slug(Path(clip).stem)}-{number}"
+            try:
+                path.mkdir()
+                return cls(path)
+            except FileExistsError:
+                number += 1
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """A folder that `create` made. Raises RunError when it is none."""
+        run = cls(Path(path))
+        if not run.settings.is_file():
+            raise RunError(f"{path} is no run folder: {run.settings.name} is missing; 'tuneavideo tune' makes one")
+        return run
+
+    def write_settings(self, settings: TuneSettings, about: dict[str, Any]) -> None:
+        """The first file of a run: resolved settings, and as comments what they were resolved with."""
+        notes = "".join(f"# {name}: {value}\n" for name, value in about.items())
+        write_text(self.settings, notes + as_yaml(settings))
+
+    def read_settings(self) -> TuneSettings:
+        """The settings the run was made with."""
+        return checked(TuneSettings, read_yaml(self.settings, TuneSettings), str(self.settings))
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "settings.yaml"
+
+    @property
+    def source(self) -> Path:
+        return self.path / "source.mp4"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def inversion(self, key: str) -> Path:
+        return self.path / "inversion" / f"{key}.safetensors"
+
+    @property
+    def latents(self) -> Path:
+        return self.path / "latents.safetensors"
+
+    def sample(self, step: int, prompt: str) -> Path:
+        return self.path / "samples" / f"{step:06d}-{slug(prompt)}.mp4"
+
+    def checkpoints(self) -> list[Path]:
+        """States to resume from, oldest first."""
+        return sorted(path for path in (self.path / "checkpoints").glob("[0-9]*") if path.suffix == ".pt")
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"{step:06d}.pt"
+
+    def prune_checkpoints(self, keep: int) -> None:
+        for path in self.checkpoints()[:-keep]:
+            path.unlink()
+
+    def drop_checkpoints(self) -> None:
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def new_edit(self, prompt: str) -> Path:
+        """A new folder `edits/<number>-<prompt>`."""
+        (self.path / "edits").mkdir(exist_ok=True)
+        taken = [int(path.name[:3]) for path in (self.path / "edits").glob("[0-9][0-9][0-9]-*")]
+        path = self.path / "edits" / f"{max(taken, default=-1) + 1:03d}-{slug(prompt)}"
+        path.mkdir()
+        return path
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What `log_step` wrote, in order of steps; a line cut short by a crash is left out."""
+        lines = self._steps.read_text(encoding="utf-8").splitlines() if self._steps.is_file() else []
+        return [step for line in lines if (step := _parsed(line)) is not None]
+
+    def log_step(self, step: dict[str, Any]) -> None:
+        with self._steps.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(step) + "\n")
+
+    def forget_steps_after(self, number: int) -> None:
+        """Drop logged steps that a resumed tuning will do again."""
+        kept = [json.dumps(step) + "\n" for step in self.steps() if step["number"] <= number]
+        write_text(self._steps, "".join(kept))
+
+    @property
+    def _steps(self) -> Path:
+        return self.path / "steps.jsonl"
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None

@@ -1,0 +1,291 @@
+"""Everything that can be set, checked at the door. No torch here.
+
+One precedence: flag > YAML > preset > base > built-in. The built-in values stand in the classes below, a base's own in
+`bases.py`, a preset's in `PRESETS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from tuneavideo.bases import BASES
+from tuneavideo.errors import SettingsError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # name: (diffusers scheduler, what is set beyond the base's own scheduler config)
+    "ddim": ("DDIMScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+}
+STOCHASTIC_SAMPLERS = {"euler-ancestral"}
+
+
+class Inflation(NamedTuple):
+    """How an image UNet is made to see clips (see `inflate`)."""
+
+    references: tuple[str, ...] = ("first", "previous")
+    clip_norm: bool = True
+    temporal_init: str = "zero"
+
+
+class Settings(BaseModel):
+    """Frozen; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Sampling(Settings):
+    """How an edit is made."""
+
+    num_inference_steps: PositiveInt = 50
+    """Denoising steps of an edit."""
+    num_inv_steps: PositiveInt = 50
+    """Steps of the DDIM inversion that finds the noise the clip came from."""
+    guidance_scale: NonNegativeFloat = 12.5
+    """Classifier-free guidance; 1 turns it off."""
+    negative_prompt: str = ""
+    """What the edits should not show."""
+    sampler: Literal["ddim", "dpm++", "dpm++-karras", "unipc", "deis", "plms", "euler", "heun", "euler-ancestral"] = (
+        "ddim"
+    )
+    """Sampler of the edits."""
+    timestep_spacing: Literal["leading", "trailing"] | None = "trailing"
+    """Where the steps lie: trailing starts at the last noise level whatever their number; none: as the base says."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How far an edit may go: 1 starts from the whole inversion, less from a less noisy point of it."""
+    fresh_noise: Share = 0.0
+    """Share of new noise mixed into the inverted noise: 0 keeps the clip's layout, 1 forgets it."""
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    """One edit per prompt and seed; seeds differ only with fresh noise or a sampler that adds noise."""
+    batch_guidance: bool = True
+    """Both halves of guidance in one batch; off: one after the other, in less memory."""
+    fps: PositiveFloat | None = None
+    """Frame rate of the edits; none: the source's, divided by the stride."""
+    formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
+    """Files to write of each edit."""
+
+    @model_validator(mode="after")
+    def _seeds_matter(self) -> Sampling:
+        if len(self.seeds) > 1 and not self.fresh_noise and self.sampler not in STOCHASTIC_SAMPLERS:
+            raise ValueError(
+                f"{len(self.seeds)} seeds would give the same edit {len(self.seeds)} times: set fresh_noise above 0 "
+                "(say 0.3) or sampler to euler-ancestral, or give one seed"
+            )
+        return self
+
+
+class TuneSettings(Sampling):
+    """A clip, its caption, and how its motion is learned."""
+
+    video: str
+    """Clip to learn from: a video file, a GIF, or a folder of images."""
+    prompt: Annotated[str, Field(pattern=r"\S")]
+    """What the clip shows, in words."""
+    edit: tuple[str, ...] = ()
+    """New prompts to edit the clip with when it is tuned; also used for previews."""
+    base: str = "miniature"
+    """Text-to-image model: a name of `tuneavideo models`, a hub id, a folder or a single file."""
+    preset: Literal["default", "official"] = "default"
+    """`default`: corrected and improved; `official`: the published code's arithmetic, faults included."""
+
+    start: NonNegativeInt = 0
+    """First frame taken."""
+    stride: PositiveInt = 1
+    """Every how-many-th frame is taken."""
+    num_frames: PositiveInt = 24
+    """Frames taken."""
+    resolution: PositiveInt | None = None
+    """Side of a square of the area that frames are brought to; none: the base's own."""
+    width: PositiveInt | None = None
+    """Width, instead of resolution (with height)."""
+    height: PositiveInt | None = None
+    """Height, instead of resolution (with width)."""
+    fit: Literal["crop", "stretch"] = "crop"
+    """`crop` keeps the clip's aspect; `stretch` makes a square of it."""
+
+    references: tuple[Literal["first", "previous", "own"], ...] = ("first", "previous")
+    """Frames that sparse-causal attention looks at."""
+    clip_norm: bool = True
+    """Group norms of the residual blocks span all frames."""
+    temporal_init: Literal["zero", "official"] = "zero"
+    """`zero`: tuning starts from the image model; `official`: from a random output bias."""
+    trainable_modules: tuple[str, ...] = ("attn1.to_q", "attn2.to_q", "attn_temp")
+    """Layers that learn: every layer whose name ends so."""
+    frozen_modules: tuple[str, ...] = ()
+    """Layers that do not learn after all: every layer whose name begins so."""
+
+    max_train_steps: PositiveInt = 500
+    """Optimiser steps."""
+    learning_rate: PositiveFloat = 3e-5
+    """Learning rate, after warm-up."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """Schedule of the learning rate."""
+    lr_warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises (schedules other than constant)."""
+    train_batch_size: PositiveInt = 1
+    """Noise levels drawn per step and process: the clip is repeated, noise and timestep are not."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Batches per optimiser step."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    optimizer: str = "adamw"
+    """`adamw`, `adamw8bit`, `adafactor`, or any `package.Class`."""
+    adam_beta1: Share = 0.9
+    """First beta, for optimisers that have one."""
+    adam_beta2: Share = 0.999
+    """Second beta."""
+    adam_weight_decay: NonNegativeFloat = 1e-2
+    """Weight decay."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Epsilon."""
+    use_ema: bool = False
+    """Keep the moving average of the learned weights instead of the last ones."""
+    ema_decay: Share = 0.99
+    """Decay of that average."""
+    gradient_checkpointing: bool = True
+    """Compute activations twice to save memory."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the computation; none: bf16 on a GPU that has it, full otherwise."""
+    seed: NonNegativeInt = 0
+    """Of every random number of tuning."""
+
+    checkpointing_steps: PositiveInt = 250
+    """A state to resume from is kept every so many steps."""
+    checkpoints_total_limit: PositiveInt = 2
+    """How many such states are kept."""
+    validation_steps: PositiveInt | None = None
+    """Preview the edits at step 0 and every so many steps; none: no previews."""
+    report_to: Literal["tensorboard", "trackio"] | None = None
+    """Tracker that receives loss and learning rate."""
+
+    @model_validator(mode="after")
+    def _sides_go_together(self) -> TuneSettings:
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width and height go together: give both, or resolution instead")
+        return self
+
+    @property
+    def inflation(self) -> Inflation:
+        return Inflation(self.references, self.clip_norm, self.temporal_init)
+
+
+class EditSettings(Sampling):
+    """New prompts for a clip that has been tuned."""
+
+    run: str
+    """Run folder to edit with."""
+    prompt: Annotated[tuple[str, ...], Field(min_length=1)]
+    """What the edits should show; one edit each."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Rows say where they differ from the built-in values; `official` spells its arithmetic out (docs/decisions.md).
+    "default": {},
+    "official": {
+        "fit": "stretch",
+        "references": ("first", "previous"),
+        "clip_norm": True,
+        "temporal_init": "official",
+        "trainable_modules": ("attn1.to_q", "attn2.to_q", "attn_temp"),
+        "frozen_modules": ("down_blocks",),
+        "optimizer": "adamw",
+        "lr_scheduler": "constant",
+        "use_ema": False,
+        "train_batch_size": 1,
+        "sampler": "ddim",
+        "timestep_spacing": "leading",
+        "num_inference_steps": 50,
+        "num_inv_steps": 50,
+    },
+}
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def layers(flags: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge base, preset, YAML and flags, weakest first; what no layer names keeps its built-in value."""
+    stated = {**yaml_values, **flags}
+    base = BASES.get(str(stated.get("base", "miniature")))
+    preset = stated.get("preset", "default")
+    if preset not in PRESETS:
+        raise SettingsError(f"unknown preset {preset!r}{_suggestion(str(preset), PRESETS)}")
+    return {**(base.settings if base else {}), **PRESETS[preset], **stated}
+
+
+def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:
+    """Settings of a YAML file, by name; values are not checked yet.
+
+    Raises:
+        SettingsError: It is no mapping of names to values, or a name is not one of `kind`'s.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise SettingsError(f"{path}: expected lines like 'learning_rate: 3e-5'; found {type(values).__name__}")
+    _refuse_unknown(kind, values, str(path))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings") -> Kind:
+    """Make settings of `values`, or say in one line which value is wrong, what was expected and what to do."""
+    _refuse_unknown(kind, values, where)
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise SettingsError(f"{where}: " + "; ".join(_told(each) for each in error.errors())) from None
+
+
+def _refuse_unknown(kind: type[Settings], values: Iterable[str], where: str) -> None:
+    for name in values:
+        if name not in kind.model_fields:
+            raise SettingsError(f"{where}: unknown setting {name!r}{_suggestion(name, kind.model_fields)}")
+
+
+def as_yaml(settings: Settings) -> str:
+    """Settings as YAML that `read_yaml` and `checked` turn back into the same settings."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _told(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    if name == "prompt":
+        return "prompt is empty; say in words what the clip shows"
+    found = f"; found {error['input']!r}"
+    return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}{found}"
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

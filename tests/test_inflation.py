@@ -1,0 +1,173 @@
+"""What is true of an inflated UNet (METHOD: sparse-causal and temporal attention, pooled norms, names kept)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from torch.nn.functional import group_norm
+
+from tests.conftest import image_unet
+from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, referred
+from tuneavideo.errors import ModelError
+from tuneavideo.inflate import added_parameters, deflate, inflate, video_unet
+from tuneavideo.settings import Inflation
+
+SHAPES = {
+    "sd1": {},
+    "sd2": {"use_linear_projection": True, "attention_head_dim": (2, 4), "num_attention_heads": None},
+    "xl": {
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 72,
+    },
+}
+
+
+def added_conditions(unet: UNet2DConditionModel, clips: int) -> dict[str, torch.Tensor] | None:
+    if unet.config.addition_embed_type is None:
+        return None
+    return {"text_embeds": torch.randn(clips, 24), "time_ids": torch.arange(6.0).repeat(clips, 1)}
+
+
+def randomised(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Temporal layers as after tuning: nothing at zero."""
+    torch.manual_seed(5)
+    for parameter in added_parameters(unet).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return unet
+
+
+def test_every_frame_refers_to_the_first_frame_and_the_one_before() -> None:
+    frame_BTLC = torch.arange(5.0).reshape(1, 5, 1, 1).expand(2, 5, 3, 4)
+    seen = referred(frame_BTLC.flatten(0, 1), 5, ("first", "previous"))
+    assert seen.shape == (10, 6, 4)
+    assert seen[5:, 0, 0].tolist() == [0] * 5
+    assert seen[5:, 3, 0].tolist() == [0, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 8, 8), (2, 8, 8), (5, 6, 10), (3, 7, 9)])
+@torch.no_grad()
+def test_a_still_clip_is_denoised_like_the_still_image(shape: str, frames: int, height: int, width: int) -> None:
+    unet = image_unet(**SHAPES[shape])
+    images, text, t = torch.randn(2, 4, height, width), torch.randn(2, 5, 24), torch.tensor([3, 700])
+    added = added_conditions(unet, 2)
+    still = unet(images, t, text, added_cond_kwargs=added).sample
+    clip = inflate(unet)(images[:, :, None].expand(-1, -1, frames, -1, -1), t, text, added)
+    for frame in clip.unbind(2):
+        assert (frame - still).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_image_weight_keeps_its_name_and_value(shape: str) -> None:
+    unet = image_unet(**SHAPES[shape])
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    inflate(unet)
+    after = unet.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    new = set(after) - set(before)
+    blocks = sum(isinstance(layer, BasicTransformerBlock) for layer in unet.modules())
+    assert len(new) == 7 * blocks and all(".attn_temp." in name or ".norm_temp." in name for name in new)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_deflating_gives_back_the_image_unet(shape: str) -> None:
+    unet = image_unet(**SHAPES[shape])
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor(9), torch.randn(1, 5, 24)
+    added = added_conditions(unet, 1)
+    before, names = unet(x, t, text, added_cond_kwargs=added).sample, list(unet.state_dict())
+    repeated = list(unet._repeated_blocks)
+    inflate(unet)
+    assert unet._repeated_blocks == ["VideoBlock"]
+    deflate(unet)
+    assert list(unet.state_dict()) == names and unet._repeated_blocks == repeated
+    assert not any(isinstance(layer, VideoBlock | SparseCausalAttention | ClipGroupNorm) for layer in unet.modules())
+    assert torch.equal(unet(x, t, text, added_cond_kwargs=added).sample, before)
+
+
+@torch.no_grad()
+def test_clips_of_a_batch_do_not_see_each_other() -> None:
+    video = inflate(image_unet())
+    randomised(video.unet)
+    x, t, text = torch.randn(2, 4, 3, 8, 8), torch.tensor([4, 900]), torch.randn(2, 5, 24)
+    together = video(x, t, text)
+    for b in range(2):
+        alone = video(x[b : b + 1], t[b : b + 1], text[b : b + 1])
+        assert torch.allclose(together[b], alone[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_group_norms_span_the_clip_where_asked() -> None:
+    x = torch.randn(6, 16, 4, 4)
+    norm = torch.nn.GroupNorm(8, 16)
+    per_frame = norm(x)
+    norm.__class__, norm.clip = ClipGroupNorm, Clip(frames=3)
+    spanning = group_norm(x.unflatten(0, (2, 3)).transpose(1, 2), 8).transpose(1, 2).flatten(0, 1)
+    assert torch.allclose(norm(x), spanning, atol=1e-6)
+    assert not torch.allclose(per_frame, spanning, atol=1e-2)
+    plain = inflate(image_unet(), Inflation(clip_norm=False)).unet
+    assert not any(isinstance(layer, ClipGroupNorm) for layer in plain.modules())
+    pooled = inflate(image_unet()).unet
+    spanning_names = {name for name, layer in pooled.named_modules() if isinstance(layer, ClipGroupNorm)}
+    assert "conv_norm_out" in spanning_names and all("attentions" not in name for name in spanning_names)
+
+
+def test_official_inflation_starts_from_a_random_bias_of_the_temporal_output() -> None:
+    biases = {
+        init: [value for name, value in added_parameters(inflate(image_unet(), Inflation(temporal_init=init)).unet).items()
+               if name.endswith("attn_temp.to_out.0.bias")]
+        for init in ("zero", "official")
+    }  # fmt: skip
+    assert all(not bias.any() for bias in biases["zero"])
+    assert all(bias.all() for bias in biases["official"])
+
+
+@torch.no_grad()
+def test_slicing_and_fusing_of_attention_leave_sparse_causal_attention_in_place() -> None:
+    video = inflate(image_unet())
+    randomised(video.unet)
+    x, t, text = torch.randn(1, 4, 3, 8, 8), torch.tensor(4), torch.randn(1, 5, 24)
+    before = video(x, t, text)
+    video.unet.set_attention_slice("max")
+    assert torch.allclose(video(x, t, text), before, atol=1e-5)
+    video.unet.set_default_attn_processor()
+    video.unet.fuse_qkv_projections()
+    assert torch.allclose(video(x, t, text), before, atol=1e-5)
+
+
+@torch.no_grad()
+def test_temporal_attention_in_parts_is_temporal_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    video = inflate(image_unet())
+    randomised(video.unet)
+    x, t, text = torch.randn(1, 4, 3, 8, 8), torch.tensor(4), torch.randn(1, 5, 24)
+    whole = video(x, t, text)
+    monkeypatch.setattr("tuneavideo.attention.MAX_SITES", 7)
+    assert torch.allclose(video(x, t, text), whole, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_copy_of_an_inflated_unet_is_independent() -> None:
+    video = inflate(image_unet())
+    other = video_unet(copy.deepcopy(video.unet))
+    assert other.clip is not video.clip
+    x, t, text = torch.randn(1, 4, 3, 8, 8), torch.tensor(4), torch.randn(1, 5, 24)
+    assert torch.equal(other(x, t, text), video(x, t, text))
+
+
+def test_what_cannot_be_inflated_is_refused() -> None:
+    with pytest.raises(ModelError, match="inflated already"):
+        inflate(inflate(image_unet()).unet)
+    with pytest.raises(ModelError, match="no transformer blocks"):
+        inflate(UNet2DModel(block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",),
+                            up_block_types=("UpBlock2D",)))  # fmt: skip
+    with pytest.raises(ModelError, match="images only"):
+        video_unet(image_unet())

@@ -1,0 +1,146 @@
+"""What is true of tuning: what learns, from what, and that it can be broken off and resumed."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler
+
+from tests.conftest import image_unet
+from tests.test_noise import STABLE
+from tuneavideo.adapter import tuned_parameters
+from tuneavideo.errors import RunError, SettingsError
+from tuneavideo.inflate import inflate
+from tuneavideo.noise import Levels
+from tuneavideo.settings import PRESETS, TuneSettings
+from tuneavideo.tuning import Tuning
+
+
+def tuning(**changes) -> Tuning:
+    torch.manual_seed(8)
+    settings = TuneSettings(**({"video": "-", "prompt": "-", "learning_rate": 1e-2, "max_train_steps": 4} | changes))
+    moments = {"mean": torch.randn(1, 4, 3, 8, 8), "std": torch.full((1, 4, 3, 8, 8), 0.1)}
+    video = inflate(image_unet(), settings.inflation)
+    text = torch.randn(1, 5, 24)
+    return Tuning(video, Levels.of(DDIMScheduler(**STABLE)), moments, text, settings, Accelerator(cpu=True))
+
+
+def weights(work: Tuning) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in work.video.unet.state_dict().items()}
+
+
+def test_tuning_lowers_the_loss_and_touches_only_the_chosen_layers() -> None:
+    work = tuning(max_train_steps=60, train_batch_size=4)
+    before = weights(work)
+    losses = [step.loss for step in work]
+    after = weights(work)
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == set(work.parameters)
+    assert all(".attn_temp." in name or name.endswith(("attn1.to_q.weight", "attn2.to_q.weight")) for name in moved)
+
+
+def test_the_official_preset_leaves_the_down_path_as_it_was() -> None:
+    chosen = tuning(**PRESETS["official"]).parameters
+    every = tuning().parameters
+    assert set(every) - set(chosen) == {name for name in every if name.startswith("down_blocks")}
+
+
+@pytest.mark.parametrize("option", ["trainable_modules", "frozen_modules"])
+def test_a_name_that_matches_no_layer_is_an_error(option: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{option}: no layer's name .* 'atn1.to_q'"):
+        tuning(**{option: ("atn1.to_q",)})
+
+
+def test_checkpointing_gives_every_tuned_tensor_the_gradient_it_has_without() -> None:
+    gradients = {}
+    for checkpointing in (False, True):
+        work = tuning(gradient_checkpointing=checkpointing, max_grad_norm=1e9)
+        list(itertools.islice(work, 2))
+        work.loss(*work._draw(0)).backward()
+        gradients[checkpointing] = {name: parameter.grad for name, parameter in work.parameters.items()}
+    for name, gradient in gradients[False].items():
+        assert gradient.abs().max() > 0, name
+        assert torch.equal(gradient, gradients[True][name]), name
+
+
+VARIANTS = {
+    "plain": {},
+    "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
+    "accumulation": {"gradient_accumulation_steps": 2, "train_batch_size": 2},
+    "average": {"use_ema": True},
+    "adafactor": {"optimizer": "adafactor"},
+    "other": {"optimizer": "torch.optim.RMSprop"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_tuning_that_is_broken_off_goes_on_bit_for_bit(variant: str) -> None:
+    whole = tuning(**VARIANTS[variant])
+    told = [(step.number, step.loss, step.learning_rate) for step in whole]
+
+    broken = tuning(**VARIANTS[variant])
+    first = [next(iter(broken)) for _ in range(2)]
+    disk = io.BytesIO()
+    torch.save(broken.state(), disk)
+    disk.seek(0)
+    resumed = tuning(**VARIANTS[variant])
+    resumed.load_state(torch.load(disk, weights_only=True))
+    again = [(step.number, step.loss, step.learning_rate) for step in [*first, *resumed]]
+
+    assert again == told
+    for name, value in whole.learned().items():
+        assert torch.equal(value, resumed.learned()[name]), name
+
+
+def test_seeds_decide_and_differ() -> None:
+    losses = {seed: [step.loss for step in tuning(seed=seed)] for seed in (1, 2)}
+    assert losses[1] == [step.loss for step in tuning(seed=1)]
+    assert losses[1] != losses[2]
+
+
+def test_every_clip_of_a_batch_has_its_own_noise_and_timestep() -> None:
+    clean, noise, t = tuning(train_batch_size=3)._draw(0)
+    assert clean.shape == noise.shape == (3, 4, 3, 8, 8)
+    assert len(set(t.tolist())) == 3 and not torch.equal(noise[0], noise[1]) and not torch.equal(clean[0], clean[1])
+
+
+def test_accumulated_batches_are_averaged() -> None:
+    work = tuning(gradient_accumulation_steps=2, optimizer="torch.optim.SGD", max_grad_norm=1e9)
+    before = {name: parameter.detach().clone() for name, parameter in work.parameters.items()}
+    draws = [work._draw(batch) for batch in range(2)]
+    mean = sum(work.loss(*draw) for draw in draws) / 2
+    expected = dict(zip(before, torch.autograd.grad(mean, list(work.parameters.values())), strict=True))  # pyright: ignore
+    next(iter(work))
+    for name, parameter in work.parameters.items():
+        wished = before[name] - 1e-2 * (expected[name] + 1e-2 * before[name])
+        assert torch.allclose(parameter, wished, atol=1e-6), name
+
+
+def test_half_precision_keeps_what_learns_in_float32() -> None:
+    work = tuning()
+    work.video.unet.to(torch.bfloat16)
+    again = Tuning(
+        work.video, Levels.of(DDIMScheduler(**STABLE)), {"mean": work.mean, "std": work.std}, work.text,
+        work.settings, Accelerator(cpu=True),
+    )  # fmt: skip
+    chosen = tuned_parameters(work.video.unet, work.settings.trainable_modules)
+    assert {parameter.dtype for parameter in chosen.values()} == {torch.float32}
+    assert work.video.unet.conv_in.weight.dtype == torch.bfloat16
+    assert again.number == 0
+
+
+def test_an_unknown_optimizer_names_those_that_are_known() -> None:
+    with pytest.raises(SettingsError, match="known are adamw, adamw8bit, adafactor and any package.Class"):
+        tuning(optimizer="adamm")
+
+
+def test_a_loss_that_is_no_number_stops_the_tuning() -> None:
+    work = tuning()
+    work.text = work.text * float("nan")
+    with pytest.raises(RunError, match="loss is nan at step 1.*Lower learning_rate"):
+        next(iter(work))

@@ -1,0 +1,85 @@
+"""Make the miniature: `python -m tools.miniature`. Stages that are finished are skipped, others resumed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tools.miniature import autoencoder, clips, diffusion, export, judge, measure
+from tools.miniature.training import Settings, in_processes
+from tools.miniature.world import World
+
+PRODUCT = Path("src/tuneavideo/miniature")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A step of the recipe: minutes, pictures per step and process, and rate, on a CPU and on a GPU."""
+
+    run: Callable[[Settings, argparse.Namespace], None]
+    cpu: tuple[float, int, float] = (0, 1, 0)
+    gpu: tuple[float, int, float] = (0, 1, 0)
+
+
+def _in_processes(work: Callable[[Settings], None]) -> Callable[[Settings, argparse.Namespace], None]:
+    return lambda settings, _: in_processes(work, settings)
+
+
+def _latents(settings: Settings, chosen: argparse.Namespace) -> None:
+    in_processes(partial(diffusion.draw_shards, count=chosen.shards), settings)
+
+
+def _diffusion(settings: Settings, chosen: argparse.Namespace) -> None:
+    in_processes(partial(diffusion.train, start_from=chosen.start_from), settings)
+
+
+STAGES = {
+    "clips": Stage(lambda settings, _: clips.draw(World.open(settings.build), PRODUCT / "clips")),
+    "autoencoder": Stage(_in_processes(autoencoder.train), (12.5, 4, 3e-3), (4, 32, 4e-3)),
+    "latents": Stage(_latents),
+    "diffusion": Stage(_diffusion, (100, 24, 2e-3), (11, 512, 3e-3)),
+    "decoder": Stage(_in_processes(autoencoder.tune_decoder), (4, 4, 1e-3), (2, 32, 1e-3)),
+    "judge": Stage(lambda settings, _: judge.train(settings), (6, 64, 2e-3), (2, 256, 3e-3)),
+    "export": Stage(lambda settings, _: export.export(settings.build, PRODUCT)),
+    "measure": Stage(lambda settings, chosen: measure.measure(PRODUCT, World.open(settings.build), chosen.count, chosen.seeds)),
+}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.miniature", description=__doc__)
+    parser.add_argument("--build", type=Path, default=Path("build/miniature"), help="where states and artwork are kept")
+    parser.add_argument("--stage", choices=STAGES, nargs="+", default=list(STAGES), help="which stages; all, if not given")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, help="two on a CPU, one on a GPU, if not given")
+    parser.add_argument("--minutes", type=float, help="length of the training, instead of the stage's own")
+    parser.add_argument("--batch", type=int, help="pictures per step and process, instead of the stage's own")
+    parser.add_argument("--rate", type=float, help="learning rate, instead of the stage's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shards", type=int, default=20, help=f"of {diffusion.SHARD} pictures each, to learn from")
+    parser.add_argument("--start-from", type=Path, help="an exported model whose UNet and text encoder go on learning")
+    parser.add_argument("--count", type=int, default=256, help="pictures of each kind and seed to measure")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds to measure with")
+    return parser.parse_args()
+
+
+def _settings(stage: Stage, chosen: argparse.Namespace) -> Settings:
+    on_cpu = chosen.device == "cpu"
+    minutes, batch, rate = stage.cpu if on_cpu else stage.gpu
+    return Settings(
+        chosen.build, chosen.minutes or minutes, chosen.batch or batch, chosen.rate or rate, device=chosen.device,
+        processes=chosen.processes or (2 if on_cpu else 1), seed=chosen.seed,
+    )  # fmt: skip
+
+
+def main() -> None:
+    chosen = _arguments()
+    chosen.build.mkdir(parents=True, exist_ok=True)
+    for name in chosen.stage:
+        STAGES[name].run(_settings(STAGES[name], chosen), chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The autoencoder of the miniature: 64x64 pictures to 16x16 latents and back, a quarter of the side."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from tools.miniature.muon import Pair
+from tools.miniature.training import (
+    Clock,
+    Log,
+    Settings,
+    average_gradients,
+    generator,
+    load,
+    pictures,
+    rank,
+    save,
+    set_rate,
+    world_size,
+)  # fmt: skip
+from tools.miniature.world import PIXELS, World, random_scene
+from torch import Tensor, nn
+
+CHANNELS = 8
+KL_WEIGHT = 1e-6
+WHOLE_FROM = 0.67
+LATENT_NOISE = 0.1
+"""Strongest noise the decoder learns to bear, against latents of standard deviation one."""
+TO_CHROMA = ((0.5, -0.5, 0.0), (-0.25, -0.25, 0.5))
+"""Red against green, and blue against both."""
+
+
+def new_autoencoder(channels: int = CHANNELS) -> AutoencoderKL:
+    """Fresh weights; the posterior starts narrow, or its noise drowns the picture and training stalls."""
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=8, latent_channels=channels,
+        mid_block_add_attention=False, sample_size=PIXELS,
+    )  # fmt: skip
+    nn.init.constant_(vae.quant_conv.bias[channels:].data, -6.0)
+    nn.init.zeros_(vae.quant_conv.weight[channels:].data)
+    return vae
+
+
+class PatchHead(nn.Module):
+    """A linear reader of the latents, thrown away later: it makes them hold each patch's colours from the start."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.read = nn.Conv2d(channels, 48, 1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.read(latents), 4)
+
+
+def chroma(pictures_N3HW: Tensor) -> Tensor:
+    """The two colour differences of every pixel."""
+    return torch.einsum("kc,nchw->nkhw", torch.tensor(TO_CHROMA, device=pictures_N3HW.device), pictures_N3HW)
+
+
+def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
+    """L1, with what L1 alone loses: mean colour of patches, hue, large errors, and edges."""
+    error = drawn - wanted
+    pooled = F.avg_pool2d(error, 4).abs().mean()
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + pooled + chroma(error).abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+
+def train(settings: Settings) -> None:
+    """Train encoder and decoder for the settings' minutes; the state is `autoencoder.pt`."""
+    file, log = settings.build / "autoencoder.pt", Log(settings.build / "autoencoder.log")
+    torch.manual_seed(settings.seed)
+    vae, clock, step = new_autoencoder(), Clock(settings.minutes * 60), 0
+    head = PatchHead(vae.config.latent_channels)
+    both = nn.ModuleList([vae, head]).to(settings.device, memory_format=torch.channels_last)
+    optimizer = Pair(both, settings.rate)
+    if state := load(file):
+        both.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        clock.worked, step = state["worked"], state["step"]
+    world, progress, saved = World.open(settings.build), clock.tick(), clock.worked
+    while progress < 1:
+        set_rate(optimizer, settings.rate, progress)
+        loss = _step(both, optimizer, _batch(world, settings, step, progress), head_weight=1 - progress)
+        step += 1
+        (progress, loss) = average_gradients([], clock.tick(), loss)
+        if step % 100 == 0:
+            log(f"step {step} progress {progress:.3f} loss {loss:.4f}")
+        if clock.worked - saved > settings.save_every or progress >= 1:
+            saved = clock.worked
+            state = {"model": both.state_dict(), "optimizer": optimizer.state_dict(), "worked": saved, "step": step}
+            if rank() == 0:
+                save(state, file)
+                log(f"step {step} psnr {psnr(vae, world, settings.device):.2f} dB")
+
+
+def _batch(world: World, settings: Settings, step: int, progress: float) -> Tensor:
+    """Crops first, for many cheap steps; whole pictures, as the autoencoder will be used, in the last third."""
+    rng = generator("autoencoder", settings.seed, step, rank(), world_size())
+    if progress > WHOLE_FROM:
+        return pictures(world, [random_scene(rng, held_out=None) for _ in range(settings.batch // 2)], settings.device)
+    scenes = [random_scene(rng, held_out=None) for _ in range(settings.batch)]
+    whole = pictures(world, scenes, settings.device)
+    return torch.cat([_crop(whole, rng) for _ in range(2)])
+
+
+def _crop(whole: Tensor, rng: random.Random) -> Tensor:
+    """A quarter of each picture: as much to learn from for less work, so more steps."""
+    corners = [(4 * rng.randint(0, 8), 4 * rng.randint(0, 8)) for _ in whole]
+    half = PIXELS // 2
+    return torch.stack([w[:, y : y + half, x : x + half] for w, (x, y) in zip(whole, corners, strict=True)])
+
+
+def _step(both: nn.ModuleList, optimizer: Pair, wanted: Tensor, head_weight: float) -> float:
+    vae, head = both
+    wanted = wanted.contiguous(memory_format=torch.channels_last)
+    posterior = vae.encode(wanted).latent_dist
+    latents = posterior.sample()
+    loss = reconstruction_loss(vae.decode(latents).sample, wanted)
+    extra = head_weight * F.l1_loss(head(latents), wanted)
+    if head_weight > 0:
+        extra = extra + KL_WEIGHT * posterior.kl().mean()
+    (loss + extra).backward()
+    average_gradients(both.parameters())
+    nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def tune_decoder(settings: Settings) -> None:
+    """Go on with the decoder alone, the latents as they are, with noise on them as a UNet leaves it; `decoder.pt`."""
+    file, log = settings.build / "decoder.pt", Log(settings.build / "decoder.log")
+    vae, clock, step = finished(settings.build, settings.device), Clock(settings.minutes * 60), 0
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+    decoder.to(memory_format=torch.channels_last)
+    optimizer = Pair(decoder, settings.rate)
+    if state := load(file):
+        decoder.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        clock.worked, step = state["worked"], state["step"]
+    world, progress, saved = World.open(settings.build), clock.tick(), clock.worked
+    while progress < 1:
+        set_rate(optimizer, settings.rate, progress)
+        wanted = _batch(world, settings, step, 1.0)
+        with torch.no_grad():
+            latents = vae.encode(wanted).latent_dist.mode()
+            latents += torch.randn_like(latents) * torch.rand(len(latents), 1, 1, 1) * LATENT_NOISE / vae.config.scaling_factor
+        loss = reconstruction_loss(vae.decode(latents).sample, wanted)
+        loss.backward()
+        average_gradients(decoder.parameters())
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        (progress, loss) = average_gradients([], clock.tick(), loss.item())
+        step += 1
+        if clock.worked - saved > settings.save_every or progress >= 1:
+            saved = clock.worked
+            state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict(), "worked": saved, "step": step}
+            if rank() == 0:
+                save(state, file)
+                log(f"step {step} progress {progress:.3f} psnr {psnr(vae, world, settings.device):.2f} dB")
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, world: World, device: str, count: int = 64, seed: str = "held out") -> float:
+    """Mean PSNR in dB over drawings no training has seen."""
+    rng = generator("psnr", seed)
+    wanted = pictures(world, [random_scene(rng, held_out=None) for _ in range(count)], device)
+    drawn = vae.decode(vae.encode(wanted).latent_dist.mode()).sample.clamp(-1, 1)
+    error = ((drawn - wanted) / 2).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
+    return float((-10 * error.log10()).mean())
+
+
+@torch.no_grad()
+def scaling_factor(vae: AutoencoderKL, world: World, device: str, count: int = 512) -> float:
+    """What brings the latents of training scenes to a standard deviation of one."""
+    rng = generator("scaling")
+    latents = [
+        vae.encode(pictures(world, [random_scene(rng) for _ in range(64)], device)).latent_dist.mode()
+        for _ in range(math.ceil(count / 64))
+    ]
+    return 1 / torch.cat(latents).std().item()
+
+
+def finished(build: Path, device: str = "cpu") -> AutoencoderKL:
+    """The trained autoencoder with its scaling factor, frozen."""
+    state = load(build / "autoencoder.pt")
+    if state is None:
+        raise FileNotFoundError(f"{build} holds no autoencoder.pt: run the stage 'autoencoder' first")
+    weights = {name.removeprefix("0."): w for name, w in state["model"].items() if name.startswith("0.")}
+    vae = new_autoencoder(weights["post_quant_conv.weight"].shape[0])
+    vae.load_state_dict(weights)
+    if tuned := load(build / "decoder.pt"):
+        nn.ModuleList([vae.post_quant_conv, vae.decoder]).load_state_dict(tuned["model"])
+    vae.to(device).requires_grad_(False).eval()
+    vae.register_to_config(scaling_factor=scaling_factor(vae, World.open(build), device))
+    return vae

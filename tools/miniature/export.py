@@ -1,0 +1,47 @@
+"""The trained parts as one Stable Diffusion pipeline folder, in half precision, and the judge beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from tools.miniature import autoencoder, diffusion
+from tools.miniature.judge import Judge
+from tools.miniature.text import new_tokenizer
+from tools.miniature.training import load
+from tools.miniature.world import words
+
+
+def history(build: Path) -> str:
+    """How long every part was trained, in words."""
+    vae, painter, decoder = (load(build / f"{part}.pt") for part in ("autoencoder", "diffusion", "decoder"))
+    said = [f"autoencoder {vae['worked'] / 60:.1f} minutes ({vae['step']} steps)"]
+    said += [f"decoder alone {decoder['worked'] / 60:.1f} minutes"] if decoder else []
+    said += [f"UNet and text encoder {painter['worked'] / 60:.1f} minutes ({painter['step']} steps, {painter['seen']} pictures)"]
+    return ", ".join(said) + f", on {platform.machine()} with {os.cpu_count()} cores" + " and a GPU" * torch.cuda.is_available()
+
+
+def export(build: Path, product: Path) -> None:
+    """Write `product/model` from the states under `build`, and `product/judge` if a judge is trained."""
+    vae = autoencoder.finished(build)
+    painter = diffusion.finished(build, vae)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=painter.text, tokenizer=new_tokenizer(words()), unet=painter.unet,
+        scheduler=diffusion.new_scheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    fresh = product / "model.part"
+    shutil.rmtree(fresh, ignore_errors=True)
+    pipeline.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+    (fresh / "training.json").write_text(json.dumps({"training": history(build)}) + "\n")
+    shutil.rmtree(product / "model", ignore_errors=True)
+    fresh.rename(product / "model")
+    if state := load(build / "judge.pt"):
+        judge = Judge()
+        judge.load_state_dict(state["model"])
+        judge.save(product / "judge")

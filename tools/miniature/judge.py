@@ -1,0 +1,195 @@
+"""The judge: what a picture of the world shows, and where. It is trained on drawings only, apart from the model.
+
+So that it goes by shape and not by colour alone, half of its drawings are grey, recoloured or inverted, and
+most hold blobs in another subject's colours.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from tools.miniature.artwork import COLOURS, NEON
+from tools.miniature.muon import Pair
+from tools.miniature.training import Clock, Log, Settings, generator, load, save, set_rate
+from tools.miniature.world import PIXELS, PLACES, STYLES, SUBJECTS, Scene, World, random_scene
+from torch import Tensor, nn
+
+BACKGROUNDS = tuple(PLACES)
+ALL_STYLES = ("none", *STYLES)
+ALL_COLOURS = ("own", *COLOURS)
+WIDTHS = (24, 48, 96, 128)
+
+
+class Judge(nn.Module):
+    """Pictures `N 3 64 64` in -1..1 to scores of subject, background, style and colour, and the subject's centre."""
+
+    def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in zip((3, *widths), widths, strict=False):
+            layers += [
+                nn.Conv2d(before, after, 3, stride=1 if before == 3 else 2, padding=1), nn.GroupNorm(8, after), nn.SiLU(),
+            ]  # fmt: skip
+            layers += [nn.Conv2d(after, after, 3, stride=2 if before == 3 else 1, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
+        self.features = nn.Sequential(*layers)
+        self.where = nn.Conv2d(widths[-1], 1, 1)
+        self.subject = nn.Linear(widths[-1], len(SUBJECTS))
+        self.background = nn.Linear(widths[-1], len(BACKGROUNDS))
+        self.style = nn.Linear(widths[-1], len(ALL_STYLES))
+        self.colour = nn.Linear(widths[-1], len(ALL_COLOURS))
+        self.offset = nn.Linear(widths[-1], 2)
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """The subject is judged where it is found, background and style over the whole picture."""
+        features = self.features(pictures)
+        side = features.shape[-1]
+        attention = self.where(features).flatten(2).softmax(-1)
+        found = torch.einsum("nqs,ncs->nc", attention, features.flatten(2))
+        steps = (torch.arange(side, device=pictures.device) + 0.5) * (PIXELS / side)
+        grid = torch.stack([steps.repeat(side), steps.repeat_interleave(side)])
+        overall = features.mean(dim=(2, 3))
+        return {
+            "subject": self.subject(found), "background": self.background(overall), "style": self.style(overall),
+            "colour": self.colour(found),
+            "centre": torch.einsum("ns,ds->nd", attention[:, 0], grid) + self.offset(found),
+        }  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        """Write weights in half precision, and what the scores mean."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: w.half().contiguous() for name, w in self.state_dict().items()}, folder / "judge.safetensors")
+        config = {
+            "widths": WIDTHS, "pixels": PIXELS, "subjects": SUBJECTS, "backgrounds": BACKGROUNDS, "styles": ALL_STYLES,
+            "colours": ALL_COLOURS,
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def open(cls, folder: Path) -> Judge:
+        """The judge that `save` wrote."""
+        judge = cls(tuple(json.loads((folder / "config.json").read_text())["widths"]))
+        judge.load_state_dict({name: w.float() for name, w in load_file(folder / "judge.safetensors").items()})
+        return judge.requires_grad_(False).eval()
+
+
+def recoloured(picture_HWC: np.ndarray, rng: random.Random) -> np.ndarray:
+    """The picture with its colours exchanged or taken away; shapes stay."""
+    if rng.random() < 0.4:
+        grey = picture_HWC.astype(np.float32) @ np.array([0.3, 0.59, 0.11], np.float32)
+        return np.repeat(grey[..., None], 3, axis=-1).astype(np.uint8)
+    hue, saturation, value = Image.fromarray(picture_HWC).convert("HSV").split()
+    turn = rng.randint(25, 230)
+    turned = Image.merge("HSV", (hue.point(lambda h: (h + turn) % 256), saturation, value))
+    return np.asarray(turned.convert("RGB"))
+
+
+def with_distractors(picture_HWC: np.ndarray, scene: Scene, rng: random.Random) -> np.ndarray:
+    """The picture with blobs in subjects' colours, off the subject itself."""
+    image = Image.fromarray(picture_HWC)
+    canvas = ImageDraw.Draw(image)
+    for _ in range(rng.randint(1, 2)):
+        x, y, r, s = rng.uniform(0, PIXELS), rng.uniform(0, PIXELS), rng.uniform(3, 10), rng.uniform(3, 10)
+        if abs(x - scene.x) < r + scene.size / 2 and abs(y - scene.y) < s + scene.size / 2:
+            continue
+        colour = rng.choice([*NEON.values(), *COLOURS.values(), (40, 40, 40), (250, 250, 250), (130, 130, 130)])
+        canvas.ellipse([x - r, y - s, x + r, y + s], fill=colour)
+    return np.asarray(image)
+
+
+def softened(picture_HWC: np.ndarray, rng: random.Random) -> np.ndarray:
+    """As a model might paint it: a little blurred, a little noisy."""
+    small = rng.randint(36, 60)
+    image = Image.fromarray(picture_HWC).resize((small, small), Image.Resampling.BOX)
+    soft = np.asarray(image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC), np.float32)
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(0, 12), soft.shape)
+    return (soft + noise).clip(0, 255).astype(np.uint8)
+
+
+def example(world: World, rng: random.Random) -> tuple[np.ndarray, Scene, bool]:
+    """A drawing to learn from, its scene, and whether its colours still are those of its background and style."""
+    scene = random_scene(rng, held_out=None)
+    picture, true_colours = world.draw(scene), True
+    if scene.style in (None, "neon style") and rng.random() < 0.45:
+        picture, true_colours = recoloured(picture, rng), False
+    if rng.random() < 0.35 and scene.style is None:
+        picture = with_distractors(picture, scene, rng)
+    return softened(picture, rng) if rng.random() < 0.35 else picture, scene, true_colours
+
+
+def labels(scenes: list[Scene], device: str = "cpu") -> dict[str, Tensor]:
+    """What is right for each scene; the centre is that of the whole subject, also where the frame cuts it."""
+    rows = {
+        "subject": [SUBJECTS.index(s.subject) for s in scenes],
+        "background": [BACKGROUNDS.index(s.background) for s in scenes],
+        "style": [ALL_STYLES.index(s.style or "none") for s in scenes],
+        "colour": [ALL_COLOURS.index(s.colour or "own") for s in scenes],
+    }
+    answers = {name: torch.tensor(row, device=device) for name, row in rows.items()}
+    return answers | {"centre": torch.tensor([[s.x, s.y] for s in scenes], device=device)}
+
+
+def to_tensor(pictures: list[np.ndarray], device: str = "cpu") -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train(settings: Settings) -> None:
+    """Train a judge for the settings' minutes; the state is `judge.pt`."""
+    file, log = settings.build / "judge.pt", Log(settings.build / "judge.log")
+    torch.manual_seed(settings.seed + 1)
+    torch.set_num_threads(1)
+    judge = Judge().to(settings.device)
+    optimizer, clock, step = Pair(judge, settings.rate), Clock(settings.minutes * 60), 0
+    if state := load(file):
+        judge.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        clock.worked, step = state["worked"], state["step"]
+    world, progress, saved = World.open(settings.build), clock.tick(), clock.worked
+    while progress < 1:
+        set_rate(optimizer, settings.rate, progress)
+        rng = generator("judge", settings.seed, step)
+        loss = _loss(judge, [example(world, rng) for _ in range(settings.batch)], settings.device)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step, progress = step + 1, clock.tick()
+        if step % 100 == 0:
+            log(f"step {step} progress {progress:.3f} loss {loss.item():.4f}")
+        if clock.worked - saved > settings.save_every or progress >= 1:
+            saved = clock.worked
+            state = {"model": judge.state_dict(), "optimizer": optimizer.state_dict(), "worked": saved, "step": step}
+            save(state, file)
+            log(f"step {step} {accuracy(judge, world, settings.device)}")
+
+
+def _loss(judge: Judge, examples: list[tuple[np.ndarray, Scene, bool]], device: str) -> Tensor:
+    pictures, scenes, true_colours = zip(*examples, strict=True)
+    said, right = judge(to_tensor(list(pictures), device)), labels(list(scenes), device)
+    kept = torch.tensor(true_colours, device=device).float()
+    style = F.cross_entropy(said["style"], right["style"], reduction="none")
+    colour = F.cross_entropy(said["colour"], right["colour"], reduction="none")
+    background = F.cross_entropy(said["background"], right["background"])
+    centre = F.smooth_l1_loss(said["centre"], right["centre"], beta=2.0)
+    return F.cross_entropy(said["subject"], right["subject"]) + background + (kept * (style + 0.5 * colour)).mean() + 0.2 * centre
+
+
+@torch.no_grad()
+def accuracy(judge: Judge, world: World, device: str = "cpu", count: int = 512, seed: int = 0) -> dict[str, float]:
+    """Shares of held-out drawings judged right, plain and recoloured, and the mean error of the centre in pixels."""
+    rng = generator("judge, held out", seed)
+    scenes = [random_scene(rng, held_out=None) for _ in range(count)]
+    drawn = [world.draw(scene) for scene in scenes]
+    right = labels(scenes, device)
+    said = judge(to_tensor(drawn, device))
+    scores = {name: (said[name].argmax(1) == right[name]).float().mean() for name in ("subject", "background", "style", "colour")}
+    scores["pixels"] = (said["centre"] - right["centre"]).norm(dim=1).mean()
+    plain = [i for i, scene in enumerate(scenes) if scene.style is None]
+    other = judge(to_tensor([recoloured(drawn[i], rng) for i in plain], device))["subject"].argmax(1)
+    scores["subject, recoloured"] = (other == right["subject"][plain]).float().mean()
+    return {name: round(float(score), 4) for name, score in scores.items()}

@@ -1,0 +1,143 @@
+"""How good the exported model is: the judge reads what it paints for captions, and drawings are sent through it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tools.miniature import autoencoder, card
+from tools.miniature.judge import ALL_COLOURS, ALL_STYLES, BACKGROUNDS, Judge, accuracy
+from tools.miniature.training import generator, pictures
+from tools.miniature.world import COLOURED, SUBJECTS, Scene, World, caption, random_scene
+from torch import Tensor
+
+STEPS, GUIDANCE, BATCH = 50, 3.0, 32
+KINDS = ("seen", "held out", "style", "colour")
+
+
+def wanted(kind: str, rng: random.Random) -> Scene:
+    """A scene to ask for: a pair seen in training, one never seen, one in a style, or one in a colour."""
+    while True:
+        scene = random_scene(rng, held_out=kind == "held out")
+        if kind == "colour" and not (scene.colour and scene.style is None):
+            continue
+        if kind == "style" and (not scene.style or scene.colour):
+            continue
+        if kind in ("seen", "held out") and (scene.style or scene.colour):
+            continue
+        return scene
+
+
+def open_pipeline(model: Path) -> StableDiffusionPipeline:
+    """The exported model, in single precision."""
+    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def paint(pipeline: StableDiffusionPipeline, captions: list[str], seed: int, guidance: float = GUIDANCE) -> Tensor:
+    """A picture for every caption, `N 3 64 64` in -1..1."""
+    rng, parts = torch.Generator().manual_seed(seed), []
+    for start in range(0, len(captions), BATCH):
+        made = pipeline(
+            captions[start : start + BATCH], num_inference_steps=STEPS, guidance_scale=guidance, generator=rng,
+            output_type="np",
+        )  # fmt: skip
+        parts.append(torch.from_numpy(made.images).permute(0, 3, 1, 2) * 2 - 1)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def followed(judge: Judge, painted: Tensor, scenes: list[Scene]) -> dict[str, list[bool]]:
+    """For every picture whether subject, background, style and colour are the ones asked for."""
+    said = {name: scores.argmax(1).tolist() for name, scores in judge(painted).items() if name != "centre"}
+    return {
+        "subject": [SUBJECTS[k] == s.subject for k, s in zip(said["subject"], scenes, strict=True)],
+        "background": [BACKGROUNDS[k] == s.background for k, s in zip(said["background"], scenes, strict=True)],
+        "style": [ALL_STYLES[k] == (s.style or "none") for k, s in zip(said["style"], scenes, strict=True)],
+        "colour": [ALL_COLOURS[k] == (s.colour or "own") for k, s in zip(said["colour"], scenes, strict=True)],
+    }
+
+
+def text_to_image(
+    pipeline: StableDiffusionPipeline, judge: Judge, kind: str, count: int, seed: int, guidance: float = GUIDANCE
+) -> dict[str, float | dict[str, float]]:
+    """Shares followed, over `count` captions of one kind, and the subject's share for each subject."""
+    rng = generator("captions", kind, seed)
+    scenes = [wanted(kind, rng) for _ in range(count)]
+    right = followed(judge, paint(pipeline, [caption(s) for s in scenes], seed, guidance), scenes)
+    by_subject = {
+        subject: _share([r for r, s in zip(right["subject"], scenes, strict=True) if s.subject == subject])
+        for subject in SUBJECTS
+        if any(s.subject == subject for s in scenes)
+    }
+    return {name: _share(answers) for name, answers in right.items()} | {"by subject": by_subject}
+
+
+def _share(answers: list[bool]) -> float:
+    return round(sum(answers) / len(answers), 4)
+
+
+@torch.no_grad()
+def chroma_error(pipeline: StableDiffusionPipeline, world: World, count: int = 128) -> float:
+    """Mean absolute error of the colour differences after the autoencoder, in steps of 0..255."""
+    rng = generator("chroma")
+    drawn = pictures(world, [random_scene(rng, held_out=None) for _ in range(count)])
+    back = pipeline.vae.decode(pipeline.vae.encode(drawn).latent_dist.mode()).sample.clamp(-1, 1)
+    return round(float(autoencoder.chroma(back - drawn).abs().mean() * 127.5), 2)
+
+
+def grid(pipeline: StableDiffusionPipeline, file: Path, zoom: int = 2) -> None:
+    """64 pictures: every subject in a row of four, two with its seen places, one in a style, one coloured or not seen."""
+    rng = generator("grid")
+    scenes = []
+    for subject in SUBJECTS:
+        last = "colour" if subject in COLOURED else "held out"
+        for kind in ("seen", "seen", "style", last):
+            scenes.append(next(s for s in iter(lambda k=kind: wanted(k, rng), None) if s.subject == subject))
+    painted = paint(pipeline, [caption(s) for s in scenes], 0)
+    images = ((painted.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8)
+    rows = [np.concatenate(list(images[start : start + 8]), axis=1) for start in range(0, 64, 8)]
+    whole = Image.fromarray(np.concatenate(rows))
+    whole.resize((whole.width * zoom, whole.height * zoom), Image.Resampling.NEAREST).save(file, optimize=True)
+
+
+def measure(product: Path, world: World, count: int, seeds: int) -> None:
+    """Write `measured.json`, the grid and the model card beside the model."""
+    pipeline, judge = open_pipeline(product / "model"), Judge.open(product / "judge")
+    kinds = {
+        kind: [text_to_image(pipeline, judge, kind, count, seed) for seed in range(seeds)] for kind in KINDS
+    }
+    measured = {
+        "count": count, "seeds": seeds, "steps": STEPS, "guidance": GUIDANCE,
+        "judge": accuracy(judge, world, count=2048),
+        "autoencoder": {
+            "psnr": round(autoencoder.psnr(pipeline.vae, world, "cpu", 256), 2),
+            "chroma error": chroma_error(pipeline, world),
+        },
+        "millions": {
+            part: round(sum(p.numel() for p in getattr(pipeline, part).parameters()) / 1e6, 3)
+            for part in ("vae", "text_encoder", "unet")
+        },
+        "training": json.loads((product / "model" / "training.json").read_text())["training"],
+        "text to image": {kind: _mean(runs) for kind, runs in kinds.items()},
+    }  # fmt: skip
+    (product / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
+    grid(pipeline, product / "samples.png")
+    card.write(product, measured)
+
+
+def _mean(runs: list[dict]) -> dict:
+    """The mean over seeds of every number, nested or not."""
+    first = runs[0]
+    return {
+        name: _mean([run[name] for run in runs if name in run]) if isinstance(value, dict)
+        else round(float(np.mean([run[name] for run in runs if name in run])), 4)
+        for name, value in first.items()
+    }  # fmt: skip

@@ -1,0 +1,146 @@
+"""What the trainings of the recipe share: processes, a clock that pauses are not counted on, states that survive."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tools.miniature.muon import Pair
+from tools.miniature.world import Scene, World
+from torch import Tensor, nn
+
+ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
+"""Keep freed memory, in large pages: a quarter more pictures a second on a CPU. Read when a process starts."""
+LONGEST_STEP = 20.0
+"""Seconds; what a step takes beyond this was a pause and is not work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a training runs: where its state lives, on what, how long (`minutes` of work), and from which seed."""
+
+    build: Path
+    minutes: float
+    batch: int
+    rate: float
+    device: str = "cpu"
+    processes: int = 1
+    seed: int = 0
+    save_every: float = 120.0
+    """Seconds between two states on disk."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds of work so far, out of a budget."""
+
+    budget: float
+    worked: float = 0.0
+    _last: float = field(default_factory=time.monotonic)
+
+    def tick(self) -> float:
+        """Count the time since the last tick, pauses left out; return the share of the budget that is spent."""
+        now = time.monotonic()
+        self.worked += min(now - self._last, LONGEST_STEP)
+        self._last = now
+        return self.worked / self.budget
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def in_processes(work: Callable[[Settings], None], settings: Settings) -> None:
+    """Run `work` in as many processes as the settings say, each with one thread; they share gradients."""
+    if settings.processes == 1:
+        work(settings)
+        return
+    meeting = settings.build / f"meeting-{os.getpid()}"
+    (settings.build / "pids").unlink(missing_ok=True)
+    os.environ.setdefault("GLIBC_TUNABLES", ALLOCATOR)
+    torch.multiprocessing.spawn(_join, (work, settings, meeting), nprocs=settings.processes)
+    meeting.unlink(missing_ok=True)
+
+
+def _join(number: int, work: Callable[[Settings], None], settings: Settings, meeting: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", f"file://{meeting.resolve()}", timeout=timedelta(hours=12), rank=number, world_size=settings.processes
+    )
+    with (settings.build / "pids").open("a") as pids:
+        pids.write(f"{os.getpid()}\n")
+    work(settings)
+    dist.destroy_process_group()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], *scalars: float) -> list[float]:
+    """Make gradients, and the given scalars, the mean over all processes; return the scalars."""
+    if world_size() == 1:
+        return list(scalars)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor(scalars, dtype=torch.float32)])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    start = 0
+    for g in gradients:
+        g.copy_(flat[start : start + g.numel()].view_as(g))
+        start += g.numel()
+    return flat[start:].tolist()
+
+
+def set_rate(optimizer: Pair, highest: float, progress: float, warm: float = 0.02) -> None:
+    """Linear warm-up, then a cosine that ends at a hundredth."""
+    scale = min(progress / warm, 1.0) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    for group in optimizer.param_groups:
+        group["lr"] = highest * scale
+
+
+def save(state: dict[str, Any], file: Path) -> None:
+    """Write a state so that a reader never sees half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, file.with_suffix(".part"))
+    os.replace(file.with_suffix(".part"), file)
+
+
+def load(file: Path) -> dict[str, Any] | None:
+    return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+
+
+def pictures(world: World, scenes: Iterable[Scene], device: str = "cpu") -> Tensor:
+    """The scenes drawn, as `N 3 64 64` in -1..1."""
+    drawn = np.stack([world.draw(scene) for scene in scenes])
+    return torch.from_numpy(drawn).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def generator(*parts: object) -> random.Random:
+    """Randomness that depends only on what is named: a training that resumes draws what it would have drawn."""
+    return random.Random(" ".join(map(str, parts)))
+
+
+class Log:
+    """Lines in a file and on the terminal, from the first process only."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __call__(self, line: str) -> None:
+        if rank() == 0:
+            stamped = f"{time.strftime('%H:%M:%S', time.gmtime())} {line}"
+            print(stamped, flush=True)
+            with self.file.open("a") as log:
+                log.write(stamped + "\n")
