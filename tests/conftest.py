@@ -70,11 +70,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base_folder(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture
-def clip(tmp_path: Path) -> Path:
-    """Six frames of a square that moves to the right."""
+def moving_square(path: Path) -> Path:
+    """A clip of six frames, in which a square moves to the right."""
     frames = np.full((6, 32, 32, 3), 200, np.uint8)
     for t in range(6):
         frames[t, 10:18, 2 + 4 * t : 10 + 4 * t] = (200, 30, 30)
-    write(Video(frames, 8.0), tmp_path / "square.mp4")
-    return tmp_path / "square.mp4"
+    write(Video(frames, 8.0), path)
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return moving_square(tmp_path / "square.mp4")

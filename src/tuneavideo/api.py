@@ -147,11 +147,13 @@ def inverting(settings: EditSettings) -> Job:
     yield from jobs.invert(settings)
 
 
-def demoing(out: str | Path | None = None) -> Job:
+def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
     """Tune the bundled miniature on its first clip, edit it four times, and draw `edits.png` of source and edits."""
     clip = miniature.clips()[0]
     prompts = [each["prompt"] for each in clip["edits"]]
     stated = {"video": str(clip["path"]), "prompt": clip["caption"], "edit": prompts, "stride": 2}
+    if quick:
+        stated |= {"max_train_steps": 5, "num_inference_steps": 5, "num_inv_steps": 5}
     edits: list[Path] = []
     run = None
     for each in tuning(tune_settings(stated), out=out):

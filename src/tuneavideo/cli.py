@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import signal
 import sys
@@ -43,8 +44,10 @@ def demo(argv: Sequence[str]) -> None:
     """Tune the bundled miniature model on a bundled clip and make four edits."""
     from tuneavideo import api
 
-    options = _options("demo", demo.__doc__, argv, out=("PATH", "run folder to make"))
-    done = _Show(options.json).run(api.demoing(out=options.out))
+    options = _options(
+        "demo", demo.__doc__, argv, out="run folder to make", quick="a few steps only, to see that it runs"
+    )
+    done = _Show(options.json).run(api.demoing(out=options.out, quick=options.quick))
     _report(options.json, done, picture=str(Path(done["run"]) / "edits.png"))
 
 
@@ -151,7 +154,10 @@ class _Show:
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        return Bar(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), disable=self.quiet)
+        console = Console(stderr=True)
+        return Bar(
+            *columns, TextColumn("{task.fields[note]}"), console=console, disable=self.quiet or not console.is_terminal
+        )
 
     def _show(self, bar: Any, each: Progress) -> None:
         """One bar per stage and prompt."""
@@ -160,6 +166,12 @@ class _Show:
             if getattr(self, "_at", None) != name:
                 self._at, self._task = name, bar.add_task(each.stage, total=each.total, note=each.about)
             bar.update(self._task, completed=each.number, note=_told(each))
+            if bar.disable and each.number * 10 // each.total > (each.number - 1) * 10 // each.total:
+                self._say(bar, f"{each.stage} {each.number}/{each.total} {_told(each)}")
+
+    def _say(self, bar: Any, line: str) -> None:
+        if not self.quiet:
+            bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _note(self, bar: Any, each: Progress) -> None:
         if each.step:
@@ -170,8 +182,7 @@ class _Show:
             self.done["run"] = str(each.path)
         else:
             self.done["edits" if each.stage == "edit" else "files"].append(str(each.path))
-        if not self.quiet:
-            bar.console.print(f"{_MADE[each.stage]}: {each.path}", markup=False, highlight=False, soft_wrap=True)
+        self._say(bar, f"{_MADE[each.stage]}: {each.path}")
 
 
 _MADE = {
@@ -228,11 +239,14 @@ def _help() -> str:
     )
 
 
-def _options(name: str, about: str | None, argv: Sequence[str], **more: tuple[str, str]) -> argparse.Namespace:
-    """Parse a command that has no settings."""
+def _options(name: str, about: str | None, argv: Sequence[str], **more: str) -> argparse.Namespace:
+    """Parse a command that has no settings; `more` options and their meanings, all flags but `out`."""
     parser = argparse.ArgumentParser(f"tuneavideo {name}", description=about)
-    for option, (metavar, meaning) in more.items():
-        parser.add_argument(f"--{option}", metavar=metavar, help=meaning)
+    for option, meaning in more.items():
+        if option == "out":
+            parser.add_argument("--out", metavar="PATH", help=meaning)
+        else:
+            parser.add_argument(f"--{option}", action="store_true", help=meaning)
     parser.add_argument("--json", action="store_true", help="print the result for machines")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
@@ -314,5 +328,6 @@ def _hush() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()

@@ -228,6 +228,7 @@ def _relabelled(work: Generator[Progress, None, Video], stage: str) -> Generator
 def _accelerator(settings: TuneSettings) -> Accelerator:
     AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first job otherwise
     options: dict[str, Any] = {"log_with": settings.report_to} if settings.report_to else {}
+    options["cpu"] = not torch.accelerator.is_available()  # several processes without a GPU find each other only so
     try:
         return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
     except (ImportError, ValueError) as error:

@@ -1,0 +1,212 @@
+"""The main job as users run it: on a small real base, from the command line and from Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import base_folder, moving_square
+from tuneavideo import api, cli
+from tuneavideo.errors import SettingsError, VideoError
+from tuneavideo.runs import RunFolder
+from tuneavideo.video import read
+
+BRIEF = {"num_frames": 3, "max_train_steps": 4, "learning_rate": 1e-2, "num_inference_steps": 3, "num_inv_steps": 3,
+         "gradient_checkpointing": False, "guidance_scale": 3.0}  # fmt: skip
+FLAGS = [
+    word for name, value in BRIEF.items() if value is not False for word in (f"--{name.replace('_', '-')}", str(value))
+]
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with previews and one edit."""
+    clip = tmp_path_factory.mktemp("clip") / "square.mp4"
+    moving_square(clip)
+    out = tmp_path_factory.mktemp("runs") / "square"
+    return api.tune(
+        clip, "a red square moves", edit=["a blue circle moves"], base=str(base), out=out, stride=2,
+        validation_steps=2, formats=("mp4", "gif", "frames"), **BRIEF,
+    )  # fmt: skip
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = load_file(a / "adapter/adapter.safetensors"), load_file(b / "adapter/adapter.safetensors")
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_run_folder_holds_all_of_a_run_and_nothing_to_resume(run: Path) -> None:
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    edit = "edits/000-a-blue-circle-moves"
+    assert files >= {
+        "settings.yaml", "source.mp4", "steps.jsonl", "README.md", "adapter/adapter.safetensors",
+        "adapter/adapter_config.json", f"{edit}/edit.mp4", f"{edit}/edit.gif", f"{edit}/frames/00002.png",
+        f"{edit}/side-by-side.mp4", f"{edit}/edit.json", "samples/000000-a-blue-circle-moves.mp4",
+        "samples/000002-a-blue-circle-moves.mp4", "samples/000004-a-blue-circle-moves.mp4",
+    }  # fmt: skip
+    assert not any(".part" in name or "checkpoints" in name for name in files)
+
+
+def test_an_edit_has_the_frames_size_and_rate_of_the_source(run: Path) -> None:
+    edited, source = read(run / "edits/000-a-blue-circle-moves/edit.mp4"), read(run / "source.mp4")
+    assert edited.frames_THWC.shape == source.frames_THWC.shape == (3, 16, 16, 3)
+    assert edited.fps == pytest.approx(4.0) and source.fps == pytest.approx(4.0)
+
+
+def test_every_step_is_logged(run: Path) -> None:
+    steps = RunFolder.open(run).steps()
+    assert [step["number"] for step in steps] == [1, 2, 3, 4]
+    assert all(set(step) == {"number", "loss", "learning_rate", "seconds", "memory"} for step in steps)
+
+
+def test_an_edit_made_later_is_the_edit_made_at_once(run: Path) -> None:
+    (folder,) = api.edit(run, ["a blue circle moves"])
+    later, before = read(folder / "frames"), read(run / "edits/000-a-blue-circle-moves/frames")
+    assert (later.frames_THWC == before.frames_THWC).all()
+
+
+def test_the_rate_of_an_edit_can_be_set(run: Path) -> None:
+    (folder,) = api.edit(run, ["a blue circle moves"], fps=6.0, num_inference_steps=1, num_inv_steps=1)
+    assert read(folder / "edit.mp4").fps == pytest.approx(6.0)
+
+
+def test_prompts_and_seeds_share_one_inversion(run: Path, capsys: pytest.CaptureFixture) -> None:
+    kept = set((run / "inversion").iterdir())
+    seen = []
+    edits = api.edit(run, ["a red circle", "not a square"], seeds=(1, 2), fresh_noise=0.5, progress=seen.append)
+    assert len(edits) == 4 and set((run / "inversion").iterdir()) == kept
+    assert not any(each.stage == "invert" for each in seen)
+    frames = [read(edit / "edit.mp4").frames_THWC.astype(int) for edit in edits]
+    assert all(abs(frames[i] - frames[j]).max() > 0 for i in range(4) for j in range(i))
+
+
+def test_inversion_is_kept_for_edits(run: Path) -> None:
+    file = api.invert(run, strength=0.6)
+    latents = load_file(file)["latents"]
+    assert latents.shape == (1, 4, 3, 8, 8) and file.parent == run / "inversion"
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_run_closed_early_is_resumed_to_the_adapter_of_an_unbroken_one(
+    stop: int, run: Path, base: Path, tmp_path: Path
+) -> None:
+    own = RunFolder.open(run).read_settings()
+    job = api.tuning(own.model_copy(update={"edit": (), "validation_steps": None}), out=tmp_path / "broken")
+    for each in job:
+        if each.step and each.step.number == stop:
+            job.close()
+            break
+    assert not (tmp_path / "broken/adapter").exists()
+    assert api.resume(tmp_path / "broken") == tmp_path / "broken"
+    assert same(run, tmp_path / "broken")
+    assert [step["number"] for step in RunFolder.open(tmp_path / "broken").steps()] == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_keeps_its_settings(run: Path) -> None:
+    with pytest.raises(SettingsError, match="learning_rate cannot change when a run is resumed; it is 0.01"):
+        api.resume(run, learning_rate=1.0)
+
+
+def test_velocity_models_are_tuned_and_edited(tmp_path: Path, clip: Path) -> None:
+    base = base_folder(tmp_path / "velocity", "v_prediction")
+    made = api.tune(clip, "a square", edit=["a circle"], base=str(base), out=tmp_path / "run", sampler="dpm++", **BRIEF)
+    assert (made / "edits/000-a-circle/edit.mp4").is_file()
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_half_precision_runs_through(precision: str, base: Path, clip: Path, tmp_path: Path) -> None:
+    made = api.tune(clip, "a square", edit=["a circle"], base=str(base), out=tmp_path / "run",
+                    mixed_precision=precision, **BRIEF)  # fmt: skip
+    assert (made / "edits/000-a-circle/edit.mp4").is_file()
+
+
+def test_frames_that_are_not_there_are_not_made_up(base: Path, clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="has 6 frames; 24 frames, every 1 from 0, need 24"):
+        api.tune(clip, "a square", base=str(base), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_size_the_base_does_not_take_names_the_nearest(base: Path, clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="width 33, height 16: this base takes multiples of 2; nearest is 32 x 16"):
+        api.tune(clip, "a square", base=str(base), out=tmp_path / "run", width=33, height=16, **BRIEF)
+
+
+def test_the_command_line_tunes_edits_and_inverts(
+    base: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), *FLAGS, "--edit", "a circle",
+              "--edit", "a square on the snow", "--no-gradient-checkpointing", "--json"])  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+    assert told["run"] == "runs/square-1" and len(told["edits"]) == 2 and told["steps"] == 4
+    cli.main(["edit", "runs/square-1", "--prompt", "a circle jumps", "--strength", "0.7", "--json"])
+    (edit,) = json.loads(capsys.readouterr().out)["edits"]
+    assert json.loads(Path(edit, "edit.json").read_text())["strength"] == 0.7
+    cli.main(["invert", "runs/square-1", "--json"])
+    assert Path(json.loads(capsys.readouterr().out)["files"][0]).is_file()
+
+
+def test_flags_go_before_the_yaml_file(base: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = tmp_path / "run.yaml"
+    values = BRIEF | {"video": str(clip), "prompt": "a square", "base": str(base), "edit": ["a circle"]}
+    config.write_text(json.dumps(values))
+    cli.main(["tune", "--config", str(config), "--max-train-steps", "2", "--edit", "a red circle", "--json",
+              "--out", str(tmp_path / "run")])  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+    assert told["steps"] == 2 and [Path(edit).name for edit in told["edits"]] == ["000-a-red-circle"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tun"], "unknown command 'tun'; did you mean 'tune'?"),
+        (["edit", "nowhere", "--prompt", "x"], "nowhere is no run folder"),
+        (["tune", "no.mp4", "--prompt", "a square", "--base", "sd1.5"], "hf download stable-diffusion-v1-5/"),
+        (["tune", "--resume", "nowhere"], "nowhere is no run folder"),
+        (["tune", "a.mp4", "--prompt", ""], "prompt is empty"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], told: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert told in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+def test_a_misspelt_flag_is_answered_with_the_right_one(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["tune", "a.mp4", "--prompt", "x", "--learning-rat", "1"])
+    assert stopped.value.code == 2 and "--learning-rate" in capsys.readouterr().err
+
+
+def test_help_and_importing_do_not_import_torch() -> None:
+    code = "import sys, tuneavideo, tuneavideo.api, tuneavideo.cli as c\ntry: c.main(['tune', '--help'])\n" \
+           "except SystemExit: pass\nassert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_two_processes_tune_together(base: Path, clip: Path, tmp_path: Path) -> None:
+    """Each draws its own noise; the gradients agree, so both end at one adapter, which one process writes."""
+    script = Path(sys.executable).with_name("accelerate")
+    launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    words = [*launch.split(), "--main_process_port", "0", "-m", "tuneavideo", "tune", str(clip)]
+    words += ["--prompt", "a square", "--base", str(base), "--out", str(tmp_path / "run"), *FLAGS]
+    words += ["--no-gradient-checkpointing", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([str(script), *words], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(told) == 1 and json.loads(told[0])["steps"] == 4
+    steps = RunFolder.open(tmp_path / "run").steps()
+    assert [step["number"] for step in steps] == [1, 2, 3, 4]
+    alone = api.tune(clip, "a square", base=str(base), out=tmp_path / "alone", **BRIEF)
+    assert not same(alone, tmp_path / "run")
+    assert [step["loss"] for step in RunFolder.open(alone).steps()] != [step["loss"] for step in steps]

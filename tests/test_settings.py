@@ -1,0 +1,96 @@
+"""What is true of settings: one precedence, one line per mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tuneavideo.bases import BASES
+from tuneavideo.errors import SettingsError
+from tuneavideo.settings import PRESETS, TuneSettings, as_yaml, checked, layers, read_yaml
+
+NEEDED = {"video": "clip.mp4", "prompt": "a man is skiing"}
+
+
+def made(flags: dict | None = None, yaml: dict | None = None) -> TuneSettings:
+    return checked(TuneSettings, layers({**NEEDED, **(flags or {})}, yaml or {}))
+
+
+def test_flag_beats_yaml_beats_preset_beats_base_beats_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "official", {"learning_rate": 3.0})
+    assert TuneSettings(**NEEDED).learning_rate == 3e-5
+    assert made({"base": "sd1.5"}).learning_rate == 3e-5
+    assert made().learning_rate == BASES["miniature"].settings["learning_rate"]
+    assert made({"preset": "official"}).learning_rate == 3.0
+    assert made({}, {"preset": "official", "learning_rate": 4.0}).learning_rate == 4.0
+    assert made({"learning_rate": 5.0}, {"preset": "official", "learning_rate": 4.0}).learning_rate == 5.0
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_base_goes_with_every_preset(base: str, preset: str) -> None:
+    settings = made({"base": base, "preset": preset})
+    own = BASES[base].settings
+    assert settings.learning_rate == own.get("learning_rate", 3e-5)
+    assert settings.resolution == own["resolution"]
+
+
+def test_official_is_the_arithmetic_of_the_published_code() -> None:
+    settings = made({"base": "sd1.4", "preset": "official"})
+    assert (settings.learning_rate, settings.max_train_steps, settings.num_frames) == (3e-5, 500, 24)
+    assert (settings.adam_beta1, settings.adam_beta2, settings.adam_weight_decay, settings.adam_epsilon) == (
+        0.9, 0.999, 1e-2, 1e-8,
+    )  # fmt: skip
+    assert (settings.guidance_scale, settings.num_inference_steps, settings.num_inv_steps) == (12.5, 50, 50)
+    assert (settings.sampler, settings.timestep_spacing, settings.fit) == ("ddim", "leading", "stretch")
+    assert settings.inflation == (("first", "previous"), True, "official")
+    assert settings.frozen_modules == ("down_blocks",)
+
+
+def test_settings_written_as_yaml_read_back_the_same(tmp_path: Path) -> None:
+    settings = made({"edit": ("ein Bär tanzt", "a: b # c"), "seeds": (1, 2), "fresh_noise": 0.3})
+    (tmp_path / "s.yaml").write_text(as_yaml(settings), encoding="utf-8")
+    assert checked(TuneSettings, read_yaml(tmp_path / "s.yaml", TuneSettings)) == settings
+
+
+def test_yaml_may_write_a_rate_as_people_do(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("learning_rate: 3e-5\nseeds: [7]\n")
+    settings = made({}, read_yaml(tmp_path / "s.yaml", TuneSettings))
+    assert settings.learning_rate == 3e-5 and settings.seeds == (7,)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("learning_rat: 1", "s.yaml: unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ("- a\n- b", "s.yaml: expected lines like 'learning_rate: 3e-5'; found list"),
+        ("a: [", "s.yaml: cannot be read as YAML"),
+        ("", "s.yaml: expected lines like 'learning_rate: 3e-5'; found NoneType"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_used_names_file_and_key(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(SettingsError) as error:
+        read_yaml(tmp_path / "s.yaml", TuneSettings)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"max_train_steps": 0}, "max_train_steps: input should be greater than 0; found 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: input should be a finite number"),
+        ({"strength": 1.5}, "strength: input should be less than or equal to 1; found 1.5"),
+        ({"sampler": "ddmi"}, "sampler: input should be 'ddim', "),
+        ({"preset": "oficial"}, "unknown preset 'oficial'; did you mean 'official'?"),
+        ({"prompt": " "}, "prompt is empty; say in words what the clip shows"),
+        ({"width": 64}, "width and height go together"),
+        ({"seeds": (1, 2)}, "2 seeds would give the same edit 2 times: set fresh_noise"),
+        ({"steps": 3}, "unknown setting 'steps'; did you mean 'seeds'?"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_says_what_to_do(stated: dict, told: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        made(stated)
+    assert told in str(error.value) and "\n" not in str(error.value)
