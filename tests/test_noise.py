@@ -131,6 +131,11 @@ def test_more_steps_than_the_model_knows_are_refused() -> None:
         levels().sampler("ddim", 1001)
 
 
+def test_levels_are_those_of_the_scheduler_however_it_was_made() -> None:
+    for scheduler in (DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear"), DDIMScheduler(500, beta_end=0.01)):
+        assert torch.equal(Levels.of(scheduler).alphas, scheduler.alphas_cumprod)
+
+
 def test_models_that_predict_something_else_are_refused() -> None:
     with pytest.raises(SettingsError, match="'sample'"):
         levels(prediction_type="sample")

@@ -61,7 +61,7 @@ def test_checkpointing_gives_every_tuned_tensor_the_gradient_it_has_without() ->
     for checkpointing in (False, True):
         work = tuning(gradient_checkpointing=checkpointing, max_grad_norm=1e9)
         list(itertools.islice(work, 2))
-        work.loss(*work._draw(0)).backward()
+        work.loss(*work.draw(0)).backward()
         gradients[checkpointing] = {name: parameter.grad for name, parameter in work.parameters.items()}
     for name, gradient in gradients[False].items():
         assert gradient.abs().max() > 0, name
@@ -104,7 +104,7 @@ def test_seeds_decide_and_differ() -> None:
 
 
 def test_every_clip_of_a_batch_has_its_own_noise_and_timestep() -> None:
-    clean, noise, t = tuning(train_batch_size=3)._draw(0)
+    clean, noise, t = tuning(train_batch_size=3).draw(0)
     assert clean.shape == noise.shape == (3, 4, 3, 8, 8)
     assert len(set(t.tolist())) == 3 and not torch.equal(noise[0], noise[1]) and not torch.equal(clean[0], clean[1])
 
@@ -112,7 +112,7 @@ def test_every_clip_of_a_batch_has_its_own_noise_and_timestep() -> None:
 def test_accumulated_batches_are_averaged() -> None:
     work = tuning(gradient_accumulation_steps=2, optimizer="torch.optim.SGD", max_grad_norm=1e9)
     before = {name: parameter.detach().clone() for name, parameter in work.parameters.items()}
-    draws = [work._draw(batch) for batch in range(2)]
+    draws = [work.draw(batch) for batch in range(2)]
     mean = sum(work.loss(*draw) for draw in draws) / 2
     expected = dict(zip(before, torch.autograd.grad(mean, list(work.parameters.values())), strict=True))  # pyright: ignore
     next(iter(work))

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tuneavideo.errors import VideoError
+from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.video import (
     Video,
     area_size,
-    contact_sheet,
     read,
-    side_by_side,
     write,
     write_frames,
     write_image,

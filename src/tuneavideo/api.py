@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneavideo import miniature, video
+from tuneavideo import miniature, montage, video
 from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
 from tuneavideo.progress import Job, Progress
@@ -162,7 +162,7 @@ def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
         edits += [each.path] if each.stage == "edit" and each.path else []
     if run is not None:
         rows = [video.read(RunFolder(run).source), *(video.read(edit / "edit.mp4") for edit in edits)]
-        video.write_image(video.contact_sheet(rows, [clip["caption"], *prompts]), run / "edits.png")
+        video.write_image(montage.contact_sheet(rows, [clip["caption"], *prompts]), run / "edits.png")
         yield Progress("picture", path=run / "edits.png")
 
 

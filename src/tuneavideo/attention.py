@@ -7,7 +7,7 @@ many frames the batch of images holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,18 +32,21 @@ class Clip:
     references: tuple[str, ...] = ("first", "previous")
 
 
+# Frames that a frame may refer to: from the tokens of all frames, B T L C, to those seen by each.
+REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "first": lambda x_BTLC: x_BTLC[:, :1].expand_as(x_BTLC),
+    "previous": lambda x_BTLC: torch.cat([x_BTLC[:, :1], x_BTLC[:, :-1]], dim=1),
+    "own": lambda x_BTLC: x_BTLC,
+}
+
+
 def referred(x_NLC: Tensor, frames: int, references: Sequence[str]) -> Tensor:
     """For every frame, the tokens of the frames it refers to, one after the other: `N L C` to `N M C`.
 
-    `references` names them: `first`, `previous` (frame max(t-1, 0)) or `own`. Tune-A-Video, eq. 4: first and previous.
+    Tune-A-Video, eq. 4: the first frame and the one before (frame max(t-1, 0)).
     """
-    index = {
-        "first": [0] * frames,
-        "previous": [max(t - 1, 0) for t in range(frames)],
-        "own": list(range(frames)),
-    }
     x_BTLC = rearrange(x_NLC, "(b t) l c -> b t l c", t=frames)
-    x_BTMC = torch.cat([x_BTLC[:, index[name]] for name in references], dim=2)
+    x_BTMC = torch.cat([REFERENCES[name](x_BTLC) for name in references], dim=2)
     return rearrange(x_BTMC, "b t m c -> (b t) m c")
 
 

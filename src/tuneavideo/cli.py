@@ -22,8 +22,8 @@ from tuneavideo.progress import Job, Progress
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake is one line and exit code 2, an interrupted job exit code 130."""
-    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""][:1] + list(sys.argv[2:] if argv is None else argv[1:])
-    if name in ("", "-h", "--help"):
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
         print(_help())
     elif name == "--version":
         print(__version__)

@@ -21,6 +21,7 @@ from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
 from tuneavideo.errors import MissingExtra, RunError, SettingsError
 from tuneavideo.inflate import VideoUNet, inflate, video_unet
+from tuneavideo.montage import side_by_side
 from tuneavideo.noise import Levels, Sampler
 from tuneavideo.progress import Job, Progress, Step
 from tuneavideo.runs import RunFolder, write_text
@@ -213,7 +214,7 @@ def _previewed(keeper: _Keeper, studio: _Studio) -> Job:
         for_preview = studio.edited(prompt, settings, settings.seeds[0])
         video = yield from _relabelled(for_preview, "preview")
         path = keeper.run.sample(tuning.number, prompt)
-        videos.write(videos.side_by_side([studio.source, video], labels=[settings.prompt, prompt]), path)
+        videos.write(side_by_side([studio.source, video], labels=[settings.prompt, prompt]), path)
         yield Progress("preview", path=path, about=prompt)
 
 
@@ -306,7 +307,7 @@ def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int,
         videos.write(video, folder / ("frames" if kind == "frames" else f"edit.{kind}"))
     source = dataclasses.replace(studio.source, fps=video.fps)
     labels = [studio.run.read_settings().prompt, prompt]
-    videos.write(videos.side_by_side([source, video], labels=labels), folder / "side-by-side.mp4")
+    videos.write(side_by_side([source, video], labels=labels), folder / "side-by-side.mp4")
     made = settings.model_dump(mode="json", exclude={"prompt", "seeds", "run"})
     write_text(folder / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made, indent=1))
     return folder

@@ -65,7 +65,8 @@ class Levels:
     @classmethod
     def of(cls, scheduler: Any) -> Levels:
         """Read the levels of any diffusers scheduler that has betas. Raises SettingsError for other kinds."""
-        config = dict(scheduler.config)
+        # diffusers would drop what was passed by position and happens to be listed as a default
+        config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
         kind = config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction") or "beta_schedule" not in config:
             raise SettingsError(

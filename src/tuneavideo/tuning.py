@@ -139,7 +139,7 @@ class Tuning:
         """Loss and gradients of one batch; the last batch of a step also moves the weights."""
         last = batch + 1 == self.settings.gradient_accumulation_steps
         with nullcontext() if last else self.accelerator.no_sync(self.video.unet):
-            loss = self.loss(*self._draw(batch))
+            loss = self.loss(*self.draw(batch))
             self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
         if last:
             self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
@@ -147,7 +147,7 @@ class Tuning:
             self.optimizer.zero_grad()
         return loss.detach()
 
-    def _draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents from the posterior, noise of every frame, and one timestep a clip."""
         place = (self.settings.seed, self.accelerator.process_index, self.number, batch)
         generator = torch.Generator().manual_seed(

@@ -1,4 +1,4 @@
-"""Clips: read, sample, fit, write, side by side. The only file that knows PyAV.
+"""Clips: read, sample, fit, write. The only file that knows PyAV.
 
 Axes: T frames, H rows, W columns, C = 3 channels (red, green, blue); pixels are uint8, 0..255.
 """
@@ -7,8 +7,7 @@ import math
 import os
 import re
 import shutil
-import textwrap
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,16 +21,13 @@ import av.filter
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 
 from tuneavideo.errors import VideoError
 
 Fit = Literal["crop", "stretch"]
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 READABLE = "mp4, mov, webm, mkv, avi, gif, webp or a folder of pictures"
-LEGIBLE = 192  # rows a column needs before a caption below it can be read
-GAP = 8  # pixels of paper between clips
-PAPER = 255
 FASTEST_GIF = 50  # frames a second: browsers slow down what claims to be faster
 
 
@@ -74,7 +70,8 @@ class Video:
         left, top = (self.width - width) / 2, (self.height - height) / 2
         return left, top, left + width, top + height
 
-    def _at_height(self, height: int) -> "Video":
+    def at_height(self, height: int) -> "Video":
+        """The whole clip, undistorted, at another height in pixels."""
         return self.fit(max(1, round(self.width * height / self.height)), height, "stretch")
 
 
@@ -354,63 +351,3 @@ FORMATS = {
     ".webm": _Format("libvpx-vp9", _in_yuv, {"crf": "24", "b": "0", "cpu-used": "4"}, {}),
     ".gif": _Format("gif", _in_palette, {}, {"loop": "0"}),
 }
-
-
-# Side by side
-
-
-def side_by_side(videos: Sequence[Video], *, labels: Sequence[str] | None = None) -> Video:
-    """Clips left to right at the height of the tallest, each above its label, at the rate of the first.
-
-    A clip that ends early holds its last frame. Clips of less than 192 rows are enlarged a whole number of
-    times, so that labels can be read.
-    """
-    tallest = max(video.height for video in videos)
-    height = tallest * math.ceil(LEGIBLE / tallest)
-    columns = [video._at_height(height) for video in videos]
-    size = height // 16 + 4
-    named = [] if labels is None else zip(labels, columns, strict=True)
-    below = [_caption(label, clip.width, size) for label, clip in named]
-    frames = []
-    for t in range(max(clip.frames for clip in columns)):
-        row = _beside([clip.frames_THWC[min(t, clip.frames - 1)] for clip in columns])
-        frames.append(np.concatenate([row, _beside(below)]) if below else row)
-    return Video(np.stack(frames), videos[0].fps)
-
-
-def contact_sheet(videos: Sequence[Video], labels: Sequence[str], columns: int = 8) -> np.ndarray:
-    """One picture, H W C: for each clip its label above a row of `columns` frames, evenly spaced in time.
-
-    Frames are 192 rows high; clips with fewer frames than columns repeat some.
-    """
-    strips = []
-    for video, label in zip(videos, labels, strict=True):
-        chosen = np.linspace(0, video.frames - 1, columns).round().astype(int)
-        strip = _beside(Video(video.frames_THWC[chosen], video.fps)._at_height(LEGIBLE).frames_THWC)
-        strips += [_caption(label, strip.shape[1], size=16), strip]
-    width = max(strip.shape[1] for strip in strips)
-    return np.concatenate([_papered(strip, strip.shape[0], width) for strip in strips])
-
-
-def _beside(images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-    """Pictures H W C left to right, tops aligned, paper between them."""
-    height = max(image.shape[0] for image in images)
-    spaced = [_papered(image, height, image.shape[1] + GAP) for image in images]
-    return np.concatenate(spaced, axis=1)[:, :-GAP]
-
-
-def _papered(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture in the top left corner of a sheet of paper."""
-    more = ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0))
-    return np.pad(image, more, constant_values=PAPER)
-
-
-def _caption(text: str, width: int, size: int) -> np.ndarray:
-    """A band of text, H W C, in at most three lines; what is longer ends in "…"."""
-    font = ImageFont.load_default(size)
-    characters = 0.95 * width * len(text) / max(1, font.getlength(text.replace("\n", " ")))
-    lines = textwrap.wrap(text, max(4, int(characters)), max_lines=3, placeholder="…")
-    image = Image.new("RGB", (width, size * 4 * max(1, len(lines)) // 3 + size // 2), (PAPER,) * 3)
-    for number, line in enumerate(lines):
-        ImageDraw.Draw(image).text((0, size // 4 + size * 4 * number // 3), line, fill="black", font=font)
-    return np.asarray(image)

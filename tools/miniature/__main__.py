@@ -40,18 +40,22 @@ STAGES = {
     "clips": Stage(lambda settings, _: clips.draw(World.open(settings.build), PRODUCT / "clips")),
     "autoencoder": Stage(_in_processes(autoencoder.train), (12.5, 4, 3e-3), (4, 32, 4e-3)),
     "latents": Stage(_latents),
-    "diffusion": Stage(_diffusion, (100, 24, 2e-3), (11, 512, 3e-3)),
+    "diffusion": Stage(_diffusion, (100, 36, 2e-3), (11, 512, 3e-3)),
     "decoder": Stage(_in_processes(autoencoder.tune_decoder), (4, 4, 1e-3), (2, 32, 1e-3)),
     "judge": Stage(lambda settings, _: judge.train(settings), (6, 64, 2e-3), (2, 256, 3e-3)),
     "export": Stage(lambda settings, _: export.export(settings.build, PRODUCT)),
-    "measure": Stage(lambda settings, chosen: measure.measure(PRODUCT, World.open(settings.build), chosen.count, chosen.seeds)),
+    "measure": Stage(
+        lambda settings, chosen: measure.measure(PRODUCT, World.open(settings.build), chosen.count, chosen.seeds)
+    ),
 }
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.miniature", description=__doc__)
     parser.add_argument("--build", type=Path, default=Path("build/miniature"), help="where states and artwork are kept")
-    parser.add_argument("--stage", choices=STAGES, nargs="+", default=list(STAGES), help="which stages; all, if not given")
+    parser.add_argument(
+        "--stage", choices=STAGES, nargs="+", default=list(STAGES), help="which stages; all, if not given"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, help="two on a CPU, one on a GPU, if not given")
     parser.add_argument("--minutes", type=float, help="length of the training, instead of the stage's own")

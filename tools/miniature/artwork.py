@@ -100,7 +100,8 @@ def outlined(image: Image.Image) -> tuple[Image.Image, Image.Image, Image.Image]
     width = max(3, image.width // 40 * 2 + 1)
     smooth = flat.convert("RGB").filter(ImageFilter.GaussianBlur(width / 6))
     steep = [
-        np.asarray(c.filter(ImageFilter.MaxFilter(width)), np.float32) - np.asarray(c.filter(ImageFilter.MinFilter(width)))
+        np.asarray(c.filter(ImageFilter.MaxFilter(width)), np.float32)
+        - np.asarray(c.filter(ImageFilter.MinFilter(width)))
         for c in smooth.split()
     ]
     rim = np.asarray(alpha.filter(ImageFilter.MaxFilter(width)), np.float32) - np.asarray(

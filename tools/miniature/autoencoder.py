@@ -10,19 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tools.miniature.muon import Pair
-from tools.miniature.training import (
-    Clock,
-    Log,
-    Settings,
-    average_gradients,
-    generator,
-    load,
-    pictures,
-    rank,
-    save,
-    set_rate,
-    world_size,
-)  # fmt: skip
+from tools.miniature.training import Run, Settings, generator, learn, load, pictures, rank, world_size
 from tools.miniature.world import PIXELS, World, random_scene
 from torch import Tensor, nn
 
@@ -73,30 +61,18 @@ def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
 
 def train(settings: Settings) -> None:
     """Train encoder and decoder for the settings' minutes; the state is `autoencoder.pt`."""
-    file, log = settings.build / "autoencoder.pt", Log(settings.build / "autoencoder.log")
     torch.manual_seed(settings.seed)
-    vae, clock, step = new_autoencoder(), Clock(settings.minutes * 60), 0
+    vae = new_autoencoder()
     head = PatchHead(vae.config.latent_channels)
     both = nn.ModuleList([vae, head]).to(settings.device, memory_format=torch.channels_last)
-    optimizer = Pair(both, settings.rate)
-    if state := load(file):
-        both.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        clock.worked, step = state["worked"], state["step"]
-    world, progress, saved = World.open(settings.build), clock.tick(), clock.worked
-    while progress < 1:
-        set_rate(optimizer, settings.rate, progress)
-        loss = _step(both, optimizer, _batch(world, settings, step, progress), head_weight=1 - progress)
-        step += 1
-        (progress, loss) = average_gradients([], clock.tick(), loss)
-        if step % 100 == 0:
-            log(f"step {step} progress {progress:.3f} loss {loss:.4f}")
-        if clock.worked - saved > settings.save_every or progress >= 1:
-            saved = clock.worked
-            state = {"model": both.state_dict(), "optimizer": optimizer.state_dict(), "worked": saved, "step": step}
-            if rank() == 0:
-                save(state, file)
-                log(f"step {step} psnr {psnr(vae, world, settings.device):.2f} dB")
+    run, world = Run(settings, "autoencoder", Pair(both, settings.rate), model=both), World.open(settings.build)
+    for step, progress in run:
+        wanted = _batch(world, settings, step, progress)
+        posterior = vae.encode(wanted).latent_dist
+        latents = posterior.sample()
+        loss = reconstruction_loss(vae.decode(latents).sample, wanted) + KL_WEIGHT * posterior.kl().mean()
+        learn(run, loss + (1 - progress) * F.l1_loss(head(latents), wanted), both.parameters())
+    run.log(f"{psnr(vae, world, settings.device):.2f} dB")
 
 
 def _batch(world: World, settings: Settings, step: int, progress: float) -> Tensor:
@@ -116,55 +92,21 @@ def _crop(whole: Tensor, rng: random.Random) -> Tensor:
     return torch.stack([w[:, y : y + half, x : x + half] for w, (x, y) in zip(whole, corners, strict=True)])
 
 
-def _step(both: nn.ModuleList, optimizer: Pair, wanted: Tensor, head_weight: float) -> float:
-    vae, head = both
-    wanted = wanted.contiguous(memory_format=torch.channels_last)
-    posterior = vae.encode(wanted).latent_dist
-    latents = posterior.sample()
-    loss = reconstruction_loss(vae.decode(latents).sample, wanted)
-    extra = head_weight * F.l1_loss(head(latents), wanted)
-    if head_weight > 0:
-        extra = extra + KL_WEIGHT * posterior.kl().mean()
-    (loss + extra).backward()
-    average_gradients(both.parameters())
-    nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
 def tune_decoder(settings: Settings) -> None:
     """Go on with the decoder alone, the latents as they are, with noise on them as a UNet leaves it; `decoder.pt`."""
-    file, log = settings.build / "decoder.pt", Log(settings.build / "decoder.log")
-    vae, clock, step = finished(settings.build, settings.device), Clock(settings.minutes * 60), 0
+    torch.manual_seed(settings.seed)
+    vae = finished(settings.build, settings.device)
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
     decoder.to(memory_format=torch.channels_last)
-    optimizer = Pair(decoder, settings.rate)
-    if state := load(file):
-        decoder.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        clock.worked, step = state["worked"], state["step"]
-    world, progress, saved = World.open(settings.build), clock.tick(), clock.worked
-    while progress < 1:
-        set_rate(optimizer, settings.rate, progress)
+    run, world = Run(settings, "decoder", Pair(decoder, settings.rate), model=decoder), World.open(settings.build)
+    for step, _ in run:
         wanted = _batch(world, settings, step, 1.0)
         with torch.no_grad():
             latents = vae.encode(wanted).latent_dist.mode()
-            latents += torch.randn_like(latents) * torch.rand(len(latents), 1, 1, 1) * LATENT_NOISE / vae.config.scaling_factor
-        loss = reconstruction_loss(vae.decode(latents).sample, wanted)
-        loss.backward()
-        average_gradients(decoder.parameters())
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        (progress, loss) = average_gradients([], clock.tick(), loss.item())
-        step += 1
-        if clock.worked - saved > settings.save_every or progress >= 1:
-            saved = clock.worked
-            state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict(), "worked": saved, "step": step}
-            if rank() == 0:
-                save(state, file)
-                log(f"step {step} progress {progress:.3f} psnr {psnr(vae, world, settings.device):.2f} dB")
+            strength = torch.rand(len(latents), 1, 1, 1, device=latents.device) * LATENT_NOISE
+            latents += torch.randn_like(latents) * strength / vae.config.scaling_factor
+        learn(run, reconstruction_loss(vae.decode(latents).sample, wanted), decoder.parameters())
+    run.log(f"{psnr(vae, world, settings.device):.2f} dB")
 
 
 @torch.no_grad()

@@ -73,11 +73,10 @@ def _hill(rng: random.Random, level: float, swing: float) -> Callable[[float], f
 
 def _cloud(pen: Pen, rng: random.Random) -> None:
     x, y, r = rng.uniform(0.08, 0.92), rng.uniform(0.08, 0.24), rng.uniform(0.06, 0.085)
-    pen.polygon(
-        [(x + r * (2.0 if abs(math.cos(a)) > 0.5 else 1.6) * math.cos(a), y + r * math.sin(a) * (1 if math.sin(a) < 0 else 0.5))
-         for a in (k * 6.2832 / 18 for k in range(18))],
-        (250, 250, 255),
-    )  # fmt: skip
+    turns = [k * 6.2832 / 18 for k in range(18)]
+    wide = [r * (2.0 if abs(math.cos(turn)) > 0.5 else 1.6) * math.cos(turn) for turn in turns]
+    tall = [r * math.sin(turn) * (1 if math.sin(turn) < 0 else 0.5) for turn in turns]
+    pen.polygon([(x + dx, y + dy) for dx, dy in zip(wide, tall, strict=True)], (250, 250, 255))
 
 
 def grass(pen: Pen, rng: random.Random) -> None:
@@ -88,7 +87,9 @@ def grass(pen: Pen, rng: random.Random) -> None:
     pen.ground(_hill(rng, level, 0.025), _varied(rng, (85, 180, 50)))
     for _ in range(rng.randint(3, 5)):
         x, y = rng.uniform(0.03, 0.97), rng.uniform(level + 0.12, 0.97)
-        pen.polygon([(x - 0.05, y), (x - 0.03, y - 0.07), (x, y - 0.02), (x + 0.03, y - 0.07), (x + 0.05, y)], (50, 130, 35))
+        pen.polygon(
+            [(x - 0.05, y), (x - 0.03, y - 0.07), (x, y - 0.02), (x + 0.03, y - 0.07), (x + 0.05, y)], (50, 130, 35)
+        )
 
 
 def beach(pen: Pen, rng: random.Random) -> None:
@@ -147,7 +148,9 @@ def city(pen: Pen, rng: random.Random) -> None:
     road, left = rng.uniform(0.72, 0.8), rng.uniform(-0.12, 0.0)
     while left < 1:
         wide, top = rng.uniform(0.17, 0.26), rng.uniform(0.18, 0.44)
-        pen.box(left, top, left + wide, road, _varied(rng, rng.choice([(165, 105, 85), (120, 115, 125), (190, 160, 120)])))
+        pen.box(
+            left, top, left + wide, road, _varied(rng, rng.choice([(165, 105, 85), (120, 115, 125), (190, 160, 120)]))
+        )
         for column in (0.28, 0.7):
             for row in range(3):
                 x, y = left + column * wide, top + 0.08 + 0.13 * row
@@ -172,8 +175,8 @@ def room(pen: Pen, rng: random.Random) -> None:
     pen.box(-0.1, floor, 1.1, floor + 0.035, (250, 240, 235))
     middle, wide = rng.uniform(0.3, 0.7), rng.uniform(0.2, 0.3)
     low = rng.uniform(floor + 0.14, 0.94)
-    pen.polygon([(middle - wide, low), (middle - wide + 0.07, low - 0.08), (middle + wide - 0.07, low - 0.08), (middle + wide, low)],
-                (90, 60, 150))  # fmt: skip
+    left, right = middle - wide, middle + wide
+    pen.polygon([(left, low), (left + 0.07, low - 0.08), (right - 0.07, low - 0.08), (right, low)], (90, 60, 150))
 
 
 BACKGROUNDS: dict[str, Callable[[Pen, random.Random], None]] = {

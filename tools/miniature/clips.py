@@ -99,36 +99,42 @@ def _clip(name: str, seed: int, what: str, path: Callable[[float], Place], edits
         subject, background, None, None if colour == "-" else colour, motion, size=size, seed=seed,
         flip=(subject in FACING_LEFT) != (path is swim),
     )  # fmt: skip
-    return Clip(name, chosen, scene, path, other, elsewhere, style, (both, where))
+    return Clip(name, SETS[chosen], scene, path, other, elsewhere, style, (both, where))
 
 
+SETS = {"dev": "development", "report": "report"}
 FACING_LEFT = ("cat", "rabbit", "turtle", "duck", "fish", "car", "penguin")
 """Subjects that the artwork shows looking to the left."""
 
 CLIPS = (
-    _clip("dog-jumping", 11, "development - dog grass jumping", hop, "cat beach black_and_white panda snow", 30),
-    _clip("car-driving", 12, "development red car city driving", drive, "robot snow neon_style ball desert", 32),
-    _clip("rocket-flying", 13, "development - rocket night flying", rise, "star desert line_drawing balloon city", 32),
-    _clip("fish-swimming", 14, "development - fish water swimming", swim, "turtle night black_and_white duck grass", 30),
-    _clip("ball-bouncing", 15, "development blue ball beach bouncing", bounce, "frog room neon_style star snow", 26),
-    _clip("cat-running", 16, "development - cat room running", drive, "rabbit grass line_drawing dog desert", 30),
-    _clip("balloon-floating", 17, "development red balloon snow floating", sway, "butterfly desert black_and_white rocket night", 32),
-    _clip("butterfly-flying", 18, "development - butterfly grass flying", circle, "star city neon_style fish water", 28),
-    _clip("penguin-walking", 19, "development - penguin snow walking", drive, "duck grass black_and_white robot desert", 32),
-    _clip("robot-dancing", 20, "development - robot desert dancing", zigzag, "panda room neon_style dog night", 28),
-    _clip("turtle-moving", 21, "development - turtle beach moving", drive, "frog water line_drawing car desert", 30),
-    _clip("star-falling", 22, "development yellow star night falling", fall, "ball water black_and_white balloon grass", 28),
+    _clip("dog-jumping", 11, "dev - dog grass jumping", hop, "cat beach black_and_white panda snow", 30),
+    _clip("car-driving", 12, "dev red car city driving", drive, "robot snow neon_style ball desert", 32),
+    _clip("rocket-flying", 13, "dev - rocket night flying", rise, "star desert line_drawing balloon city", 32),
+    _clip("fish-swimming", 14, "dev - fish water swimming", swim, "turtle night black_and_white duck grass", 30),
+    _clip("ball-bouncing", 15, "dev blue ball beach bouncing", bounce, "frog room neon_style star snow", 26),
+    _clip("cat-running", 16, "dev - cat room running", drive, "rabbit grass line_drawing dog desert", 30),
+    _clip("balloon-floating", 17, "dev red balloon snow floating", sway,
+          "butterfly desert black_and_white rocket night", 32),
+    _clip("butterfly-flying", 18, "dev - butterfly grass flying", circle,
+          "star city neon_style fish water", 28),
+    _clip("penguin-walking", 19, "dev - penguin snow walking", drive, "duck grass black_and_white robot desert", 32),
+    _clip("robot-dancing", 20, "dev - robot desert dancing", zigzag, "panda room neon_style dog night", 28),
+    _clip("turtle-moving", 21, "dev - turtle beach moving", drive, "frog water line_drawing car desert", 30),
+    _clip("star-falling", 22, "dev yellow star night falling", fall, "ball water black_and_white balloon grass", 28),
     _clip("rabbit-jumping", 23, "report - rabbit grass jumping", hop, "frog snow black_and_white cat desert", 30),
     _clip("panda-rolling", 24, "report - panda room rolling", drive, "ball night neon_style dog beach", 28),
     _clip("duck-swimming", 25, "report - duck water swimming", swim, "fish beach line_drawing penguin snow", 30),
     _clip("frog-jumping", 26, "report - frog desert jumping", hop, "rabbit grass black_and_white turtle night", 28),
     _clip("dog-running", 27, "report - dog city running", zigzag, "cat water neon_style robot room", 30),
-    _clip("car-driving-in-the-desert", 28, "report green car desert driving", drive, "turtle grass black_and_white ball city", 32),
+    _clip("car-driving-in-the-desert", 28, "report green car desert driving", drive,
+          "turtle grass black_and_white ball city", 32),
     _clip("rocket-falling", 29, "report - rocket water falling", fall, "butterfly night line_drawing star desert", 30),
-    _clip("butterfly-floating", 30, "report purple butterfly snow floating", zigzag, "star beach neon_style balloon room", 28),
+    _clip("butterfly-floating", 30, "report purple butterfly snow floating", zigzag,
+          "star beach neon_style balloon room", 28),
     _clip("ball-rolling", 31, "report - ball grass rolling", roll, "star snow black_and_white car city", 28),
     _clip("star-flying", 32, "report red star beach flying", circle, "balloon room neon_style rocket night", 28),
-    _clip("balloon-rising", 33, "report blue balloon city floating", rise, "rocket grass black_and_white fish water", 30),
+    _clip("balloon-rising", 33, "report blue balloon city floating", rise,
+          "rocket grass black_and_white fish water", 30),
     _clip("cat-dancing", 34, "report - cat night dancing", sway, "dog beach line_drawing panda water", 30),
 )  # fmt: skip
 

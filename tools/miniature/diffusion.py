@@ -7,23 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tools.miniature import autoencoder
 from tools.miniature.muon import Pair
 from tools.miniature.text import POSITIONS, new_text_encoder, new_tokenizer
-from tools.miniature.training import (
-    Clock,
-    Log,
-    Settings,
-    average_gradients,
-    generator,
-    load,
-    pictures,
-    rank,
-    save,
-    set_rate,
-    world_size,
-)  # fmt: skip
+from tools.miniature.training import Run, Settings, generator, learn, load, pictures, rank, save, world_size
 from tools.miniature.world import PIXELS, Scene, World, random_caption, random_scene, words
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -100,6 +89,12 @@ def open_shards(settings: Settings) -> list[Shard]:
     return [Shard(shard_scenes(settings.seed, int(f.stem[-3:])), load(f)["moments"]) for f in files]
 
 
+def timestep_shares(alphas: Tensor) -> Tensor:
+    """Running share of every timestep in training, min-SNR weights: drawn more seldom instead of counted less."""
+    weight = (MIN_SNR * (1 - alphas) / alphas).clamp(max=1)
+    return weight.cumsum(0) / weight.sum()
+
+
 class Batches:
     """Noisy latents to learn from: the same for the same step, whenever it is taken."""
 
@@ -107,9 +102,10 @@ class Batches:
         self.settings, self.shards, self.scaling_factor = settings, open_shards(settings), scaling_factor
         self.tokenizer = new_tokenizer(words())
         self.alphas = new_scheduler().alphas_cumprod.to(settings.device)
+        self.shares = timestep_shares(self.alphas.cpu())
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, timesteps, tokens, the noise, and the weight of each picture's error."""
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps, tokens, and the noise."""
         rng = generator("diffusion", self.settings.seed, step, rank(), world_size())
         noise_rng = torch.Generator().manual_seed(rng.getrandbits(62))
         chosen = [(rng.choice(self.shards), rng.randrange(SHARD)) for _ in range(self.settings.batch)]
@@ -121,11 +117,10 @@ class Batches:
         noise = torch.randn(latents.shape, generator=noise_rng)
         spread = (torch.arange(len(chosen)) + torch.rand(len(chosen), generator=noise_rng)) / len(chosen)
         device = self.settings.device
-        t = (spread * len(self.alphas)).long().to(device)
+        t = torch.searchsorted(self.shares, spread).clamp(max=len(self.alphas) - 1).to(device)
         latents, noise = latents.to(device), noise.to(device)
         alpha = self.alphas[t].view(-1, 1, 1, 1)
-        weight = (MIN_SNR * (1 - alpha) / alpha).clamp(max=1).flatten()
-        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, t, self.tokens(captions).to(device), noise, weight
+        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, t, self.tokens(captions).to(device), noise
 
     def tokens(self, captions: list[str]) -> Tensor:
         return self.tokenizer(
@@ -135,7 +130,6 @@ class Batches:
 
 def train(settings: Settings, start_from: Path | None = None) -> None:
     """Train for the settings' minutes; the state, with the averaged weights under `ema`, is `diffusion.pt`."""
-    file, log = settings.build / "diffusion.pt", Log(settings.build / "diffusion.log")
     vae = autoencoder.finished(settings.build)
     torch.manual_seed(settings.seed)
     painter = Painter(vae.config.latent_channels).to(settings.device, memory_format=torch.channels_last)
@@ -143,41 +137,12 @@ def train(settings: Settings, start_from: Path | None = None) -> None:
         painter.text.load_state_dict(CLIPTextModel.from_pretrained(start_from, subfolder="text_encoder").state_dict())
         painter.unet.load_state_dict(UNet2DConditionModel.from_pretrained(start_from, subfolder="unet").state_dict())
     average = copy.deepcopy(painter).requires_grad_(False)
-    optimizer, clock, step = Pair(painter, settings.rate), Clock(settings.minutes * 60), 0
-    if state := load(file):
-        painter.load_state_dict(state["model"])
-        average.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        clock.worked, step = state["worked"], state["step"]
-    batches, progress, recent = Batches(settings, vae.config.scaling_factor), clock.tick(), []
-    saved = clock.worked
-    while progress < 1:
-        set_rate(optimizer, settings.rate, progress)
-        loss = _step(painter, optimizer, batches(step))
-        step += 1
+    run = Run(settings, "diffusion", Pair(painter, settings.rate), model=painter, ema=average)
+    batches = Batches(settings, vae.config.scaling_factor)
+    for step, _ in run:
+        noisy, t, tokens, noise = batches(step)
+        learn(run, F.mse_loss(painter(noisy, t, tokens), noise), painter.parameters())
         _follow(average, painter, min(EMA, (1 + step) / (10 + step)))
-        (progress, loss) = average_gradients([], clock.tick(), loss)
-        recent = [*recent[-49:], loss]
-        if step % 50 == 0:
-            log(f"step {step} progress {progress:.3f} worked {clock.worked:.0f} s loss {sum(recent) / len(recent):.4f}")
-        if clock.worked - saved > settings.save_every or progress >= 1:
-            saved = clock.worked
-            if rank() == 0:
-                state = {"model": painter.state_dict(), "ema": average.state_dict(), "step": step, "worked": saved}
-                state["seen"] = step * settings.batch * world_size()
-                save(state | {"optimizer": optimizer.state_dict()}, file)
-
-
-def _step(painter: Painter, optimizer: Pair, batch: tuple[Tensor, ...]) -> float:
-    noisy, t, tokens, noise, weight = batch
-    error = (painter(noisy, t, tokens) - noise).square().mean(dim=(1, 2, 3))
-    loss = (weight * error).mean()
-    loss.backward()
-    average_gradients(painter.parameters())
-    nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
 
 
 @torch.no_grad()

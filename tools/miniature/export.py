@@ -22,8 +22,10 @@ def history(build: Path) -> str:
     vae, painter, decoder = (load(build / f"{part}.pt") for part in ("autoencoder", "diffusion", "decoder"))
     said = [f"autoencoder {vae['worked'] / 60:.1f} minutes ({vae['step']} steps)"]
     said += [f"decoder alone {decoder['worked'] / 60:.1f} minutes"] if decoder else []
-    said += [f"UNet and text encoder {painter['worked'] / 60:.1f} minutes ({painter['step']} steps, {painter['seen']} pictures)"]
-    return ", ".join(said) + f", on {platform.machine()} with {os.cpu_count()} cores" + " and a GPU" * torch.cuda.is_available()
+    taken = f"{painter['step']} steps, {painter['seen']} pictures"
+    said += [f"UNet and text encoder {painter['worked'] / 60:.1f} minutes ({taken})"]
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
+    return ", ".join(said) + f", on {where} ({platform.machine()})"
 
 
 def export(build: Path, product: Path) -> None:
@@ -38,6 +40,8 @@ def export(build: Path, product: Path) -> None:
     fresh = product / "model.part"
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+    for file in fresh.rglob("*.safetensors"):
+        file.chmod(0o644)
     (fresh / "training.json").write_text(json.dumps({"training": history(build)}) + "\n")
     shutil.rmtree(product / "model", ignore_errors=True)
     fresh.rename(product / "model")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,15 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from tools.miniature.artwork import COLOURS, NEON
 from tools.miniature.muon import Pair
-from tools.miniature.training import Clock, Log, Settings, generator, load, save, set_rate
+from tools.miniature.training import Run, Settings, generator, learn
 from tools.miniature.world import PIXELS, PLACES, STYLES, SUBJECTS, Scene, World, random_scene
 from torch import Tensor, nn
 
 BACKGROUNDS = tuple(PLACES)
 ALL_STYLES = ("none", *STYLES)
 ALL_COLOURS = ("own", *COLOURS)
-WIDTHS = (24, 48, 96, 128)
+STRIDES = ((1, 2), (2, 1), (2, 1), (1, 1))
+WIDTHS = (16, 48, 96, 96)
 
 
 class Judge(nn.Module):
@@ -33,11 +35,10 @@ class Judge(nn.Module):
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for before, after in zip((3, *widths), widths, strict=False):
-            layers += [
-                nn.Conv2d(before, after, 3, stride=1 if before == 3 else 2, padding=1), nn.GroupNorm(8, after), nn.SiLU(),
-            ]  # fmt: skip
-            layers += [nn.Conv2d(after, after, 3, stride=2 if before == 3 else 1, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
+        for (before, after), strides in zip(pairwise((3, *widths)), STRIDES, strict=True):
+            for channels, stride in zip((before, after), strides, strict=True):
+                conv = nn.Conv2d(channels, after, 3, stride=stride, padding=1)
+                layers += [conv, nn.GroupNorm(8, after), nn.SiLU()]
         self.features = nn.Sequential(*layers)
         self.where = nn.Conv2d(widths[-1], 1, 1)
         self.subject = nn.Linear(widths[-1], len(SUBJECTS))
@@ -65,6 +66,7 @@ class Judge(nn.Module):
         """Write weights in half precision, and what the scores mean."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: w.half().contiguous() for name, w in self.state_dict().items()}, folder / "judge.safetensors")
+        (folder / "judge.safetensors").chmod(0o644)
         config = {
             "widths": WIDTHS, "pixels": PIXELS, "subjects": SUBJECTS, "backgrounds": BACKGROUNDS, "styles": ALL_STYLES,
             "colours": ALL_COLOURS,
@@ -141,31 +143,15 @@ def to_tensor(pictures: list[np.ndarray], device: str = "cpu") -> Tensor:
 
 def train(settings: Settings) -> None:
     """Train a judge for the settings' minutes; the state is `judge.pt`."""
-    file, log = settings.build / "judge.pt", Log(settings.build / "judge.log")
     torch.manual_seed(settings.seed + 1)
     torch.set_num_threads(1)
     judge = Judge().to(settings.device)
-    optimizer, clock, step = Pair(judge, settings.rate), Clock(settings.minutes * 60), 0
-    if state := load(file):
-        judge.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        clock.worked, step = state["worked"], state["step"]
-    world, progress, saved = World.open(settings.build), clock.tick(), clock.worked
-    while progress < 1:
-        set_rate(optimizer, settings.rate, progress)
+    run, world = Run(settings, "judge", Pair(judge, settings.rate), model=judge), World.open(settings.build)
+    for step, _ in run:
         rng = generator("judge", settings.seed, step)
         loss = _loss(judge, [example(world, rng) for _ in range(settings.batch)], settings.device)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        step, progress = step + 1, clock.tick()
-        if step % 100 == 0:
-            log(f"step {step} progress {progress:.3f} loss {loss.item():.4f}")
-        if clock.worked - saved > settings.save_every or progress >= 1:
-            saved = clock.worked
-            state = {"model": judge.state_dict(), "optimizer": optimizer.state_dict(), "worked": saved, "step": step}
-            save(state, file)
-            log(f"step {step} {accuracy(judge, world, settings.device)}")
+        learn(run, loss, judge.parameters(), highest_norm=10.0)
+    run.log(str(accuracy(judge, world, settings.device)))
 
 
 def _loss(judge: Judge, examples: list[tuple[np.ndarray, Scene, bool]], device: str) -> Tensor:
@@ -176,7 +162,12 @@ def _loss(judge: Judge, examples: list[tuple[np.ndarray, Scene, bool]], device: 
     colour = F.cross_entropy(said["colour"], right["colour"], reduction="none")
     background = F.cross_entropy(said["background"], right["background"])
     centre = F.smooth_l1_loss(said["centre"], right["centre"], beta=2.0)
-    return F.cross_entropy(said["subject"], right["subject"]) + background + (kept * (style + 0.5 * colour)).mean() + 0.2 * centre
+    return (
+        F.cross_entropy(said["subject"], right["subject"])
+        + background
+        + (kept * (style + 0.5 * colour)).mean()
+        + 0.2 * centre
+    )
 
 
 @torch.no_grad()
@@ -187,7 +178,10 @@ def accuracy(judge: Judge, world: World, device: str = "cpu", count: int = 512, 
     drawn = [world.draw(scene) for scene in scenes]
     right = labels(scenes, device)
     said = judge(to_tensor(drawn, device))
-    scores = {name: (said[name].argmax(1) == right[name]).float().mean() for name in ("subject", "background", "style", "colour")}
+    scores = {
+        name: (said[name].argmax(1) == right[name]).float().mean()
+        for name in ("subject", "background", "style", "colour")
+    }
     scores["pixels"] = (said["centre"] - right["centre"]).norm(dim=1).mean()
     plain = [i for i, scene in enumerate(scenes) if scene.style is None]
     other = judge(to_tensor([recoloured(drawn[i], rng) for i in plain], device))["subject"].argmax(1)

@@ -94,7 +94,7 @@ def chroma_error(pipeline: StableDiffusionPipeline, world: World, count: int = 1
 
 
 def grid(pipeline: StableDiffusionPipeline, file: Path, zoom: int = 2) -> None:
-    """64 pictures: every subject in a row of four, two with its seen places, one in a style, one coloured or not seen."""
+    """64 pictures, four of every subject: two of pairs seen in training, one in a style, one coloured or never seen."""
     rng = generator("grid")
     scenes = []
     for subject in SUBJECTS:
@@ -111,9 +111,7 @@ def grid(pipeline: StableDiffusionPipeline, file: Path, zoom: int = 2) -> None:
 def measure(product: Path, world: World, count: int, seeds: int) -> None:
     """Write `measured.json`, the grid and the model card beside the model."""
     pipeline, judge = open_pipeline(product / "model"), Judge.open(product / "judge")
-    kinds = {
-        kind: [text_to_image(pipeline, judge, kind, count, seed) for seed in range(seeds)] for kind in KINDS
-    }
+    kinds = {kind: [text_to_image(pipeline, judge, kind, count, seed) for seed in range(seeds)] for kind in KINDS}
     measured = {
         "count": count, "seeds": seeds, "steps": STEPS, "guidance": GUIDANCE,
         "judge": accuracy(judge, world, count=2048),

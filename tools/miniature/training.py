@@ -6,7 +6,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -121,17 +122,6 @@ def load(file: Path) -> dict[str, Any] | None:
     return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
 
 
-def pictures(world: World, scenes: Iterable[Scene], device: str = "cpu") -> Tensor:
-    """The scenes drawn, as `N 3 64 64` in -1..1."""
-    drawn = np.stack([world.draw(scene) for scene in scenes])
-    return torch.from_numpy(drawn).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def generator(*parts: object) -> random.Random:
-    """Randomness that depends only on what is named: a training that resumes draws what it would have drawn."""
-    return random.Random(" ".join(map(str, parts)))
-
-
 class Log:
     """Lines in a file and on the terminal, from the first process only."""
 
@@ -144,3 +134,67 @@ class Log:
             print(stamped, flush=True)
             with self.file.open("a") as log:
                 log.write(stamped + "\n")
+
+
+class Run:
+    """A training that may be stopped at any time: it goes on from its last state on disk, `<name>.pt`.
+
+    Iterating gives the number of each step and the share of the budget that is spent; the loop's body takes the
+    step and calls `learned` with its loss.
+    """
+
+    def __init__(self, settings: Settings, name: str, optimizer: Pair, **modules: nn.Module) -> None:
+        self.settings, self.optimizer, self.modules = settings, optimizer, modules
+        self.file, self.log = settings.build / f"{name}.pt", Log(settings.build / f"{name}.log")
+        self.clock, self.step, self.seen = Clock(settings.minutes * 60), 0, 0
+        self.losses: deque[float] = deque(maxlen=50)
+        if state := load(self.file):
+            for key, module in modules.items():
+                module.load_state_dict(state[key])
+            optimizer.load_state_dict(state["optimizer"])
+            self.clock.worked, self.step, self.seen = state["worked"], state["step"], state["seen"]
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        progress, saved = self.clock.tick(), self.clock.worked
+        while progress < 1:
+            set_rate(self.optimizer, self.settings.rate, progress)
+            yield self.step, progress
+            self.step, self.seen = self.step + 1, self.seen + self.settings.batch * world_size()
+            (progress,) = average_gradients([], self.clock.tick())
+            if self.step % 50 == 0:
+                self.log(f"step {self.step} progress {progress:.3f} loss {sum(self.losses) / len(self.losses):.4f}")
+            if self.clock.worked - saved > self.settings.save_every or progress >= 1:
+                saved = self.clock.worked
+                self.save()
+
+    def learned(self, loss: float) -> None:
+        self.losses.append(loss)
+
+    def save(self) -> None:
+        """Write the state, from the first process only."""
+        if rank() == 0:
+            state = {"step": self.step, "worked": self.clock.worked, "seen": self.seen}
+            state |= {key: module.state_dict() for key, module in self.modules.items()}
+            save(state | {"optimizer": self.optimizer.state_dict()}, self.file)
+
+
+def learn(run: Run, loss: Tensor, parameters: Iterable[nn.Parameter], highest_norm: float = 1.0) -> None:
+    """One step of the optimizer, with gradients shared by all processes and no longer than `highest_norm`."""
+    parameters = list(parameters)
+    loss.backward()
+    average_gradients(parameters)
+    nn.utils.clip_grad_norm_(parameters, highest_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.learned(loss.item())
+
+
+def pictures(world: World, scenes: Iterable[Scene], device: str = "cpu") -> Tensor:
+    """The scenes drawn, as `N 3 64 64` in -1..1."""
+    drawn = np.stack([world.draw(scene) for scene in scenes])
+    return torch.from_numpy(drawn).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def generator(*parts: object) -> random.Random:
+    """Randomness that depends only on what is named: a training that resumes draws what it would have drawn."""
+    return random.Random(" ".join(map(str, parts)))

@@ -1,0 +1,49 @@
+"""What the README says runs, runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.test_job import BRIEF
+from tuneavideo import cli
+from tuneavideo.settings import TuneSettings
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def brief(text: str, base: Path, clip: Path) -> str:
+    """The same on a tiny base and clip, in a few steps."""
+    text = text.replace("skiing.mp4", str(clip)).replace("sd1.5", str(base)).replace("runs/skiing-1", "runs/square-1")
+    steps = "".join(f", {name}={value}" for name, value in BRIEF.items() if name != "num_frames")
+    return text.replace("stride=2, num_frames=24", f"num_frames=3{steps}")
+
+
+def test_the_commands_and_the_python_run(
+    base: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = [f"--{name.replace('_', '-')} {value}" for name, value in BRIEF.items() if value is not False]
+    tune, edit = blocks("sh")[1].replace("\\\n", "").strip().splitlines()
+    tune = brief(tune, base, clip).replace("--stride 2 --num-frames 24", " ".join(steps))
+    for command in (tune, brief(edit, base, clip)):
+        program, *words = shlex.split(command)
+        assert program == "tuneavideo"
+        cli.main(words)
+    assert len(list(Path("runs/square-1/edits").iterdir())) == 3
+    for code in blocks("python"):
+        exec(compile(brief(code, base, clip), "README.md", "exec"), {})
+
+
+def test_every_option_it_names_exists() -> None:
+    named = set(re.findall(r"--([a-z][a-z-]+)", README.read_text(encoding="utf-8")))
+    elsewhere = {"multi", "num", "goldens", "config", "resume", "help"}  # of accelerate, the scripts and the command
+    known = {name.replace("_", "-") for name in TuneSettings.model_fields}
+    assert {name.removeprefix("no-") for name in named} - elsewhere <= known
