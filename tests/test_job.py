@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import base_folder, moving_square
 from tuneavideo import api, cli
-from tuneavideo.errors import SettingsError, VideoError
+from tuneavideo.errors import RunError, SettingsError, VideoError
 from tuneavideo.runs import RunFolder
 from tuneavideo.video import read
 
@@ -107,6 +107,23 @@ def test_a_run_closed_early_is_resumed_to_the_adapter_of_an_unbroken_one(
     assert api.resume(tmp_path / "broken") == tmp_path / "broken"
     assert same(run, tmp_path / "broken")
     assert [step["number"] for step in RunFolder.open(tmp_path / "broken").steps()] == [1, 2, 3, 4]
+
+
+def test_a_run_that_is_done_is_not_tuned_again(run: Path) -> None:
+    with pytest.raises(RunError, match="is tuned to its end; edit it, or tune for more steps in a new run"):
+        api.resume(run)
+
+
+def test_a_run_that_is_not_done_is_not_edited(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_bytes((run / "settings.yaml").read_bytes())
+    with pytest.raises(RunError, match="is not tuned to its end; go on with: tuneavideo tune --resume"):
+        api.edit(tmp_path, ["a circle"])
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard"])
+def test_a_tracker_receives_the_loss(tracker, base: Path, clip: Path, tmp_path: Path) -> None:
+    run = api.tune(clip, "a square", base=str(base), out=tmp_path / "run", report_to=tracker, **BRIEF)
+    assert list((run / "logs").rglob("events.*"))
 
 
 def test_a_resumed_run_keeps_its_settings(run: Path) -> None:

@@ -267,9 +267,9 @@ def _edit_settings(name: str, about: str | None, argv: Sequence[str]) -> tuple[A
 
     early = _early(argv)
     stated = read_yaml(early.config, EditSettings) if early.config else {}
-    run = next((word for word in argv if not word.startswith("-")), None) or stated.get("run")
-    if run and not {"-h", "--help"} & set(argv):
-        own = RunFolder.open(run).read_settings()
+    runs = [word for word in (*argv, str(stated.get("run", ""))) if (Path(word) / "settings.yaml").is_file()]
+    if runs:
+        own = RunFolder.open(runs[0]).read_settings()
         stated = own.model_dump(include=set(Sampling.model_fields)) | stated
     settings, options = _parse(name, about, argv, EditSettings, stated, "run", ("prompt",), {})
     return api.edit_settings(settings), options
@@ -288,7 +288,8 @@ def _parse(
     """Read flags over `stated` values: every field of the settings `kind`, and options of the command itself."""
     import tyro
 
-    values = {key: value for key, value in stated.items() if not (key in repeated and f"--{key}" in argv)}
+    given = {word.split("=")[0] for word in argv}
+    values = {key: value for key, value in stated.items() if not (key in repeated and f"--{key}" in given)}
     arguments, default = _arguments(kind, values, positional, repeated)
     fields: list[Any] = [("settings", tyro.conf.OmitArgPrefixes[arguments], dataclasses.field(default=default))]
     for key, meaning in {"config": "YAML file of settings; flags go before it", **paths}.items():

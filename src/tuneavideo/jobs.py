@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -40,9 +40,10 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
     clip = videos.read(RunFolder.open(resume).source) if resume else _clip(settings, pipe)
     run = _run_folder(settings, accelerator, out, resume)
     marks = fingerprint(pipe.unet)
-    if accelerator.is_main_process and not resume:
+    if accelerator.is_main_process:
         run.write_settings(settings, _versions() | {"base fingerprint": cache.key(marks)})
-        videos.write(clip, run.source)
+        if not resume:
+            videos.write(clip, run.source)
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
         moments = cache.cached(run.latents, lambda: _moments(pipe, clip))
@@ -56,6 +57,7 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
     yield from _tuned(keeper, _Studio(run, pipe, video, moments, clip, keep_inversions=False))
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    accelerator.free_memory()
     if not accelerator.is_main_process:
         return
     adapter = Adapter.of(
@@ -228,8 +230,9 @@ def _relabelled(work: Generator[Progress, None, Video], stage: str) -> Generator
 
 def _accelerator(settings: TuneSettings) -> Accelerator:
     AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first job otherwise
-    options: dict[str, Any] = {"log_with": settings.report_to} if settings.report_to else {}
-    options["cpu"] = not torch.accelerator.is_available()  # several processes without a GPU find each other only so
+    options: dict[str, Any] = {"cpu": not torch.accelerator.is_available()}  # else processes do not meet on a CPU
+    if settings.report_to:  # where to, _run_folder says when there is a folder
+        options |= {"log_with": settings.report_to, "project_config": ProjectConfiguration(logging_dir="logs")}
     try:
         return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
     except (ImportError, ValueError) as error:
@@ -262,17 +265,17 @@ def _run_folder(
     settings: TuneSettings, accelerator: Accelerator, out: str | Path | None, resume: str | Path | None
 ) -> RunFolder:
     """One folder for all processes, made by the first."""
-    if resume:
-        return RunFolder.open(resume)
     made: list[Any] = [None]
     if accelerator.is_main_process:
-        made = [RunFolder.create(settings.video, out)]
+        made = [RunFolder.open(resume) if resume else RunFolder.create(settings.video, out)]
     broadcast_object_list(made)
     run: RunFolder = made[0]
+    if resume and run.adapter.exists():
+        raise RunError(f"{run.path} is tuned to its end; edit it, or tune for more steps in a new run")
     if settings.report_to:
         options = settings.model_dump(mode="json")
         plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | bool)}
-        accelerator.project_configuration.set_directories(str(run.logs))
+        accelerator.project_configuration.logging_dir = str(run.logs)
         accelerator.init_trackers("tuneavideo", config=plain)
     return run
 

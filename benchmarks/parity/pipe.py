@@ -1,0 +1,48 @@
+"""Text encoder and VAE of the recorded pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from diffusers import StableDiffusionPipeline
+from einops import rearrange
+from torch import Tensor
+
+from benchmarks.parity.compare import DDIM, FORWARD, LAYER, Difference, absolute, relative, same
+from benchmarks.parity.golden import Golden, Place
+from tuneavideo import models
+
+GREY = 0.5 / 255  # half a grey level: all that saving may change
+
+
+def text(place: Place, golden: Golden) -> Iterator[Difference]:
+    prompts = golden.about["prompts"]
+    yield from embedded(place.pipe, prompts, golden["input_ids"], golden["last_hidden_state_f32"])
+
+
+def embedded(pipe: StableDiffusionPipeline, prompts: list[str], ids: Tensor, embedding: Tensor) -> Iterator[Difference]:
+    """Prompts as token numbers, and as what the UNet is told."""
+    length = {"padding": "max_length", "max_length": pipe.tokenizer.model_max_length, "truncation": True}
+    yield same("tokens", pipe.tokenizer(prompts, **length).input_ids, ids.tolist())
+    yield absolute("embedding", models.embed(pipe, prompts), embedding, LAYER)
+
+
+@torch.no_grad()
+def vae(place: Place, golden: Golden) -> Iterator[Difference]:
+    moments = place.pipe.vae.encode(golden["pixels"]).latent_dist
+    for name in ("mean", "logvar", "std"):
+        yield absolute(name, getattr(moments, name), golden[name], FORWARD)
+    yield absolute("decoded", place.pipe.vae.decode(golden["z"]).sample, golden["decoded"], FORWARD)
+
+
+@torch.no_grad()
+def decoded(name: str, pipe: StableDiffusionPipeline, latents: Tensor, clip: Tensor) -> Iterator[Difference]:
+    """Pixels in 0..1, `B C T H W`: as the VAE gives them, and as nearly as the bytes of an edit can tell."""
+    x_NCHW = rearrange(latents / pipe.vae.config.scaling_factor, "b c t h w -> (b t) c h w")
+    pixels = (pipe.vae.decode(x_NCHW).sample / 2 + 0.5).clamp(0, 1)
+    yield relative(name, rearrange(pixels, "(b t) c h w -> b c t h w", b=len(latents)), clip, DDIM)
+    edits = torch.stack([torch.from_numpy(edit.frames_THWC) for edit in models.decode(pipe, latents, fps=8)])
+    levels_BCTHW = rearrange(edits, "b t h w c -> b c t h w") / 255
+    nearest = clip.clamp(levels_BCTHW - GREY, levels_BCTHW + GREY)
+    yield relative(f"{name}, as bytes", nearest, clip, DDIM)
