@@ -11,10 +11,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch.nn.functional import group_norm
 
 from tests.conftest import image_unet
+from tuneavideo.adapter import tuned_parameters
 from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, referred
 from tuneavideo.errors import ModelError
 from tuneavideo.inflate import added_parameters, deflate, inflate, video_unet
-from tuneavideo.settings import Inflation
+from tuneavideo.settings import Inflation, TuneSettings
 
 SHAPES = {
     "sd1": {},
@@ -127,6 +128,18 @@ def test_official_inflation_starts_from_a_random_bias_of_the_temporal_output() -
         biases = [p for name, p in added_parameters(unet).items() if name.endswith("attn_temp.to_out.0.bias")]
         assert biases and all(bool(bias.all()) == (init == "official") for bias in biases)
         assert all(bool(bias.any()) == (init == "official") for bias in biases)
+
+
+def test_stable_diffusion_gains_and_tunes_the_published_numbers_of_parameters() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        inflate(unet)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 909_120_004
+    assert len(added_parameters(unet)) == 112
+    tuned = tuned_parameters(unet, TuneSettings.model_fields["trainable_modules"].default)
+    assert len(tuned) == 112 and sum(parameter.numel() for parameter in tuned.values()) == 74_354_880
+    kept = added_parameters(unet) | tuned
+    assert 2 * sum(parameter.numel() for parameter in kept.values()) < 150e6
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneavideo import miniature, montage, video
+from tuneavideo import miniature
 from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
 from tuneavideo.progress import Job, Progress
@@ -149,21 +149,14 @@ def inverting(settings: EditSettings) -> Job:
 
 def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
     """Tune the bundled miniature on its first clip, edit it four times, and draw `edits.png` of source and edits."""
+    from tuneavideo import jobs
+
     clip = miniature.clips()[0]
-    prompts = [each["prompt"] for each in clip["edits"]]
+    prompts = tuple(each["prompt"] for each in clip["edits"])
     stated = {"video": str(clip["path"]), "prompt": clip["caption"], "edit": prompts, "stride": 2}
     if quick:
         stated |= {"max_train_steps": 5, "num_inference_steps": 5, "num_inv_steps": 5}
-    edits: list[Path] = []
-    run = None
-    for each in tuning(tune_settings(stated), out=out):
-        yield each
-        run = each.path if each.stage == "tune" and each.path else run
-        edits += [each.path] if each.stage == "edit" and each.path else []
-    if run is not None:
-        rows = [video.read(RunFolder(run).source), *(video.read(edit / "edit.mp4") for edit in edits)]
-        video.write_image(montage.contact_sheet(rows, [clip["caption"], *prompts]), run / "edits.png")
-        yield Progress("picture", path=run / "edits.png")
+    yield from jobs.demo(tune_settings(stated), out=out)
 
 
 def models() -> list[dict[str, Any]]:

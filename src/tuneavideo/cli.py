@@ -48,7 +48,7 @@ def demo(argv: Sequence[str]) -> None:
         "demo", demo.__doc__, argv, out="run folder to make", quick="a few steps only, to see that it runs"
     )
     done = _Show(options.json).run(api.demoing(out=options.out, quick=options.quick))
-    _report(options.json, done, picture=str(Path(done["run"]) / "edits.png"))
+    _report(options.json, done, picture=done["files"][-1])
 
 
 def tune(argv: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
 from tuneavideo.errors import MissingExtra, RunError, SettingsError
 from tuneavideo.inflate import VideoUNet, inflate, video_unet
-from tuneavideo.montage import side_by_side
+from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.noise import Levels, Sampler
 from tuneavideo.progress import Job, Progress, Step
 from tuneavideo.runs import RunFolder, write_text
@@ -76,6 +76,20 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
         del tuning, keeper, video, pipe
         sampling = settings.model_dump(include=set(Sampling.model_fields))
         yield from edit(EditSettings(run=str(run.path), prompt=settings.edit, **sampling))
+
+
+def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
+    """See `api.demoing`."""
+    rows: list[Path] = []
+    for each in tune(settings, out=out):
+        yield each
+        if each.path and each.stage in ("tune", "edit"):
+            rows.append(each.path / "edit.mp4" if each.stage == "edit" else RunFolder(each.path).source)
+    if rows:  # the first process has them all, others none
+        sheet = RunFolder(rows[0].parent).sheet
+        clips = [videos.read(path) for path in rows]
+        videos.write_image(contact_sheet(clips, [settings.prompt, *settings.edit]), sheet)
+        yield Progress("picture", path=sheet)
 
 
 def edit(settings: EditSettings) -> Job:

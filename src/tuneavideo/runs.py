@@ -83,6 +83,10 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def sheet(self) -> Path:
+        return self.path / "edits.png"
+
+    @property
     def card(self) -> Path:
         return self.path / "README.md"
 

@@ -40,6 +40,9 @@ def export(build: Path, product: Path) -> None:
     fresh = product / "model.part"
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+    # transformers opens in the precision the config names, diffusers in float32: stock pipelines need both the same
+    config = fresh / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)
     (fresh / "training.json").write_text(json.dumps({"training": history(build)}) + "\n")
