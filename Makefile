@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 help:
-	@echo "make demo       tune the bundled model on a bundled clip and edit it (runs/demo)"
+	@echo "make demo       tune the bundled model on a bundled clip and edit it (into runs/)"
 	@echo "make test       run the tests"
 	@echo "make check      format, lint, types, layers and tests: what every commit passes"
 	@echo "make format     format the code"

@@ -114,6 +114,25 @@ def test_a_run_that_is_done_is_not_tuned_again(run: Path) -> None:
         api.resume(run)
 
 
+def test_a_run_stopped_among_its_edits_is_resumed_to_all_of_them(base: Path, clip: Path, tmp_path: Path) -> None:
+    stated = {"video": str(clip), "prompt": "a square", "edit": ("a circle", "a red circle"), "base": str(base)}
+    job = api.tuning(api.tune_settings(stated | BRIEF), out=tmp_path / "run")
+    for each in job:
+        if each.stage == "edit" and each.path:
+            job.close()
+            break
+    assert api.resume(tmp_path / "run") == tmp_path / "run"
+    assert [edit.name for edit in sorted((tmp_path / "run/edits").iterdir())] == ["000-a-circle", "001-a-red-circle"]
+
+
+def test_a_kill_while_the_adapter_is_written_can_be_resumed(run: Path, base: Path, clip: Path, tmp_path: Path) -> None:
+    out = api.tune(clip, "a square", base=str(base), out=tmp_path / "run", **BRIEF)
+    (out / "adapter/adapter_config.json").unlink()
+    before = (out / "adapter/adapter.safetensors").read_bytes()
+    api.resume(out)
+    assert (out / "adapter/adapter.safetensors").read_bytes() == before
+
+
 def test_a_run_that_is_not_done_is_not_edited(run: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_bytes((run / "settings.yaml").read_bytes())
     with pytest.raises(RunError, match="is not tuned to its end; go on with: tuneavideo tune --resume"):
@@ -129,6 +148,16 @@ def test_a_tracker_receives_the_loss(tracker, base: Path, clip: Path, tmp_path: 
 def test_a_resumed_run_keeps_its_settings(run: Path) -> None:
     with pytest.raises(SettingsError, match="learning_rate cannot change when a run is resumed; it is 0.01"):
         api.resume(run, learning_rate=1.0)
+
+
+def test_one_prompt_may_be_given_as_it_is(run: Path) -> None:
+    assert len(api.edit(run, "a red circle jumps", num_inference_steps=1, num_inv_steps=1)) == 1
+
+
+def test_a_gif_that_browsers_would_slow_down_is_refused_before_the_work(base: Path, clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="formats: a GIF shows at most 50 frames a second"):
+        api.tune(clip, "a square", base=str(base), out=tmp_path / "run", formats=("gif",), fps=60, **BRIEF)
+    assert not (tmp_path / "run").exists()
 
 
 def test_velocity_models_are_tuned_and_edited(tmp_path: Path, clip: Path) -> None:
@@ -188,6 +217,9 @@ def test_flags_go_before_the_yaml_file(base: Path, clip: Path, tmp_path: Path, c
         (["tune", "no.mp4", "--prompt", "a square", "--base", "sd1.5"], "hf download stable-diffusion-v1-5/"),
         (["tune", "--resume", "nowhere"], "nowhere is no run folder"),
         (["tune", "a.mp4", "--prompt", ""], "prompt is empty"),
+        (["edit", "nowhere", "--prompt", "a" * 300], "nowhere is no run folder"),
+        (["tune", "a.mp4", "--prompt", "x", "--mixed-precision", "fp16"], "fp16 needs a GPU; take bf16, or no"),
+        (["tune", "--resume", "runs/x", "--out", "y"], "keeps that run's folder and settings"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], told: str, capsys: pytest.CaptureFixture) -> None:

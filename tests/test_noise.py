@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from tests.conftest import image_unet
@@ -134,6 +134,19 @@ def test_more_steps_than_the_model_knows_are_refused() -> None:
 def test_levels_are_those_of_the_scheduler_however_it_was_made() -> None:
     for scheduler in (DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear"), DDIMScheduler(500, beta_end=0.01)):
         assert torch.equal(Levels.of(scheduler).alphas, scheduler.alphas_cumprod)
+
+
+def test_samplers_are_what_their_names_say_whatever_the_base_ships() -> None:
+    shipped = EulerDiscreteScheduler(beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True)
+    own = Levels.of(shipped)
+    assert own.sampler("ddim", 5).scheduler.config.clip_sample is False
+    assert own.sampler("dpm++", 5).scheduler.config.use_karras_sigmas is False
+    assert own.sampler("dpm++-karras", 5).scheduler.config.use_karras_sigmas is True
+
+
+def test_a_schedule_that_ends_in_pure_noise_can_be_inverted() -> None:
+    own = levels(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert path_to(own.sampler("ddim", 20, spacing="trailing"), own, 50, "trailing")[-1] == 999
 
 
 def test_models_that_predict_something_else_are_refused() -> None:

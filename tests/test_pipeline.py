@@ -89,6 +89,23 @@ def test_an_adapter_is_loaded_and_leaves_no_trace(base: Path, tmp_path: Path) ->
         TuneAVideoPipeline.from_pretrained(base, adapter=learned(image_unet(seed=4)))
 
 
+def test_an_adapter_comes_and_goes_whatever_was_done_before(pipe: TuneAVideoPipeline, tmp_path: Path) -> None:
+    adapter = learned(image_unet())
+    pipe("a square", **QUICK)
+    pipe.load_video_adapter(adapter)
+    tuned = pipe("a square", generator=rng(), **QUICK).frames
+    pipe.unload_video_adapter()
+    pipe("a square", **QUICK)
+    donor = image_unet()
+    donor.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(donor))
+    pipe.load_lora_weights(tmp_path)
+    pipe.load_video_adapter(adapter)
+    pipe.unload_lora_weights()
+    assert torch.allclose(tuned, pipe("a square", generator=rng(), **QUICK).frames, atol=1e-4)
+    pipe.unload_video_adapter()
+
+
 def test_it_is_made_of_the_components_of_a_stock_pipeline(base: Path) -> None:
     stock = models.open(str(base))
     assert type(stock) is StableDiffusionPipeline

@@ -55,9 +55,10 @@ def test_settings_written_as_yaml_read_back_the_same(tmp_path: Path) -> None:
 
 
 def test_yaml_may_write_a_rate_as_people_do(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text("learning_rate: 3e-5\nseeds: [7]\n")
+    (tmp_path / "s.yaml").write_text("learning_rate: 3e-5\nseeds: 7\nedit: a circle\nmixed_precision: no\n")
     settings = made({}, read_yaml(tmp_path / "s.yaml", TuneSettings))
     assert settings.learning_rate == 3e-5 and settings.seeds == (7,)
+    assert settings.edit == ("a circle",) and settings.mixed_precision == "no"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,8 @@ def test_yaml_may_write_a_rate_as_people_do(tmp_path: Path) -> None:
         ("learning_rat: 1", "s.yaml: unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
         ("- a\n- b", "s.yaml: expected lines like 'learning_rate: 3e-5'; found list"),
         ("a: [", "s.yaml: cannot be read as YAML"),
+        ("max_train_steps: many", "s.yaml: max_train_steps: input should be a valid integer"),
+        ("prompt: 5", "s.yaml: prompt: input should be a valid string; found 5"),
         ("", "s.yaml: expected lines like 'learning_rate: 3e-5'; found NoneType"),
     ],
 )

@@ -139,8 +139,13 @@ def test_an_unknown_optimizer_names_those_that_are_known() -> None:
         tuning(optimizer="adamm")
 
 
+def test_a_class_that_is_no_optimizer_is_refused() -> None:
+    with pytest.raises(SettingsError, match="'torch.nn.Linear' is no torch.optim.Optimizer"):
+        tuning(optimizer="torch.nn.Linear")
+
+
 def test_a_loss_that_is_no_number_stops_the_tuning() -> None:
     work = tuning()
     work.text = work.text * float("nan")
-    with pytest.raises(RunError, match="loss is nan at step 1.*Lower learning_rate"):
+    with pytest.raises(RunError, match="loss is nan at step 1; start a new run with a lower learning_rate"):
         next(iter(work))

@@ -21,9 +21,9 @@ from tuneavideo.settings import Inflation
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
 FORMAT = 1
-# Copies of one base in fp16, bf16 or fp32 have norms that agree to 1e-4; fine-tunes of it differ by more than 1e-3.
+# Copies of one base in fp16, bf16 or fp32 have norms that agree to 1e-4.
 SAME_BASE = 5e-4
-_FINGERPRINTED = ("attn1.to_q", "attn2.to_q")
+_FINGERPRINTED = ("attn1.to_q.weight", "attn2.to_q.weight")
 
 
 def tuned_parameters(
@@ -54,9 +54,9 @@ def tuned_parameters(
 def fingerprint(unet: UNet2DConditionModel) -> dict[str, float]:
     """Norms of the query projections of an *untuned* UNet: equal for copies of one base in any precision."""
     return {
-        name: float(layer.weight.detach().double().norm())
-        for name, layer in unet.named_modules()
-        if name.endswith(_FINGERPRINTED) and isinstance(layer, nn.Linear)
+        name.removesuffix(".weight"): float(weight.detach().cpu().double().norm())
+        for name, weight in _parameters(unet).items()
+        if name.endswith(_FINGERPRINTED)
     }
 
 
@@ -132,14 +132,14 @@ class Adapter:
         """
         self._check(unet)
         video = inflate(unet, self.inflation)
-        parameters = dict(unet.named_parameters())
+        parameters = _parameters(unet)
         added = added_parameters(unet)
         replaced = {name: parameters[name].detach().clone() for name in self.tensors if name not in added}
         _assign(parameters, self.tensors)
         return Attached(video, replaced)
 
     def _check(self, unet: UNet2DConditionModel) -> None:
-        shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in _parameters(unet).items()}
         for name, tensor in self.tensors.items():
             if ".attn_temp." in name or ".norm_temp." in name:
                 name, expected = (
@@ -172,8 +172,13 @@ class Attached:
     def detach(self) -> UNet2DConditionModel:
         """Take the added layers out and put the replaced weights back."""
         unet = deflate(self.video.unet)
-        _assign(dict(unet.named_parameters()), self.replaced)
+        _assign(_parameters(unet), self.replaced)
         return unet
+
+
+def _parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """Parameters by the names they have without LoRAs: a loaded LoRA puts the layer it changes under `base_layer`."""
+    return {name.replace(".base_layer.", "."): parameter for name, parameter in unet.named_parameters()}
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def tune(
     video: str | Path,
     prompt: str,
     *,
-    edit: Iterable[str] = (),
+    edit: str | Iterable[str] = (),
     out: str | Path | None = None,
     config: str | Path | None = None,
     progress: Listener | None = None,
@@ -47,9 +47,9 @@ def tune(
     Raises:
         TuneAVideoError: Something the user can put right; nothing is left half-written.
     """
-    stated = {"video": str(video), "prompt": prompt, "edit": tuple(edit), **settings}
+    stated = {"video": str(video), "prompt": prompt, "edit": _listed(edit), **settings}
     done = _listened(tuning(tune_settings(stated, config), out=out), progress)
-    return next(each.path for each in done if each.stage == "tune" and each.path)
+    return next(each.path for each in done if each.stage in ("tune", "encode") and each.path)
 
 
 def resume(run: str | Path, *, progress: Listener | None = None, **settings: Any) -> Path:
@@ -61,12 +61,12 @@ def resume(run: str | Path, *, progress: Listener | None = None, **settings: Any
         **settings: Only `edit`, `max_train_steps`, and how edits are made may differ from the run's own.
     """
     done = _listened(tuning(resumed_settings(run, settings), resume=run), progress)
-    return next(each.path for each in done if each.stage == "tune" and each.path)
+    return next(each.path for each in done if each.stage in ("tune", "encode") and each.path)
 
 
 def edit(
     run: str | Path,
-    prompts: Iterable[str],
+    prompts: str | Iterable[str],
     *,
     config: str | Path | None = None,
     progress: Listener | None = None,
@@ -84,7 +84,7 @@ def edit(
     Returns:
         The folder of each edit, with `edit.mp4`, `side-by-side.mp4` and `edit.json`.
     """
-    stated = {"run": str(run), "prompt": tuple(prompts), **settings}
+    stated = {"run": str(run), "prompt": _listed(prompts), **settings}
     done = _listened(editing(edit_settings(stated, config)), progress)
     return [each.path for each in done if each.stage == "edit" and each.path]
 
@@ -103,7 +103,11 @@ def invert(run: str | Path, *, progress: Listener | None = None, **settings: Any
 def tune_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> TuneSettings:
     """Settings of a tuning: what is stated, over the YAML file, the preset, the base and the built-in values."""
     from_file = read_yaml(config, TuneSettings) if config else {}
-    return checked(TuneSettings, layers(stated, from_file), str(config or "settings"))
+    merged = layers(stated, from_file)
+    for name in ("video", "base"):  # a run folder is to be understood from anywhere
+        if Path(str(merged.get(name, ""))).exists():
+            merged[name] = str(Path(merged[name]).resolve())
+    return checked(TuneSettings, merged, str(config or "settings"))
 
 
 def edit_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> EditSettings:
@@ -177,6 +181,10 @@ def _is_here(source: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return Path(source).is_absolute() or isinstance(try_to_load_from_cache(source, "model_index.json"), str)
+
+
+def _listed(prompts: str | Iterable[str]) -> tuple[str, ...]:
+    return (prompts,) if isinstance(prompts, str) else tuple(prompts)
 
 
 def _listened(job: Job, listener: Listener | None) -> list[Progress]:

@@ -28,7 +28,9 @@ def key(*parts: Any) -> str:
     """A short name for contents: arrays and tensors by their bytes, modules by their weights, others as JSON."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(_bytes(part))
+        items = sorted(part.state_dict().items()) if isinstance(part, nn.Module) else [("", part)]
+        for name, value in items:
+            digest.update(name.encode() + b"\0" + _bytes(value))
     return digest.hexdigest()[:24]
 
 
@@ -61,8 +63,6 @@ def cached(path: Path, compute: Callable[[], Tensors]) -> Tensors:
 
 
 def _bytes(part: Any) -> bytes:
-    if isinstance(part, nn.Module):
-        return b"".join(_bytes(value) for item in sorted(part.state_dict().items()) for value in item)
     if isinstance(part, Tensor):
         flat = part.detach().cpu().contiguous().flatten()
         return f"{part.dtype}{tuple(part.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()

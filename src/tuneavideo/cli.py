@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tuneavideo import __version__
-from tuneavideo.errors import TuneAVideoError
+from tuneavideo.errors import SettingsError, TuneAVideoError
 from tuneavideo.progress import Job, Progress
 
 
@@ -57,6 +57,10 @@ def tune(argv: Sequence[str]) -> None:
     from tuneavideo.settings import TuneSettings, layers, read_yaml
 
     early = _early(argv)
+    if early.resume and {word.split("=")[0] for word in argv} & {"--config", "--out"}:
+        raise SettingsError(
+            f"--resume {early.resume} keeps that run's folder and settings; leave out --config and --out"
+        )
     if early.resume:
         stated = api.resumed_settings(early.resume, {}).model_dump()
     else:
@@ -123,6 +127,8 @@ class _Show:
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
         self.interrupted = False
         self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
+        self.tasks: dict[str, Any] = {}
+        self.at = ("", "")
         self.began = time.perf_counter()
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -160,12 +166,15 @@ class _Show:
         )
 
     def _show(self, bar: Any, each: Progress) -> None:
-        """One bar per stage and prompt."""
+        """One bar per stage, begun anew for every prompt."""
         name = (each.stage, each.about if each.stage in ("edit", "preview") else "")
         if each.total:
-            if getattr(self, "_at", None) != name:
-                self._at, self._task = name, bar.add_task(each.stage, total=each.total, note=each.about)
-            bar.update(self._task, completed=each.number, note=_told(each))
+            if each.stage not in self.tasks:
+                self.tasks[each.stage] = bar.add_task(each.stage, total=each.total, note="")
+            elif name != self.at and each.stage != "tune":
+                bar.reset(self.tasks[each.stage], total=each.total)
+            self.at = name
+            bar.update(self.tasks[each.stage], completed=each.number, note=_told(each))
             if bar.disable and each.number * 10 // each.total > (each.number - 1) * 10 // each.total:
                 self._say(bar, f"{each.stage} {each.number}/{each.total} {_told(each)}")
 
@@ -267,7 +276,7 @@ def _edit_settings(name: str, about: str | None, argv: Sequence[str]) -> tuple[A
 
     early = _early(argv)
     stated = read_yaml(early.config, EditSettings) if early.config else {}
-    runs = [word for word in (*argv, str(stated.get("run", ""))) if (Path(word) / "settings.yaml").is_file()]
+    runs = [word for word in (*argv, str(stated.get("run", ""))) if os.path.isfile(os.path.join(word, "settings.yaml"))]
     if runs:
         own = RunFolder.open(runs[0]).read_settings()
         stated = own.model_dump(include=set(Sampling.model_fields)) | stated

@@ -6,7 +6,7 @@ TuneAVideoError        base of them all; the command line prints it and exits wi
 ├── VideoError         a clip that cannot be read, sampled or written
 ├── ModelError         a base model that is missing, incomplete or of the wrong kind
 ├── AdapterError       an adapter that is damaged or belongs to another base
-├── RunError           a run folder that is missing, busy, unfinished or of another run
+├── RunError           a run folder that is missing, unfinished or of another run
 └── MissingExtra       an optional part that is not installed
 ```
 
@@ -35,7 +35,7 @@ class AdapterError(TuneAVideoError):
 
 
 class RunError(TuneAVideoError):
-    """A run folder that is missing, busy, unfinished or of another run."""
+    """A run folder that is missing, unfinished or of another run."""
 
 
 class MissingExtra(TuneAVideoError):

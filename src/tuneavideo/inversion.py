@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ def path_to(sampler: Sampler, levels: Levels, steps: int, spacing: str | None) -
     """
     grid = levels.inversion_grid(steps, spacing)
     for number, t in enumerate(grid, start=1):
-        if abs(float(levels.alphas[t]) / sampler.start_alpha - 1) < SAME_LEVEL:
+        if math.isclose(float(levels.alphas[t]), sampler.start_alpha, rel_tol=SAME_LEVEL, abs_tol=1e-6):
             return grid[:number]
     raise SettingsError(
         f"sampling starts at timestep {float(sampler.timesteps[0]):g}, where no step of the inversion ends: its "

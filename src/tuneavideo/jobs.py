@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib.util
 import json
+import pickle
 from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
@@ -34,20 +37,33 @@ PACKAGES = ("tuneavideo", "torch", "diffusers", "transformers", "accelerate", "a
 
 def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:
     """See `api.tuning`."""
+    if resume and RunFolder.open(resume).is_tuned:
+        yield from _remaining_edits(settings, RunFolder(Path(resume)))
+        return
+    run = yield from _learned(settings, out, resume)
+    gc.collect()  # accelerate's wrapper for half precision is part of a cycle
+    if run:
+        yield from _edits(settings, run, settings.edit)
+
+
+def _learned(
+    settings: TuneSettings, out: str | Path | None, resume: str | Path | None
+) -> Generator[Progress, None, RunFolder | None]:
+    """Tune and save; returns the run folder to the first process, nothing to others."""
     yield Progress("open", about=settings.base)
     accelerator = _accelerator(settings)
     pipe = models.open_image_model(settings.base, dtype=models.PRECISIONS[accelerator.mixed_precision])
-    clip = videos.read(RunFolder.open(resume).source) if resume else _clip(settings, pipe)
+    clip = (_used(RunFolder(Path(resume))) if resume else None) or _clip(settings, pipe)
     run = _run_folder(settings, accelerator, out, resume)
     marks = fingerprint(pipe.unet)
     if accelerator.is_main_process:
         run.write_settings(settings, _versions() | {"base fingerprint": cache.key(marks)})
-        if not resume:
-            videos.write(clip, run.source)
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
         moments = cache.cached(run.latents, lambda: _moments(pipe, clip))
         text = _text(pipe, settings.prompt)
+        if not run.source.is_file():
+            videos.write(clip, run.source)
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
     tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator)
     keeper = _Keeper(run, tuning, accelerator)
@@ -59,23 +75,19 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
     accelerator.end_training()
     accelerator.free_memory()
     if not accelerator.is_main_process:
-        return
-    adapter = Adapter.of(
+        return None
+    Adapter.of(
         video.unet,
         tuning.learned(),
         inflation=settings.inflation,
         base=settings.base,
         fingerprint=marks,
         about={"prompt": settings.prompt, "steps": tuning.number} | _versions(),
-    )
-    adapter.save(run.adapter)
+    ).save(run.adapter)
     write_text(run.card, _card(settings, run))
     run.drop_checkpoints()
     yield Progress("tune", tuning.number, settings.max_train_steps, path=run.path)
-    if settings.edit:
-        del tuning, keeper, video, pipe
-        sampling = settings.model_dump(include=set(Sampling.model_fields))
-        yield from edit(EditSettings(run=str(run.path), prompt=settings.edit, **sampling))
+    return run
 
 
 def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
@@ -112,6 +124,23 @@ def invert(settings: EditSettings) -> Job:
     yield Progress("invert", path=studio.inversion_file(sampler, settings))
 
 
+def _edits(settings: TuneSettings, run: RunFolder, prompts: tuple[str, ...]) -> Job:
+    """Edits of a run that is tuned, with its own settings."""
+    if prompts:
+        sampling = settings.model_dump(include=set(Sampling.model_fields))
+        yield from edit(EditSettings(run=str(run.path), prompt=prompts, **sampling))
+
+
+def _remaining_edits(settings: TuneSettings, run: RunFolder) -> Job:
+    """What is left to do of a run that was stopped among its edits."""
+    done = run.edited()
+    left = tuple(prompt for prompt in settings.edit if prompt not in done)
+    if not left:
+        raise RunError(f"{run.path} is tuned to its end; edit it, or tune for more steps in a new run")
+    yield Progress("tune", path=run.path)
+    yield from _edits(settings, run, left)
+
+
 @dataclasses.dataclass
 class _Studio:
     """A tuned (or half-tuned) model with the clip it was tuned on: what it takes to make edits."""
@@ -122,6 +151,7 @@ class _Studio:
     moments: dict[str, Tensor]
     source: Video
     keep_inversions: bool = True
+    recent: dict[Path, Tensor] = dataclasses.field(default_factory=dict)
 
     def sampler(self, settings: Sampling) -> Sampler:
         return Levels.of(self.pipe.scheduler).sampler(
@@ -153,6 +183,8 @@ class _Studio:
         levels = Levels.of(self.pipe.scheduler)
         timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
         file = self.inversion_file(sampler, settings)
+        if file in self.recent:
+            return self.recent[file]
         if self.keep_inversions and (kept := cache.read(file)):
             return kept["latents"].to(self._clean())
         latents, empty = self._clean(), models.embed(self.pipe, [""])
@@ -161,6 +193,7 @@ class _Studio:
             yield Progress("invert", step.number, step.total)
         if self.keep_inversions:
             cache.write(file, {"latents": latents})
+        self.recent[file] = latents
         return latents
 
     def inversion_file(self, sampler: Sampler, settings: Sampling) -> Path:
@@ -184,7 +217,11 @@ class _Keeper:
     def resume(self) -> None:
         """Go on from the newest readable state; from the start if there is none."""
         for path in reversed(self.run.checkpoints()):
-            self.tuning.load_state(torch.load(path, map_location="cpu", weights_only=True))
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError):
+                continue
+            self.tuning.load_state(state)
             self.saved = self.tuning.number
             break
         if self.accelerator.is_main_process:
@@ -226,9 +263,11 @@ def _tuned(keeper: _Keeper, studio: _Studio) -> Job:
 def _previewed(keeper: _Keeper, studio: _Studio) -> Job:
     tuning, settings = keeper.tuning, keeper.tuning.settings
     due = settings.validation_steps and tuning.number % settings.validation_steps == 0
+    studio.recent.clear()  # the weights have moved since
     for prompt in settings.edit if due and keeper.accelerator.is_main_process else ():
         for_preview = studio.edited(prompt, settings, settings.seeds[0])
-        video = yield from _relabelled(for_preview, "preview")
+        with tuning.averaged():
+            video = yield from _relabelled(for_preview, "preview")
         path = keeper.run.sample(tuning.number, prompt)
         videos.write(side_by_side([studio.source, video], labels=[settings.prompt, prompt]), path)
         yield Progress("preview", path=path, about=prompt)
@@ -247,23 +286,34 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
     options: dict[str, Any] = {"cpu": not torch.accelerator.is_available()}  # else processes do not meet on a CPU
     if settings.report_to:  # where to, _run_folder says when there is a folder
         options |= {"log_with": settings.report_to, "project_config": ProjectConfiguration(logging_dir="logs")}
-    try:
-        return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
-    except (ImportError, ValueError) as error:
-        if settings.report_to:
-            raise MissingExtra(f"report_to={settings.report_to}", settings.report_to) from error
-        raise
+        if not importlib.util.find_spec(settings.report_to):
+            raise MissingExtra(f"report_to={settings.report_to}", settings.report_to)
+    return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
 
 
 def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline) -> Video:
     """The frames to learn from, at a size the model takes."""
     clip = videos.read(settings.video, start=settings.start, stride=settings.stride, count=settings.num_frames)
+    _refuse_fast_gif(settings, clip)
     if settings.width and settings.height:
         return clip.fit(*_taken(settings.width, settings.height, models.stride(pipe)), settings.fit)
     side = settings.resolution or models.default_size(pipe)
     shape = (1, 1) if settings.fit == "stretch" else (clip.width, clip.height)
     size = videos.area_size(*shape, area=side**2, multiple=models.stride(pipe) * 8)
     return clip.fit(*size, settings.fit)
+
+
+def _used(run: RunFolder) -> Video | None:
+    """The frames a run has used, if it has come so far that it will not need the clip again."""
+    return videos.read(run.source) if run.source.is_file() and run.latents.is_file() else None
+
+
+def _refuse_fast_gif(settings: Sampling, source: Video) -> None:
+    fps = settings.fps or source.fps
+    if "gif" in settings.formats and fps > videos.FASTEST_GIF:
+        raise SettingsError(
+            f"formats: a GIF shows at most {videos.FASTEST_GIF} frames a second, the edits would have {fps:g}; set fps"
+        )
 
 
 def _taken(width: int, height: int, multiple: int) -> tuple[int, int]:
@@ -284,8 +334,6 @@ def _run_folder(
         made = [RunFolder.open(resume) if resume else RunFolder.create(settings.video, out)]
     broadcast_object_list(made)
     run: RunFolder = made[0]
-    if resume and run.adapter.exists():
-        raise RunError(f"{run.path} is tuned to its end; edit it, or tune for more steps in a new run")
     if settings.report_to:
         options = settings.model_dump(mode="json")
         plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | bool)}
@@ -295,12 +343,12 @@ def _run_folder(
 
 
 def _moments(pipe: StableDiffusionPipeline, clip: Video) -> dict[str, Tensor]:
-    name = cache.key("moments", clip.frames_THWC, pipe.vae)
+    name = cache.key("moments", clip.frames_THWC, pipe.vae.config.scaling_factor, pipe.vae)
     return cache.cached(cache.folder() / f"{name}.safetensors", lambda: models.encode(pipe, clip))
 
 
 def _text(pipe: StableDiffusionPipeline, prompt: str) -> Tensor:
-    name = cache.key("text", prompt, pipe.text_encoder)
+    name = cache.key("text", pipe.tokenizer(prompt).input_ids, pipe.text_encoder)
     file = cache.folder() / f"{name}.safetensors"
     return cache.cached(file, lambda: {"text": models.embed(pipe, [prompt])})["text"]
 
@@ -309,11 +357,12 @@ def _reopened(settings: EditSettings) -> _Studio:
     """The model a run made, with the clip it was made on."""
     run = RunFolder.open(settings.run)
     own = run.read_settings()
-    if not run.adapter.is_dir():
+    if not run.is_tuned:
         raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.path}")
     dtype = models.PRECISIONS[models.precision(own.mixed_precision)]
     pipe = models.open(own.base, adapter=run.adapter, dtype=dtype)
     source = videos.read(run.source)
+    _refuse_fast_gif(settings, source)
     moments = cache.cached(run.latents, lambda: models.encode(pipe, source))
     return _Studio(run, pipe, video_unet(pipe.unet), moments, source)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tuneavideo.adapter import Adapter
 from tuneavideo.bases import BASES
-from tuneavideo.errors import ModelError
+from tuneavideo.errors import ModelError, SettingsError
 from tuneavideo.inflate import inflate
 from tuneavideo.settings import Inflation
 from tuneavideo.video import Video
@@ -25,6 +25,8 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 def precision(wish: str | None) -> str:
     """`no`, `fp16` or `bf16`: as wished, or bf16 on a GPU that has it and full precision elsewhere."""
+    if wish == "fp16" and not torch.accelerator.is_available():
+        raise SettingsError("mixed_precision fp16 needs a GPU; take bf16, or no")
     if wish is None:
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     return wish
@@ -64,16 +66,17 @@ def open_image_model(
 ) -> StableDiffusionPipeline:
     """Like `open`, with the UNet still an image UNet."""
     place = source(base)
-    options: dict[str, Any] = {"dtype": dtype or torch.float32}
     try:
         if Path(place).is_file():
-            pipe: Any = StableDiffusionPipeline.from_single_file(place, **options)
+            pipe: Any = StableDiffusionPipeline.from_single_file(place, dtype=dtype or torch.float32)
         else:
-            pipe = DiffusionPipeline.from_pretrained(place, **options | _without_checker(place))
+            pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype or torch.float32, **without_checker(place))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_missing(base, place, error)) from error
-    if not hasattr(pipe, "unet") or not hasattr(pipe, "vae"):
-        raise ModelError(f"{base}: {type(pipe).__name__} has no UNet and VAE; give a Stable Diffusion base")
+        raise ModelError(missing(base, error)) from error
+    if not isinstance(pipe, StableDiffusionPipeline) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise ModelError(
+            f"{base}: found a {type(pipe).__name__}; a Stable Diffusion 1.x or 2.x text-to-image model is needed"
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or PartialState().device)
 
@@ -137,19 +140,21 @@ def memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def _without_checker(source: str) -> dict[str, Any]:
+def without_checker(source: str) -> dict[str, Any]:
+    """What keeps diffusers from loading the safety checker, which sees single images only, where there is one."""
     index = Path(source) / "model_index.json"
     has_checker = not index.is_file() or "safety_checker" in index.read_text(encoding="utf-8")
     return {"safety_checker": None, "requires_safety_checker": False} if has_checker else {}
 
 
-def _missing(base: str, source: str, error: Exception) -> str:
-    first = " ".join(str(error).split())[:300]
-    if Path(source).exists():
-        return f"{source}: cannot be opened as a Stable Diffusion model: {first}"
+def missing(base: str, error: Exception) -> str:
+    """What to do about a base that cannot be opened, in one line."""
+    place, first = source(base), " ".join(str(error).split())[:300]
+    if Path(place).exists():
+        return f"{place}: cannot be opened as a Stable Diffusion model: {first}"
     looked = os.environ.get("HF_HOME", "~/.cache/huggingface")
     return (
         f"base {base!r} is not there: no such folder, and not in the hub's cache ({looked}). Download it with "
-        f"'hf download {source}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases. "
+        f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases. "
         f"({first})"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +19,7 @@ from tuneavideo import models
 from tuneavideo.adapter import Adapter, Attached
 from tuneavideo.editing import generate
 from tuneavideo.errors import ModelError
-from tuneavideo.inflate import VideoUNet, inflate, video_unet
+from tuneavideo.inflate import VideoUNet, deflate, inflate, video_unet
 from tuneavideo.inversion import invert
 from tuneavideo.noise import Levels, Sampler
 from tuneavideo.video import Video
@@ -58,7 +58,11 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
             adapter: An `Adapter`, or the `adapter` folder of a run.
             **kwargs: What `DiffusionPipeline.from_pretrained` takes (`dtype`, `variant`, `scheduler`, ...).
         """
-        pipe: TuneAVideoPipeline = super().from_pretrained(models.source(str(base)), **kwargs)
+        place = models.source(str(base))
+        try:
+            pipe: TuneAVideoPipeline = super().from_pretrained(place, **models.without_checker(place) | kwargs)
+        except OSError as error:
+            raise ModelError(models.missing(str(base), error)) from error
         if adapter is not None:
             pipe.load_video_adapter(adapter)
         return pipe
@@ -66,6 +70,7 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
     def load_video_adapter(self, adapter: Adapter | str | Path) -> None:
         """Attach what a run learned; detaches another first. Raises AdapterError when it is of another base."""
         self.unload_video_adapter()
+        deflate(self.unet)
         self._attached = (adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)).attach(self.unet)
 
     def unload_video_adapter(self) -> None:
@@ -93,6 +98,7 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
         timesteps = levels.inversion_grid(num_inference_steps, None)
         for step in invert(self._video(), levels, latents, models.embed(self, [""]), timesteps):
             latents = step.latents
+        self.maybe_free_model_hooks()
         return latents
 
     @torch.no_grad()
@@ -113,6 +119,7 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> TuneAVideoPipelineOutput | tuple:
         """Make one clip per prompt.
 
@@ -132,7 +139,10 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
             return_dict: A `TuneAVideoPipelineOutput`, or a tuple of its fields.
             callback_on_step_end: Called with the pipeline, the step's index, its timestep and `{"latents": ...}`;
                 latents it returns take their place.
+            callback_on_step_end_tensor_inputs: What the callback is given; there are only `latents`.
         """
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(f"callbacks are given latents only; asked for {list(callback_on_step_end_tensor_inputs)}")
         text = models.embed(self, _listed(prompt)) if prompt_embeds is None else prompt_embeds
         negative = negative_prompt_embeds
         if negative is None:

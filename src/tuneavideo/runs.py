@@ -83,6 +83,16 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def is_tuned(self) -> bool:
+        """Whether there is a whole adapter; its config is written last."""
+        return (self.adapter / "adapter_config.json").is_file()
+
+    def edited(self) -> set[str]:
+        """Prompts of the edits that are there."""
+        files = self.path.glob("edits/*/edit.json")
+        return {json.loads(file.read_text(encoding="utf-8"))["prompt"] for file in files}
+
+    @property
     def sheet(self) -> Path:
         return self.path / "edits.png"
 

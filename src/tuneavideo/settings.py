@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_origin
 
 import yaml
 from pydantic import (
@@ -20,6 +20,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -29,16 +30,17 @@ from tuneavideo.errors import SettingsError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
+_PLAIN = {"use_karras_sigmas": False}
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     # name: (diffusers scheduler, what is set beyond the base's own scheduler config)
-    "ddim": ("DDIMScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **_PLAIN}),
     "dpm++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", _PLAIN),
+    "deis": ("DEISMultistepScheduler", _PLAIN),
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", _PLAIN),
+    "heun": ("HeunDiscreteScheduler", {"clip_sample": False, **_PLAIN}),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
 }
 STOCHASTIC_SAMPLERS = {"euler-ancestral"}
@@ -251,7 +253,7 @@ def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"{path}: expected lines like 'learning_rate: 3e-5'; found {type(values).__name__}")
     _refuse_unknown(kind, values, str(path))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: _read_value(kind, name, value, str(path)) for name, value in values.items()}
 
 
 def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings") -> Kind:
@@ -261,6 +263,20 @@ def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings"
         return kind.model_validate(dict(values))
     except ValidationError as error:
         raise SettingsError(f"{where}: " + "; ".join(_told(each) for each in error.errors())) from None
+
+
+def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
+    """A YAML value as its setting wants it: one word where several may stand, `no` as people write it."""
+    field = kind.model_fields[name]
+    if name == "mixed_precision" and value is False:
+        value = "no"
+    if get_origin(field.annotation) is tuple:
+        value = tuple(value) if isinstance(value, list) else (value,)
+    try:
+        kind_of_value: Any = Annotated[field.annotation, Field(), *field.metadata]
+        return TypeAdapter(kind_of_value).validate_python(value)
+    except ValidationError as error:
+        raise SettingsError(f"{where}: " + "; ".join(_told(each, name) for each in error.errors())) from None
 
 
 def _refuse_unknown(kind: type[Settings], values: Iterable[str], where: str) -> None:
@@ -274,13 +290,13 @@ def as_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _told(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
+def _told(error: Any, name: str = "") -> str:
+    name = name or ".".join(str(part) for part in error["loc"])
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
         return f"{name} is missing"
-    if name == "prompt":
+    if name == "prompt" and error["type"] == "string_pattern_mismatch":
         return "prompt is empty; say in words what the clip shows"
     found = f"; found {error['input']!r}"
     return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}{found}"

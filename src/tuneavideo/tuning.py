@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from tuneavideo.adapter import tuned_parameters
-from tuneavideo.errors import RunError, SettingsError
+from tuneavideo.errors import MissingExtra, RunError, SettingsError
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.models import memory
 from tuneavideo.noise import Levels, add_noise, target
@@ -93,6 +93,16 @@ class Tuning:
         prediction = self.video(noisy, t_B, text_BLD)
         return mse_loss(prediction.float(), target(clean_BCTHW, noise_BCTHW, alpha_B, self.prediction_type))
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the UNet has the weights that would be kept: with EMA, the averaged ones."""
+        if self.ema:
+            self.ema.store(self.parameters.values())
+            self.ema.copy_to(self.parameters.values())
+        yield
+        if self.ema:
+            self.ema.restore(self.parameters.values())
+
     def learned(self) -> dict[str, Tensor]:
         """The tuned tensors as they are to be kept: averaged, if EMA is on."""
         if self.ema:
@@ -120,6 +130,7 @@ class Tuning:
         self.schedule.load_state_dict(state["schedule"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.number = state["number"]
@@ -162,8 +173,8 @@ class Tuning:
         loss = float(torch.as_tensor(self.accelerator.gather(torch.stack(losses))).mean())
         if not math.isfinite(loss):
             raise RunError(
-                f"the loss is {loss} at step {self.number}; checkpoints up to here are kept. Lower learning_rate "
-                f"(now {self.settings.learning_rate:g}) or take bf16 instead of fp16, then --resume"
+                f"the loss is {loss} at step {self.number}; start a new run with a lower learning_rate (now "
+                f"{self.settings.learning_rate:g}), or with mixed_precision bf16 instead of fp16"
             )
         rate = float(self.schedule.get_last_lr()[0])
         return Step(self.number, loss, rate, time.perf_counter() - began, memory(self.accelerator.device))
@@ -175,6 +186,8 @@ def _optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Opt
     try:
         kind = getattr(importlib.import_module(package), name)
     except (ImportError, AttributeError, ValueError) as error:
+        if settings.optimizer == "adamw8bit":
+            raise MissingExtra("The 8-bit optimizer", "8bit") from None
         known = ", ".join(OPTIMIZERS)
         raise SettingsError(
             f"optimizer {settings.optimizer!r}: {error}; known are {known} and any package.Class"
@@ -189,4 +202,6 @@ def _optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Opt
     taken = inspect.signature(kind).parameters
     if isinstance(taken.get("eps") and taken["eps"].default, tuple):
         del wished["eps"]  # Adafactor's eps is a pair of another meaning
+    if not issubclass(kind, torch.optim.Optimizer):
+        raise SettingsError(f"optimizer {settings.optimizer!r} is no torch.optim.Optimizer; name a class that is one")
     return kind(parameters, **{name: value for name, value in wished.items() if name in taken})
