@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -40,6 +41,16 @@ def test_the_commands_and_the_python_run(
     assert len(list(Path("runs/square-1/edits").iterdir())) == 3
     for code in blocks("python"):
         exec(compile(brief(code, base, clip), "README.md", "exec"), {})
+
+
+def test_its_figures_are_those_of_the_committed_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    results = json.loads((README.parent / "benchmarks/results/cpu.json").read_text())
+    for row in ("demo", "skiing-miniature", "skiing-sd15-sized", "tune-help"):
+        assert f"| {results[row]['seconds']:.3g} s | {results[row]['peak_mb']} MB |" in text
+    counted = json.loads((README.parent / "benchmarks/results/memory.json").read_text())["frames"]
+    for frames, row in counted.items():
+        assert f"| {frames} | {row['checkpointing_gb']} GB | {row['plain_gb']} GB |" in text
 
 
 def test_every_option_it_names_exists() -> None:

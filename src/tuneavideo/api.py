@@ -6,6 +6,7 @@ Each job is a generator of `Progress`, so that every door shows it in its own wa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,9 @@ def tune_settings(stated: Mapping[str, Any], config: str | Path | None = None) -
     """Settings of a tuning: what is stated, over the YAML file, the preset, the base and the built-in values."""
     from_file = read_yaml(config, TuneSettings) if config else {}
     merged = layers(stated, from_file)
-    for name in ("video", "base"):  # a run folder is to be understood from anywhere
-        if Path(str(merged.get(name, ""))).exists():
-            merged[name] = str(Path(merged[name]).resolve())
+    for name in {"video", "base"} & merged.keys():  # a run folder is to be understood from anywhere
+        if merged[name] not in BASES and os.path.exists(merged[name]):
+            merged[name] = os.path.abspath(merged[name])
     return checked(TuneSettings, merged, str(config or "settings"))
 
 
@@ -156,8 +157,7 @@ def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
     from tuneavideo import jobs
 
     clip = miniature.clips()[0]
-    prompts = tuple(each["prompt"] for each in clip["edits"])
-    stated = {"video": str(clip["path"]), "prompt": clip["caption"], "edit": prompts, "stride": 2}
+    stated = {"video": str(clip["path"]), "prompt": clip["caption"], "edit": miniature.DEMO_EDITS, "stride": 2}
     if quick:
         stated |= {"max_train_steps": 5, "num_inference_steps": 5, "num_inv_steps": 5}
     yield from jobs.demo(tune_settings(stated), out=out)

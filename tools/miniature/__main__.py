@@ -37,15 +37,15 @@ def _diffusion(settings: Settings, chosen: argparse.Namespace) -> None:
 
 
 STAGES = {
-    "clips": Stage(lambda settings, _: clips.draw(World.open(settings.build), PRODUCT / "clips")),
+    "clips": Stage(lambda settings, chosen: clips.draw(World.open(settings.build), chosen.product / "clips")),
     "autoencoder": Stage(_in_processes(autoencoder.train), (12.5, 4, 3e-3), (4, 32, 4e-3)),
     "latents": Stage(_latents),
-    "diffusion": Stage(_diffusion, (100, 36, 2e-3), (11, 512, 3e-3)),
-    "decoder": Stage(_in_processes(autoencoder.tune_decoder), (4, 4, 1e-3), (2, 32, 1e-3)),
+    "diffusion": Stage(_diffusion, (92, 36, 2e-3), (11, 512, 3e-3)),
+    "decoder": Stage(_in_processes(autoencoder.tune_decoder), (3, 4, 1e-3), (2, 32, 1e-3)),
     "judge": Stage(lambda settings, _: judge.train(settings), (6, 64, 2e-3), (2, 256, 3e-3)),
-    "export": Stage(lambda settings, _: export.export(settings.build, PRODUCT)),
+    "export": Stage(lambda settings, chosen: export.export(settings.build, chosen.product)),
     "measure": Stage(
-        lambda settings, chosen: measure.measure(PRODUCT, World.open(settings.build), chosen.count, chosen.seeds)
+        lambda settings, chosen: measure.measure(chosen.product, World.open(settings.build), chosen.count, chosen.seeds)
     ),
 }
 
@@ -63,7 +63,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="learning rate, instead of the stage's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, default=20, help=f"of {diffusion.SHARD} pictures each, to learn from")
-    parser.add_argument("--start-from", type=Path, help="an exported model whose UNet and text encoder go on learning")
+    parser.add_argument("--start-from", type=Path, help="an exported model that goes on learning")
+    parser.add_argument("--product", type=Path, default=PRODUCT, help="where model, judge, clips and card are written")
     parser.add_argument("--count", type=int, default=256, help="pictures of each kind and seed to measure")
     parser.add_argument("--seeds", type=int, default=3, help="seeds to measure with")
     return parser.parse_args()
@@ -81,6 +82,8 @@ def _settings(stage: Stage, chosen: argparse.Namespace) -> Settings:
 def main() -> None:
     chosen = _arguments()
     chosen.build.mkdir(parents=True, exist_ok=True)
+    if chosen.start_from:
+        autoencoder.adopt(chosen.build, chosen.start_from)
     for name in chosen.stage:
         STAGES[name].run(_settings(STAGES[name], chosen), chosen)
 

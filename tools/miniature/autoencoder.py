@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tools.miniature.muon import Pair
-from tools.miniature.training import Run, Settings, generator, learn, load, pictures, rank, world_size
+from tools.miniature.training import Run, Settings, generator, learn, load, pictures, rank, save, world_size
 from tools.miniature.world import PIXELS, World, random_scene
 from torch import Tensor, nn
 
@@ -143,3 +144,12 @@ def finished(build: Path, device: str = "cpu") -> AutoencoderKL:
     vae.to(device).requires_grad_(False).eval()
     vae.register_to_config(scaling_factor=scaling_factor(vae, World.open(build), device))
     return vae
+
+
+def adopt(build: Path, model: Path) -> None:
+    """Take the autoencoder of an exported model, unless `build` already has one of its own."""
+    if (build / "autoencoder.pt").exists():
+        return
+    weights = AutoencoderKL.from_pretrained(model, subfolder="vae").state_dict()
+    before = json.loads((model / "training.json").read_text())["training"]
+    save({"model": {f"0.{name}": w for name, w in weights.items()}, "before": before}, build / "autoencoder.pt")

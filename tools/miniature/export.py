@@ -20,7 +20,7 @@ from tools.miniature.world import words
 def history(build: Path) -> str:
     """How long every part was trained, in words."""
     vae, painter, decoder = (load(build / f"{part}.pt") for part in ("autoencoder", "diffusion", "decoder"))
-    said = [f"autoencoder {vae['worked'] / 60:.1f} minutes ({vae['step']} steps)"]
+    said = [vae.get("before") or f"autoencoder {vae['worked'] / 60:.1f} minutes ({vae['step']} steps)"]
     said += [f"decoder alone {decoder['worked'] / 60:.1f} minutes"] if decoder else []
     taken = f"{painter['step']} steps, {painter['seen']} pictures"
     said += [f"UNet and text encoder {painter['worked'] / 60:.1f} minutes ({taken})"]

@@ -16,7 +16,7 @@ from tools.miniature.training import generator, pictures
 from tools.miniature.world import COLOURED, SUBJECTS, Scene, World, caption, random_scene
 from torch import Tensor
 
-STEPS, GUIDANCE, BATCH = 50, 3.0, 32
+STEPS, GUIDANCE, BATCH = 50, 5.0, 32
 KINDS = ("seen", "held out", "style", "colour")
 
 

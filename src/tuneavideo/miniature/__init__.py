@@ -12,6 +12,12 @@ from typing import Any
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
 CLIPS = FOLDER / "clips"
+DEMO_EDITS = (  # of the first clip; subjects it draws well (a cat, say, it does not: see the model card)
+    "a panda is jumping on the grass",
+    "a dog is jumping on the beach",
+    "a dog is jumping on the grass, black and white",
+    "a panda is jumping in the snow",
+)
 
 
 def clips() -> list[dict[str, Any]]:
