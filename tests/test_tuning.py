@@ -97,6 +97,16 @@ def test_a_tuning_that_is_broken_off_goes_on_bit_for_bit(variant: str) -> None:
         assert torch.equal(value, resumed.learned()[name]), name
 
 
+def test_a_preview_that_is_broken_off_gives_the_weights_back() -> None:
+    work = tuning(use_ema=True)
+    list(itertools.islice(work, 3))
+    before = weights(work)
+    with pytest.raises(KeyboardInterrupt), work.averaged():
+        assert any(not torch.equal(value, before[name]) for name, value in weights(work).items())
+        raise KeyboardInterrupt
+    assert all(torch.equal(value, before[name]) for name, value in weights(work).items())
+
+
 def test_seeds_decide_and_differ() -> None:
     losses = {seed: [step.loss for step in tuning(seed=seed)] for seed in (1, 2)}
     assert losses[1] == [step.loss for step in tuning(seed=1)]

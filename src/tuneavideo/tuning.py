@@ -99,9 +99,11 @@ class Tuning:
         if self.ema:
             self.ema.store(self.parameters.values())
             self.ema.copy_to(self.parameters.values())
-        yield
-        if self.ema:
-            self.ema.restore(self.parameters.values())
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(self.parameters.values())
 
     def learned(self) -> dict[str, Tensor]:
         """The tuned tensors as they are to be kept: averaged, if EMA is on."""
