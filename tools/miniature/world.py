@@ -16,6 +16,8 @@ from tools.miniature import artwork
 from tools.miniature.backgrounds import BACKGROUNDS, Pen
 
 PIXELS = 64
+CUT = 5
+"""How many pixels of a subject's outline, at most, lie outside the frame."""
 SUBJECTS = tuple(artwork.SUBJECTS)
 COLOURS = tuple(artwork.COLOURS)
 COLOURED = artwork.COLOURED
@@ -124,12 +126,13 @@ def random_scene(rng: random.Random, *, held_out: bool | None = False) -> Scene:
         subject, background = rng.choice(SUBJECTS), rng.choice(tuple(PLACES))
         if held_out is None or ((subject, background) in HELD_OUT) == held_out:
             break
-    style = rng.choice(STYLES) if rng.random() < 0.4 else None
+    style = rng.choice(STYLES) if rng.random() < 0.5 else None
     coloured = subject in COLOURED and style in (None, "neon style") and rng.random() < 0.75
-    size = rng.uniform(25, 42)
+    size = rng.uniform(26, 42)
+    margin = size / 2 - CUT
     return Scene(
         subject, background, style, rng.choice(COLOURS) if coloured else None, rng.choice(MOTIONS),
-        x=rng.uniform(9, 55), y=rng.uniform(9, 55), size=size,
+        x=rng.uniform(margin, PIXELS - margin), y=rng.uniform(margin, PIXELS - margin), size=size,
         angle=rng.uniform(-14, 14) if rng.random() < 0.7 else 0.0, flip=rng.random() < 0.5, seed=rng.getrandbits(32),
     )  # fmt: skip
 
