@@ -45,7 +45,9 @@ STAGES = {
     "judge": Stage(lambda settings, _: judge.train(settings), (6, 64, 2e-3), (2, 256, 3e-3)),
     "export": Stage(lambda settings, chosen: export.export(settings.build, chosen.product)),
     "measure": Stage(
-        lambda settings, chosen: measure.measure(chosen.product, World.open(settings.build), chosen.count, chosen.seeds)
+        lambda settings, chosen: measure.measure(
+            chosen.product, World.open(settings.build), chosen.count, chosen.seeds, settings.processes
+        )
     ),
 }
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from tools.miniature import autoencoder, diffusion
-from tools.miniature.judge import Judge
+from tools.miniature.judge import WORDS
 from tools.miniature.text import new_tokenizer
 from tools.miniature.training import load
 from tools.miniature.world import words
+
+from tuneavideo.metrics.judge import Judge
 
 
 def history(build: Path) -> str:
@@ -49,6 +51,6 @@ def export(build: Path, product: Path) -> None:
     shutil.rmtree(product / "model", ignore_errors=True)
     fresh.rename(product / "model")
     if state := load(build / "judge.pt"):
-        judge = Judge()
+        judge = Judge(WORDS)
         judge.load_state_dict(state["model"])
         judge.save(product / "judge")

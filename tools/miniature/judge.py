@@ -6,79 +6,24 @@ most hold blobs in another subject's colours.
 
 from __future__ import annotations
 
-import json
 import random
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
 from tools.miniature.artwork import COLOURS, NEON
 from tools.miniature.muon import Pair
 from tools.miniature.training import Run, Settings, generator, learn
 from tools.miniature.world import PIXELS, PLACES, STYLES, SUBJECTS, Scene, World, random_scene
-from torch import Tensor, nn
+from torch import Tensor
+
+from tuneavideo.metrics.judge import Judge
 
 BACKGROUNDS = tuple(PLACES)
 ALL_STYLES = ("none", *STYLES)
 ALL_COLOURS = ("own", *COLOURS)
-STRIDES = ((1, 2), (2, 1), (2, 1), (1, 1))
-WIDTHS = (16, 48, 96, 96)
-
-
-class Judge(nn.Module):
-    """Pictures `N 3 64 64` in -1..1 to scores of subject, background, style and colour, and the subject's centre."""
-
-    def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for (before, after), strides in zip(pairwise((3, *widths)), STRIDES, strict=True):
-            for channels, stride in zip((before, after), strides, strict=True):
-                conv = nn.Conv2d(channels, after, 3, stride=stride, padding=1)
-                layers += [conv, nn.GroupNorm(8, after), nn.SiLU()]
-        self.features = nn.Sequential(*layers)
-        self.where = nn.Conv2d(widths[-1], 1, 1)
-        self.subject = nn.Linear(widths[-1], len(SUBJECTS))
-        self.background = nn.Linear(widths[-1], len(BACKGROUNDS))
-        self.style = nn.Linear(widths[-1], len(ALL_STYLES))
-        self.colour = nn.Linear(widths[-1], len(ALL_COLOURS))
-        self.offset = nn.Linear(widths[-1], 2)
-
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """The subject is judged where it is found, background and style over the whole picture."""
-        features = self.features(pictures)
-        side = features.shape[-1]
-        attention = self.where(features).flatten(2).softmax(-1)
-        found = torch.einsum("nqs,ncs->nc", attention, features.flatten(2))
-        steps = (torch.arange(side, device=pictures.device) + 0.5) * (PIXELS / side)
-        grid = torch.stack([steps.repeat(side), steps.repeat_interleave(side)])
-        overall = features.mean(dim=(2, 3))
-        return {
-            "subject": self.subject(found), "background": self.background(overall), "style": self.style(overall),
-            "colour": self.colour(found),
-            "centre": torch.einsum("ns,ds->nd", attention[:, 0], grid) + self.offset(found),
-        }  # fmt: skip
-
-    def save(self, folder: Path) -> None:
-        """Write weights in half precision, and what the scores mean."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: w.half().contiguous() for name, w in self.state_dict().items()}, folder / "judge.safetensors")
-        (folder / "judge.safetensors").chmod(0o644)
-        config = {
-            "widths": WIDTHS, "pixels": PIXELS, "subjects": SUBJECTS, "backgrounds": BACKGROUNDS, "styles": ALL_STYLES,
-            "colours": ALL_COLOURS,
-        }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    @classmethod
-    def open(cls, folder: Path) -> Judge:
-        """The judge that `save` wrote."""
-        judge = cls(tuple(json.loads((folder / "config.json").read_text())["widths"]))
-        judge.load_state_dict({name: w.float() for name, w in load_file(folder / "judge.safetensors").items()})
-        return judge.requires_grad_(False).eval()
+WORDS = {"subject": SUBJECTS, "background": BACKGROUNDS, "style": ALL_STYLES, "colour": ALL_COLOURS}
 
 
 def recoloured(picture_HWC: np.ndarray, rng: random.Random) -> np.ndarray:
@@ -145,7 +90,7 @@ def train(settings: Settings) -> None:
     """Train a judge for the settings' minutes; the state is `judge.pt`."""
     torch.manual_seed(settings.seed + 1)
     torch.set_num_threads(1)
-    judge = Judge().to(settings.device)
+    judge = Judge(WORDS).to(settings.device)
     run, world = Run(settings, "judge", Pair(judge, settings.rate), model=judge), World.open(settings.build)
     for step, _ in run:
         rng = generator("judge", settings.seed, step)
@@ -178,10 +123,7 @@ def accuracy(judge: Judge, world: World, device: str = "cpu", count: int = 512, 
     drawn = [world.draw(scene) for scene in scenes]
     right = labels(scenes, device)
     said = judge(to_tensor(drawn, device))
-    scores = {
-        name: (said[name].argmax(1) == right[name]).float().mean()
-        for name in ("subject", "background", "style", "colour")
-    }
+    scores = {name: (said[name].argmax(1) == right[name]).float().mean() for name in WORDS}
     scores["pixels"] = (said["centre"] - right["centre"]).norm(dim=1).mean()
     plain = [i for i, scene in enumerate(scenes) if scene.style is None]
     other = judge(to_tensor([recoloured(drawn[i], rng) for i in plain], device))["subject"].argmax(1)

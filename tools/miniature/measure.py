@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tools.miniature import autoencoder, card
-from tools.miniature.judge import ALL_COLOURS, ALL_STYLES, BACKGROUNDS, Judge, accuracy
+from tools.miniature.judge import accuracy
 from tools.miniature.training import generator, pictures
 from tools.miniature.world import COLOURED, SUBJECTS, Scene, World, caption, random_scene
 from torch import Tensor
 
-STEPS, GUIDANCE, BATCH = 50, 5.0, 32
+from tuneavideo.metrics.judge import Judge
+
+STEPS, BATCH = 50, 32
+GUIDANCES = (3.0, 5.0, 7.5)
 KINDS = ("seen", "held out", "style", "colour")
 
 
@@ -37,11 +42,12 @@ def open_pipeline(model: Path) -> StableDiffusionPipeline:
     """The exported model, in single precision."""
     pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.to(memory_format=torch.channels_last)
     return pipeline
 
 
 @torch.no_grad()
-def paint(pipeline: StableDiffusionPipeline, captions: list[str], seed: int, guidance: float = GUIDANCE) -> Tensor:
+def paint(pipeline: StableDiffusionPipeline, captions: list[str], seed: int, guidance: float) -> Tensor:
     """A picture for every caption, `N 3 64 64` in -1..1."""
     rng, parts = torch.Generator().manual_seed(seed), []
     for start in range(0, len(captions), BATCH):
@@ -56,28 +62,45 @@ def paint(pipeline: StableDiffusionPipeline, captions: list[str], seed: int, gui
 @torch.no_grad()
 def followed(judge: Judge, painted: Tensor, scenes: list[Scene]) -> dict[str, list[bool]]:
     """For every picture whether subject, background, style and colour are the ones asked for."""
-    said = {name: scores.argmax(1).tolist() for name, scores in judge(painted).items() if name != "centre"}
+    said = judge(painted)
     return {
-        "subject": [SUBJECTS[k] == s.subject for k, s in zip(said["subject"], scenes, strict=True)],
-        "background": [BACKGROUNDS[k] == s.background for k, s in zip(said["background"], scenes, strict=True)],
-        "style": [ALL_STYLES[k] == (s.style or "none") for k, s in zip(said["style"], scenes, strict=True)],
-        "colour": [ALL_COLOURS[k] == (s.colour or "own") for k, s in zip(said["colour"], scenes, strict=True)],
+        kind: [
+            words[k] == (getattr(scene, kind) or words[0])
+            for k, scene in zip(said[kind].argmax(1).tolist(), scenes, strict=True)
+        ]
+        for kind, words in judge.words.items()
     }
 
 
-def text_to_image(
-    pipeline: StableDiffusionPipeline, judge: Judge, kind: str, count: int, seed: int, guidance: float = GUIDANCE
-) -> dict[str, float | dict[str, float]]:
+def text_to_image(product: Path, kind: str, count: int, seed: int | str, guidance: float) -> dict:
     """Shares followed, over `count` captions of one kind, and the subject's share for each subject."""
+    torch.set_num_threads(1)
+    pipeline, judge = open_pipeline(product / "model"), Judge.open(product / "judge")
     rng = generator("captions", kind, seed)
     scenes = [wanted(kind, rng) for _ in range(count)]
-    right = followed(judge, paint(pipeline, [caption(s) for s in scenes], seed, guidance), scenes)
+    painted = paint(pipeline, [caption(s) for s in scenes], rng.getrandbits(32), guidance)
+    right = followed(judge, painted, scenes)
     by_subject = {
         subject: _share([r for r, s in zip(right["subject"], scenes, strict=True) if s.subject == subject])
         for subject in SUBJECTS
         if any(s.subject == subject for s in scenes)
     }
+    print(kind, seed, guidance, {name: _share(answers) for name, answers in right.items()}, flush=True)
     return {name: _share(answers) for name, answers in right.items()} | {"by subject": by_subject}
+
+
+def best_guidance(pool: ProcessPoolExecutor, product: Path, count: int) -> float:
+    """The guidance scale that serves all kinds of captions best, found on other captions than are reported."""
+    tried = {
+        scale: [pool.submit(text_to_image, product, kind, count, "guidance", scale) for kind in KINDS]
+        for scale in GUIDANCES
+    }
+    asked = {"seen": "subject", "held out": "subject", "style": "subject", "colour": "colour"}
+    right = {
+        scale: sum(run.result()[asked[kind]] for kind, run in zip(KINDS, runs, strict=True))
+        for scale, runs in tried.items()
+    }
+    return max(right, key=lambda scale: right[scale])
 
 
 def _share(answers: list[bool]) -> float:
@@ -93,7 +116,7 @@ def chroma_error(pipeline: StableDiffusionPipeline, world: World, count: int = 1
     return round(float(autoencoder.chroma(back - drawn).abs().mean() * 127.5), 2)
 
 
-def grid(pipeline: StableDiffusionPipeline, file: Path, zoom: int = 2) -> None:
+def grid(pipeline: StableDiffusionPipeline, file: Path, guidance: float, zoom: int = 2) -> None:
     """64 pictures, four of every subject: two of pairs seen in training, one in a style, one coloured or never seen."""
     rng = generator("grid")
     scenes = []
@@ -101,19 +124,25 @@ def grid(pipeline: StableDiffusionPipeline, file: Path, zoom: int = 2) -> None:
         last = "colour" if subject in COLOURED else "held out"
         for kind in ("seen", "seen", "style", last):
             scenes.append(next(s for s in iter(lambda k=kind: wanted(k, rng), None) if s.subject == subject))
-    painted = paint(pipeline, [caption(s) for s in scenes], 0)
+    painted = paint(pipeline, [caption(s) for s in scenes], 0, guidance)
     images = ((painted.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8)
     rows = [np.concatenate(list(images[start : start + 8]), axis=1) for start in range(0, 64, 8)]
     whole = Image.fromarray(np.concatenate(rows))
     whole.resize((whole.width * zoom, whole.height * zoom), Image.Resampling.NEAREST).save(file, optimize=True)
 
 
-def measure(product: Path, world: World, count: int, seeds: int) -> None:
+def measure(product: Path, world: World, count: int, seeds: int, processes: int) -> None:
     """Write `measured.json`, the grid and the model card beside the model."""
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        guidance = best_guidance(pool, product, count // 8)
+        runs = {
+            kind: [pool.submit(text_to_image, product, kind, count, seed, guidance) for seed in range(seeds)]
+            for kind in KINDS
+        }
+        kinds = {kind: [run.result() for run in of_kind] for kind, of_kind in runs.items()}
     pipeline, judge = open_pipeline(product / "model"), Judge.open(product / "judge")
-    kinds = {kind: [text_to_image(pipeline, judge, kind, count, seed) for seed in range(seeds)] for kind in KINDS}
     measured = {
-        "count": count, "seeds": seeds, "steps": STEPS, "guidance": GUIDANCE,
+        "count": count, "seeds": seeds, "steps": STEPS, "guidance": guidance,
         "judge": accuracy(judge, world, count=2048),
         "autoencoder": {
             "psnr": round(autoencoder.psnr(pipeline.vae, world, "cpu", 256), 2),
@@ -127,7 +156,7 @@ def measure(product: Path, world: World, count: int, seeds: int) -> None:
         "text to image": {kind: _mean(runs) for kind, runs in kinds.items()},
     }  # fmt: skip
     (product / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
-    grid(pipeline, product / "samples.png")
+    grid(pipeline, product / "samples.png", guidance)
     card.write(product, measured)
 
 

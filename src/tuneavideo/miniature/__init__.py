@@ -12,6 +12,7 @@ from typing import Any
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
 CLIPS = FOLDER / "clips"
+JUDGE = FOLDER / "judge"
 DEMO_EDITS = (  # of the first clip; its own listed edits are for measuring, and the cat among them loses its shape
     "a panda is jumping on the grass",
     "a dog is jumping on the beach",

@@ -1,0 +1,1 @@
+"""Benchmarks: clips and edits whose results can be compared."""

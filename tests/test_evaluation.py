@@ -1,0 +1,87 @@
+"""What is true of the judge, of scores, and of the miniature benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tuneavideo import miniature
+from tuneavideo.evaluation import miniature as bench
+from tuneavideo.evaluation.compare import difference, estimate
+from tuneavideo.metrics.judge import Judge, Reading
+from tuneavideo.video import Video, read
+
+CLIPS = {clip["name"]: clip for clip in miniature.clips()}
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge.open()
+
+
+def source(clip: dict) -> Video:
+    return read(clip["path"]).fit(64, 64)
+
+
+def test_the_judge_sees_what_the_clips_show(judge: Judge) -> None:
+    for clip in CLIPS.values():
+        reading = judge.read(source(clip))
+        seen = [reading.most(kind) for kind in ("subject", "background", "style")]
+        assert seen == [clip["subject"], clip["background"], "none"], clip["name"]
+        assert reading.track_distance(torch.tensor(clip["track"])) < 2.5, clip["name"]
+
+
+def test_most_frames_are_more_than_half() -> None:
+    half = Reading({"subject": ["dog", "cat"]}, torch.zeros(2, 2), torch.ones(2, 3))
+    assert not half.shows("subject", "dog")
+    assert half.consistency() == pytest.approx(1)
+
+
+def test_an_edit_that_changes_nothing_is_preserved_and_near_but_no_success(judge: Judge) -> None:
+    clip = CLIPS["dog-jumping"]
+    video, track = source(clip), torch.tensor(clip["track"])
+    reading = judge.read(video)
+    for edit in clip["edits"]:
+        scores = bench.judged(edit, clip, reading, reading, video, video, track)
+        assert scores["preserved"] and scores["track"] < bench.NEAR and not (scores["success"] or scores["clean"])
+
+
+def test_an_edit_that_does_what_was_asked_is_clean(judge: Judge) -> None:
+    clip, other = CLIPS["dog-jumping"], CLIPS["rabbit-jumping"]  # two subjects on one path, each on its own grass
+    edit = {"kind": "two", "prompt": "", "subject": "rabbit", "background": "beach", "style": None}
+    video, made = source(clip), source(other)
+    scores = bench.judged(
+        edit | {"background": "grass"}, clip | {"background": "snow"}, judge.read(video), judge.read(made), video, made,
+        torch.tensor(clip["track"]),
+    )  # fmt: skip
+    assert scores["success"] and scores["preserved"] and scores["clean"]
+
+
+def test_a_background_is_compared_outside_the_subject_only() -> None:
+    before = Video(np.full((2, 64, 64, 3), 100, np.uint8), 8)
+    after = Video(before.frames_THWC + np.uint8(10), 8)
+    after.frames_THWC[:, 22:42, 22:42] = 255  # where the subject is
+    centres = torch.full((2, 2), 32.0)
+    assert bench.background_psnr(before, after, centres) == pytest.approx(20 * np.log10(255 / 10))
+
+
+def test_differences_are_paired_by_clip() -> None:
+    theirs = [{"clip": name, "track": value} for name, value in (("a", 1.0), ("a", 3.0), ("b", 10.0))]
+    ours = [edit | {"track": edit["track"] + 1} for edit in theirs]
+    told = difference(ours, theirs, "track")
+    assert (told.mean, told.low, told.high) == (1.0, 1.0, 1.0)
+    assert estimate(theirs, "track").mean == 6.0
+
+
+def test_rows_are_computed_once_and_come_out_the_same(tmp_path: Path) -> None:
+    short = {"max_train_steps": 1, "num_inference_steps": 2, "num_inv_steps": 2}
+    variants = [bench.Variant("short", short)]
+    first, again = ([*bench.benchmark(variants, tmp_path / name, clips=1)] for name in ("a", "b"))
+    assert [row["edits"] for row in first] == [row["edits"] for row in again]
+    assert len(first) == 1 and len(first[0]["edits"]) == 4
+    assert [*bench.benchmark(variants, tmp_path / "a", clips=1)] == bench.read(tmp_path / "a") == first
+    stages = first[0]["stages"]
+    assert stages["edit"]["tflop"] == pytest.approx(8 * stages["invert"]["tflop"], rel=1e-2)  # 4 prompts, guided
