@@ -200,6 +200,7 @@ def _optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Opt
         "weight_decay": settings.adam_weight_decay,
         "eps": settings.adam_epsilon,
         "relative_step": False,
+        "fused": True,
     }
     taken = inspect.signature(kind).parameters
     if isinstance(taken.get("eps") and taken["eps"].default, tuple):
