@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tools.miniature import autoencoder, clips, diffusion, export, judge, measure
+from tools.miniature import autoencoder, card, clips, diffusion, export, judge, measure
 from tools.miniature.training import Settings, in_processes
 from tools.miniature.world import World
 
@@ -49,6 +49,7 @@ STAGES = {
             chosen.product, World.open(settings.build), chosen.count, chosen.seeds, settings.processes
         )
     ),
+    "card": Stage(lambda _, chosen: card.write(chosen.product)),
 }
 
 

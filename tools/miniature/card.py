@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.experiments import LEDGER
 from tools.miniature.artwork import PACKAGE, VERSION
 from tools.miniature.world import COLOURED, COLOURS, HELD_OUT, MOTIONS, PLACES, STYLES, SUBJECTS
+
+from tuneavideo.evaluation.compare import estimate
+from tuneavideo.evaluation.miniature import NEAR, edits_of, read
 
 TEMPLATE = Path(__file__).with_name("card.md")
 
 
-def write(product: Path, measured: dict) -> None:
-    """Write `README.md` beside the model."""
+def write(product: Path) -> None:
+    """Write `README.md` beside the model, from `measured.json` and the benchmark's ledger."""
+    measured = json.loads((product / "measured.json").read_text())
     judge, vae = measured["judge"], measured["autoencoder"]
     kinds = measured["text to image"]
     text = TEMPLATE.read_text().format(
@@ -27,9 +34,37 @@ def write(product: Path, measured: dict) -> None:
         psnr=vae["psnr"], chroma=vae["chroma error"], judge_subject=_percent(judge["subject"]),
         judge_background=_percent(judge["background"]), judge_style=_percent(judge["style"]),
         judge_colour=_percent(judge["colour"]), judge_recoloured=_percent(judge["subject, recoloured"]),
-        judge_pixels=judge["pixels"], package=PACKAGE, version=VERSION,
+        judge_pixels=judge["pixels"], one_shot=one_shot(("untuned", "default", "official")),
+        package=PACKAGE, version=VERSION,
     )  # fmt: skip
     (product / "README.md").write_text(text)
+
+
+def one_shot(variants: Sequence[str]) -> str:
+    """What tuning on one clip gives, from the rows of the benchmark's ledger."""
+    rows = [row for row in read(LEDGER) if row["set"] == "development" and row["variant"] in variants]
+    if not rows:
+        return "Not measured yet: `python -m benchmarks.experiments untuned default official --seeds 3`."
+    lines = [
+        "| tuning | subject | background | style | two at once | preserved | within 4 px | clean | mean distance |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in variants:
+        edits = edits_of([row for row in rows if row["variant"] == name])
+        near = [edit | {"near": edit["track"] <= NEAR} for edit in edits]
+        kinds = ("subject", "background", "style", "two")
+        shares = [estimate([e for e in edits if e["kind"] == kind], "success").mean for kind in kinds]
+        shares += [estimate(near, score).mean for score in ("preserved", "near", "clean")]
+        track = estimate(edits, "track")
+        told = f"{track.mean:.1f} px ({track.low:.1f} to {track.high:.1f})"
+        lines.append(f"| {name} | " + " | ".join(map(_percent, shares)) + f" | {told} |")
+    seeds, clips = len({row["seed"] for row in rows}), len({row["clip"] for row in rows})
+    return (
+        f"The benchmark's development clips ({clips}, {seeds} seed(s), 8 frames, every second one), four edits each; "
+        "the first four columns say how often the judge sees what was asked for in most frames, *preserved* how often "
+        "all that the prompt does not change is still there, *clean* how often both hold and the subject's centre is "
+        "within 4 pixels of its true track on average.\n\n" + "\n".join(lines)
+    )
 
 
 NAMES = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tools.miniature import autoencoder, card
+from tools.miniature import autoencoder
 from tools.miniature.judge import accuracy
 from tools.miniature.training import generator, pictures
 from tools.miniature.world import COLOURED, SUBJECTS, Scene, World, caption, random_scene
@@ -132,7 +132,7 @@ def grid(pipeline: StableDiffusionPipeline, file: Path, guidance: float, zoom: i
 
 
 def measure(product: Path, world: World, count: int, seeds: int, processes: int) -> None:
-    """Write `measured.json`, the grid and the model card beside the model."""
+    """Write `measured.json` and the grid beside the model."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         guidance = best_guidance(pool, product, count // 8)
         runs = {
@@ -157,7 +157,6 @@ def measure(product: Path, world: World, count: int, seeds: int, processes: int)
     }  # fmt: skip
     (product / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
     grid(pipeline, product / "samples.png", guidance)
-    card.write(product, measured)
 
 
 def _mean(runs: list[dict]) -> dict:
