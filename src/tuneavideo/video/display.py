@@ -77,12 +77,12 @@ def woven(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
             graph, layout = _weaver(frame), _layout(frame)
         if graph is not None and _layout(frame) == layout:  # FFmpeg's filters take no others on the way
             graph.push(frame)
-            yield from _finished(graph)
+            yield from pulled(graph)
         else:
             yield frame
     if graph is not None:
         graph.push(None)
-        yield from _finished(graph)
+        yield from pulled(graph)
 
 
 def _layout(frame: av.VideoFrame) -> tuple[int, int, str]:
@@ -99,7 +99,8 @@ def _weaver(frame: av.VideoFrame) -> av.filter.Graph:
     return graph
 
 
-def _finished(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+def pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    """What a graph has made of the frames pushed so far; a graph that is never pulled from keeps them all."""
     while True:
         try:
             yield graph.vpull()

@@ -22,6 +22,7 @@ from PIL import Image
 
 from tuneavideo.errors import VideoError
 from tuneavideo.video.clip import Frames, Video
+from tuneavideo.video.display import pulled
 from tuneavideo.video.sound import RATE, sounds
 
 FASTEST_GIF = 50  # frames a second: browsers slow down what claims to be faster
@@ -168,9 +169,10 @@ def _in_palette(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.Vid
         choosing = _graph("palettegen", [model])
         for frame in _timed(chain([first], images), rate):
             choosing.vpush(frame)
+            assert not list(pulled(choosing)), "colours are known after the last frame"
             spool.write(frame.to_ndarray().tobytes())
         choosing.vpush(None)
-        palette = choosing.vpull()
+        (palette,) = pulled(choosing)
         drawing = _graph("paletteuse", [model, palette])
         drawing.vpush(palette, at=1)
         drawing.vpush(None, at=1)
@@ -179,7 +181,7 @@ def _in_palette(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.Vid
         arrays = (np.frombuffer(pixels, np.uint8).reshape(first.shape) for pixels in stored)
         for each in _timed(arrays, rate):
             drawing.vpush(each, at=0)
-            yield drawing.vpull()
+            yield from pulled(drawing)
 
 
 def _graph(name: str, inputs: list[av.VideoFrame]) -> av.filter.Graph:
