@@ -5,6 +5,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
@@ -15,14 +16,7 @@ from PIL import Image
 
 from tuneavideo.errors import VideoError
 from tuneavideo.montage import contact_sheet, side_by_side
-from tuneavideo.video import (
-    Video,
-    area_size,
-    read,
-    write,
-    write_frames,
-    write_image,
-)
+from tuneavideo.video import Fit, Frames, Video, area_size, fitted, read, write, write_frames, write_image
 
 STEP = 20
 ENCODERS = {"mp4": "libx264", "mov": "mpeg4", "mkv": "libx264", "avi": "mpeg4", "webm": "libvpx"}
@@ -79,6 +73,10 @@ def drawn(folder: Path, video: Video, names: list[str]) -> Path:
     for frame, name in zip(video.frames_THWC, names, strict=True):
         Image.fromarray(frame).save(folder / name)
     return folder
+
+
+def whole(clip: Frames) -> Video:
+    return Video(np.stack(list(clip.images)), clip.fps, clip.sound_SC)
 
 
 def line(error: pytest.ExceptionInfo) -> str:
@@ -240,29 +238,35 @@ def test_a_name_that_looks_like_a_protocol_is_a_file(tmp_path, monkeypatch):
 def test_cropping_keeps_the_middle_undistorted():
     image = np.zeros((40, 80, 3), np.uint8)
     image[:, 20:60] = quadrants(40, 40)
-    video = Video(image[None], 10).fit(20, 20, "crop")
-    assert video.frames_THWC.shape == (1, 20, 20, 3)
-    assert corners(video.frames_THWC[0]) == "RGBW"
-    assert (video.frames_THWC[0].max(axis=-1) > 200).all(), "nothing of the black sides"
+    cropped = fitted(image, 20, 20, "crop")
+    assert cropped.shape == (20, 20, 3)
+    assert corners(cropped) == "RGBW"
+    assert (cropped.max(axis=-1) > 200).all(), "nothing of the black sides"
 
 
 def test_stretching_keeps_everything():
-    video = Video(quadrants(40, 80)[None], 10).fit(20, 30, "stretch")
-    assert video.frames_THWC.shape == (1, 30, 20, 3)
-    assert corners(video.frames_THWC[0]) == "RGBW"
-    assert video.frames_THWC[0, 1, 1].tolist() == [255, 0, 0]
+    stretched = fitted(quadrants(40, 80), 20, 30, "stretch")
+    assert stretched.shape == (30, 20, 3)
+    assert corners(stretched) == "RGBW"
+    assert stretched[1, 1].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("how", ["crop", "stretch"])
+def test_padding_keeps_everything_undistorted_between_black_bars():
+    padded = fitted(quadrants(40, 80), 20, 30, "pad")
+    assert padded.shape == (30, 20, 3)
+    assert (padded[:10] == 0).all() and (padded[20:] == 0).all()
+    assert corners(padded[10:20]) == "RGBW"
+
+
+@pytest.mark.parametrize("how", get_args(Fit))
 def test_fitting_to_its_own_size_changes_nothing(how):
-    video = Video(quadrants(31, 47)[None], 10)
-    assert np.array_equal(video.fit(47, 31, how).frames_THWC, video.frames_THWC)
+    assert np.array_equal(fitted(quadrants(31, 47), 47, 31, how), quadrants(31, 47))
 
 
 def test_fine_stripes_shrink_to_grey_rather_than_to_other_stripes():
-    stripes = np.zeros((1, 96, 96, 3), np.uint8)
-    stripes[:, :, ::2] = 255
-    assert np.abs(Video(stripes, 10).fit(32, 32).frames_THWC.astype(int) - 127).max() < 30
+    stripes = np.zeros((96, 96, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(fitted(stripes, 32, 32).astype(int) - 127).max() < 30
 
 
 @pytest.mark.parametrize(("frames", "fps"), [(np.zeros((1, 8, 8, 3)), 8), (np.zeros((0, 8, 8, 3), np.uint8), 8)])
@@ -424,18 +428,18 @@ def test_a_place_below_a_file_is_refused(tmp_path):
 
 
 def test_clips_stand_side_by_side_at_the_height_of_the_tallest():
-    video = side_by_side([numbered(2, height=200, width=300), numbered(3, height=400, width=100)])
+    video = whole(side_by_side([numbered(2, height=200, width=300), numbered(3, height=400, width=100)]))
     assert video.frames_THWC.shape == (3, 400, 600 + 8 + 100, 3)
     assert (video.frames_THWC[:, :, 600:608] == 255).all()
 
 
 def test_small_clips_are_enlarged_a_whole_number_of_times():
-    video = side_by_side([numbered(2, height=64, width=64), numbered(2, height=64, width=80)])
+    video = whole(side_by_side([numbered(2, height=64, width=64), numbered(2, height=64, width=80)]))
     assert (video.height, video.width) == (192, 192 + 8 + 240)
 
 
 def test_a_clip_that_ends_early_holds_its_last_frame_and_the_first_sets_the_rate():
-    video = side_by_side([numbered(3, fps=7), numbered(8, fps=30)])
+    video = whole(side_by_side([numbered(3, fps=7), numbered(8, fps=30)]))
     left = Video(video.frames_THWC[:, :, :256], 7)
     right = Video(video.frames_THWC[:, :, 264:], 7)
     assert numbers(left) == [0, 1, 2, 2, 2, 2, 2, 2]
@@ -445,8 +449,8 @@ def test_a_clip_that_ends_early_holds_its_last_frame_and_the_first_sets_the_rate
 
 @pytest.mark.parametrize("text", ["source", "wide " * 100, "W" * 500, "a\nb", ""])
 def test_labels_stand_below_their_columns_and_never_reach_into_the_next(text):
-    plain = side_by_side([numbered(2)] * 2)
-    video = side_by_side([numbered(2)] * 2, labels=[text, ""])
+    plain = whole(side_by_side([numbered(2)] * 2))
+    video = whole(side_by_side([numbered(2)] * 2, labels=[text, ""]))
     assert (video.frames, video.width) == (plain.frames, plain.width)
     assert np.array_equal(video.frames_THWC[:, : plain.height], plain.frames_THWC)
     band = video.frames_THWC[:, plain.height :]

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import math
 import pickle
 from collections.abc import Generator
 from importlib.metadata import version
@@ -176,7 +177,12 @@ class _Studio:
         for step in steps:
             latents = step.latents
             yield Progress("edit", step.number, step.total, about=prompt)
-        return models.decode(self.pipe, latents, settings.fps or self.source.fps)[0]
+        return self._timed(models.decode(self.pipe, latents, settings.fps or self.source.fps)[0])
+
+    def _timed(self, edit: Video) -> Video:
+        """An edit with the source's sound, if it plays as fast as the source."""
+        same = math.isclose(edit.fps, self.source.fps, rel_tol=1e-4)
+        return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 
     def inverted(self, sampler: Sampler, settings: Sampling) -> Generator[Progress, None, Tensor]:
         """The clip's noise at the level where the sampler starts; computed once and kept in the run folder."""
@@ -293,14 +299,21 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
 
 def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline) -> Video:
     """The frames to learn from, at a size the model takes."""
-    clip = videos.read(settings.video, start=settings.start, stride=settings.stride, count=settings.num_frames)
-    _refuse_fast_gif(settings, clip)
+
+    def near(width: int, height: int) -> tuple[int, int]:
+        side = settings.resolution or models.default_size(pipe)
+        shape = (1, 1) if settings.fit == "stretch" else (width, height)
+        return videos.area_size(*shape, area=side**2, multiple=models.stride(pipe) * 8)
+
+    size = near
     if settings.width and settings.height:
-        return clip.fit(*_taken(settings.width, settings.height, models.stride(pipe)), settings.fit)
-    side = settings.resolution or models.default_size(pipe)
-    shape = (1, 1) if settings.fit == "stretch" else (clip.width, clip.height)
-    size = videos.area_size(*shape, area=side**2, multiple=models.stride(pipe) * 8)
-    return clip.fit(*size, settings.fit)
+        size = _taken(settings.width, settings.height, models.stride(pipe))
+    clip = videos.read(
+        settings.video, start=settings.start, stride=settings.stride, count=settings.num_frames,
+        start_time=settings.start_time, sample_fps=settings.sample_fps, size=size, fit=settings.fit,
+    )  # fmt: skip
+    _refuse_fast_gif(settings, clip)
+    return clip
 
 
 def _used(run: RunFolder) -> Video | None:
@@ -371,7 +384,7 @@ def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int,
     folder = studio.run.new_edit(prompt)
     for kind in settings.formats:
         videos.write(video, folder / ("frames" if kind == "frames" else f"edit.{kind}"))
-    source = dataclasses.replace(studio.source, fps=video.fps)
+    source = dataclasses.replace(studio.source, fps=video.fps, sound_SC=video.sound_SC)
     labels = [studio.run.read_settings().prompt, prompt]
     videos.write(side_by_side([source, video], labels=labels), folder / "side-by-side.mp4")
     made = settings.model_dump(mode="json", exclude={"prompt", "seeds", "run"})

@@ -2,35 +2,35 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tuneavideo.video import Video
+from tuneavideo.video import Frames, Video, fitted
 
 LEGIBLE = 192  # rows a column needs before a caption below it can be read
 GAP = 8  # pixels of paper between clips
 PAPER = 255
 
 
-def side_by_side(videos: Sequence[Video], *, labels: Sequence[str] | None = None) -> Video:
-    """Clips left to right at the height of the tallest, each above its label, at the rate of the first.
+def side_by_side(videos: Sequence[Video], *, labels: Sequence[str] | None = None) -> Frames:
+    """Clips left to right at the height of the tallest, each above its label.
 
-    A clip that ends early holds its last frame. Clips of less than 192 rows are enlarged a whole number of
-    times, so that labels can be read.
+    The first sets the rate and is heard. A clip that ends early holds its last frame. Clips of less than 192 rows
+    are enlarged a whole number of times, so that labels can be read.
     """
     tallest = max(video.height for video in videos)
     height = tallest * math.ceil(LEGIBLE / tallest)
-    columns = [video.at_height(height) for video in videos]
-    size = height // 16 + 4
-    named = [] if labels is None else zip(labels, columns, strict=True)
-    below = [_caption(label, clip.width, size) for label, clip in named]
-    frames = []
-    for t in range(max(clip.frames for clip in columns)):
-        row = _beside([clip.frames_THWC[min(t, clip.frames - 1)] for clip in columns])
-        frames.append(np.concatenate([row, _beside(below)]) if below else row)
-    return Video(np.stack(frames), videos[0].fps)
+    named = [] if labels is None else zip(labels, videos, strict=True)
+    below = [_caption(label, _width_at(height, video), height // 16 + 4) for label, video in named]
+    return Frames(_rows(videos, height, below), videos[0].fps, videos[0].sound_SC)
+
+
+def _rows(videos: Sequence[Video], height: int, below: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    for t in range(max(video.frames for video in videos)):
+        row = _beside([_at_height(height, video, min(t, video.frames - 1)) for video in videos])
+        yield np.concatenate([row, _beside(below)]) if below else row
 
 
 def contact_sheet(videos: Sequence[Video], labels: Sequence[str], columns: int = 8) -> np.ndarray:
@@ -41,10 +41,19 @@ def contact_sheet(videos: Sequence[Video], labels: Sequence[str], columns: int =
     strips = []
     for video, label in zip(videos, labels, strict=True):
         chosen = np.linspace(0, video.frames - 1, columns).round().astype(int)
-        strip = _beside(Video(video.frames_THWC[chosen], video.fps).at_height(LEGIBLE).frames_THWC)
+        strip = _beside([_at_height(LEGIBLE, video, t) for t in chosen])
         strips += [_caption(label, strip.shape[1], size=16), strip]
     width = max(strip.shape[1] for strip in strips)
     return np.concatenate([_papered(strip, strip.shape[0], width) for strip in strips])
+
+
+def _at_height(height: int, video: Video, t: int) -> np.ndarray:
+    """Frame `t`, undistorted, at another height in pixels."""
+    return fitted(video.frames_THWC[t], _width_at(height, video), height, "stretch")
+
+
+def _width_at(height: int, video: Video) -> int:
+    return max(1, round(video.width * height / video.height))
 
 
 def _beside(images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:

@@ -116,8 +116,12 @@ class TuneSettings(Sampling):
 
     start: NonNegativeInt = 0
     """First frame taken."""
+    start_time: NonNegativeFloat | None = None
+    """Second at which to start, instead of start."""
     stride: PositiveInt = 1
     """Every how-many-th frame is taken."""
+    sample_fps: PositiveFloat | None = None
+    """Frames taken of every second, instead of stride."""
     num_frames: PositiveInt = 24
     """Frames taken."""
     resolution: PositiveInt | None = None
@@ -126,8 +130,8 @@ class TuneSettings(Sampling):
     """Width, instead of resolution (with height)."""
     height: PositiveInt | None = None
     """Height, instead of resolution (with width)."""
-    fit: Literal["crop", "stretch"] = "crop"
-    """`crop` keeps the clip's aspect; `stretch` makes a square of it."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """`crop` keeps the clip's aspect; `pad` its edges too, between black bars; `stretch` makes a square of it."""
 
     references: tuple[Literal["first", "previous", "own"], ...] = ("first", "previous")
     """Frames that sparse-causal attention looks at."""
@@ -190,6 +194,14 @@ class TuneSettings(Sampling):
     def _sides_go_together(self) -> TuneSettings:
         if (self.width is None) != (self.height is None):
             raise ValueError("width and height go together: give both, or resolution instead")
+        return self
+
+    @model_validator(mode="after")
+    def _frames_are_chosen_one_way(self) -> TuneSettings:
+        if self.start and self.start_time is not None:
+            raise ValueError(f"start {self.start} and start_time {self.start_time:g} both say where to start; give one")
+        if self.stride > 1 and self.sample_fps is not None:
+            raise ValueError(f"stride {self.stride} and sample_fps {self.sample_fps:g} both say how dense; give one")
         return self
 
     @property

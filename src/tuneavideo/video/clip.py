@@ -1,0 +1,93 @@
+"""The two forms of a clip, and how pictures are brought to a size. No PyAV here."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Fit = Literal["crop", "pad", "stretch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A clip in memory: `frames_THWC` (uint8, RGB, 0..255), how many of them make a second, and what is heard.
+
+    `sound_SC` (int16, 48,000 samples a second, 2 channels) lasts as long as the frames; None where there is none.
+    """
+
+    frames_THWC: np.ndarray
+    fps: float
+    sound_SC: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        shape, dtype = self.frames_THWC.shape, self.frames_THWC.dtype
+        assert len(shape) == 4 and shape[3] == 3 and 0 not in shape, f"expected T H W 3, found {shape}"
+        assert dtype == np.uint8, f"expected uint8 in 0..255, found {dtype}"
+        assert 0 < self.fps < math.inf, f"expected frames a second, found {self.fps}"
+
+    @property
+    def frames(self) -> int:
+        return self.frames_THWC.shape[0]
+
+    @property
+    def height(self) -> int:
+        return self.frames_THWC.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.frames_THWC.shape[2]
+
+    @property
+    def images(self) -> Iterator[np.ndarray]:
+        return iter(self.frames_THWC)
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """A clip on its way: what `Video` holds, its `images` (H W C, of one size, at least one) one at a time and once."""
+
+    images: Iterator[np.ndarray]
+    fps: float
+    sound_SC: np.ndarray | None = None
+
+
+def fitted(image_HWC: np.ndarray, width: int, height: int, how: Fit = "crop") -> np.ndarray:
+    """A picture at another size in pixels.
+
+    Undistorted it is its middle ("crop"), or all of it between black bars ("pad"); "stretch" is all of it, distorted.
+    """
+    assert how in get_args(Fit), f"expected one of {get_args(Fit)}, found {how!r}"
+    image, size = Image.fromarray(image_HWC), (width, height)
+    if how == "crop":
+        image = image.resize(size, Image.Resampling.LANCZOS, _middle(image.width, image.height, width / height))
+    elif how == "pad":
+        image = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color="black")
+    else:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def _middle(width: int, height: int, aspect: float) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the largest centred box whose width is `aspect` times its height."""
+    inner_width, inner_height = min(width, height * aspect), min(height, width / aspect)
+    left, top = (width - inner_width) / 2, (height - inner_height) / 2
+    return left, top, left + inner_width, top + inner_height
+
+
+def area_size(width: int, height: int, *, area: float, multiple: int) -> tuple[int, int]:
+    """Width and height, multiples of `multiple`, of about `area` pixels, shaped like `width` x `height`.
+
+    Each side goes to the multiple nearest in ratio: so the sum of the errors in aspect and area is least.
+    """
+    aspect = width / height
+    return _nearest(math.sqrt(area * aspect), multiple), _nearest(math.sqrt(area / aspect), multiple)
+
+
+def _nearest(side: float, multiple: int) -> int:
+    """The multiple, at least one, nearest to `side` in ratio."""
+    units = side / multiple
+    below = max(1, math.floor(units))
+    return multiple * (below if units**2 <= below * (below + 1) else below + 1)

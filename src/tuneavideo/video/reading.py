@@ -1,0 +1,174 @@
+"""From a file or folder to the chosen frames.
+
+Frames are chosen by the clock: frame k is what is shown at the k-th tick of the clip's own rate, to the nearest half of
+a tick. In a clip of constant rate these are the file's frames one by one; where the rate varies, long frames are taken
+repeatedly and crowded ones left out, so that the clip plays at its true speed and in time with its sound.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count as counted
+from pathlib import Path
+
+import numpy as np
+from av.error import FFmpegError
+from PIL import Image
+
+from tuneavideo.errors import VideoError
+from tuneavideo.video.clip import Fit, Video, fitted
+from tuneavideo.video.sources import READABLE, Source, opened
+
+MEMORY = 2**33  # bytes of the frames of a clip
+BROKEN_PICTURE = (SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # of Pillow's decoders
+
+Size = tuple[int, int] | Callable[[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Which frames; see `read`."""
+
+    start: int
+    stride: int
+    count: int | None
+    start_time: float | None
+    sample_fps: float | None
+
+    def begin(self, fps: float) -> float:
+        """Seconds from the beginning of the clip to that of the first frame chosen."""
+        return self.start / fps if self.start_time is None else self.start_time
+
+    def step(self, fps: float) -> float:
+        """Seconds from one chosen frame to the next."""
+        return self.stride / fps if self.sample_fps is None else 1 / self.sample_fps
+
+    def moments(self, fps: float) -> Iterator[float]:
+        """Seconds at which to look: half a tick late, so that rounded timestamps do not matter."""
+        numbers = counted() if self.count is None else range(self.count)
+        return (self.begin(fps) + number * self.step(fps) + 0.5 / fps for number in numbers)
+
+
+def read(
+    path: str | Path,
+    *,
+    start: int = 0,
+    stride: int = 1,
+    count: int | None = None,
+    start_time: float | None = None,
+    sample_fps: float | None = None,
+    size: Size | None = None,
+    fit: Fit = "crop",
+    fps: float = 8.0,
+) -> Video:
+    """Chosen frames of a video file, a moving picture or a folder of pictures in natural order, and their sound.
+
+    Frames are decoded one after another from shortly before the first to the last; only the chosen ones are kept.
+
+    Args:
+        path: The file or folder.
+        start: First frame, counted from 0.
+        stride: Take every so many frames.
+        count: How many to take; None takes all to the end.
+        start_time: Second to start at, instead of `start`.
+        sample_fps: Frames to take of every second, instead of `stride`.
+        size: Width and height that frames are fitted to, or a function from the clip's own to them; None leaves them.
+        fit: How they are fitted to it, see `fitted`.
+        fps: Frames a second of a source that does not say, such as a folder.
+
+    Raises:
+        VideoError: Nothing there, nothing readable, too few frames, or more than memory should hold.
+    """
+    path, choice = Path(path), _Choice(start, stride, count, start_time, sample_fps)
+    _check_choice(path, choice)
+    if not path.exists():
+        raise VideoError(f"{path} does not exist; give {READABLE}")
+    try:
+        with opened(path, choice.begin, fps) as source:
+            frames, end = _chosen(path, source, choice, size, fit)
+            _check_length(path, len(frames), end, source.fps, choice)
+            step = choice.step(source.fps)
+            sound = source.sound(source.origin + choice.begin(source.fps), len(frames) * step)
+        return Video(np.stack(frames), 1 / step, sound)
+    except (FFmpegError, OSError, *BROKEN_PICTURE) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise VideoError(f"{path} cannot be read as a video: {reason}; give {READABLE}") from error
+    except MemoryError as error:
+        raise VideoError(f"{path} needs more memory than there is; take fewer frames, or make them smaller") from error
+
+
+def _check_choice(path: Path, choice: _Choice) -> None:
+    if choice.start < 0 or choice.stride < 1 or (choice.count is not None and choice.count < 1):
+        found = f"start {choice.start}, stride {choice.stride}, count {choice.count}"
+        raise VideoError(f"{path}: found {found}; start at 0 or later, take every 1 or more, at least 1 frame")
+    if (choice.start_time or 0) < 0 or (choice.sample_fps is not None and choice.sample_fps <= 0):
+        found = f"start_time {choice.start_time}, sample_fps {choice.sample_fps}"
+        raise VideoError(f"{path}: found {found}; start at 0 s or later, take more than 0 frames a second")
+    if (choice.start and choice.start_time is not None) or (choice.stride > 1 and choice.sample_fps):
+        raise VideoError(f"{path}: give start or start_time, stride or sample_fps, not both")
+
+
+def _chosen(path: Path, source: Source, choice: _Choice, size: Size | None, fit: Fit) -> tuple[list[np.ndarray], float]:
+    """The chosen frames at their size; if they are too few, all there are, and the second when the clip ends."""
+    frames, shape, end = [], None, 0.0
+    moments = choice.moments(source.fps)
+    due = next(moments)
+    for picture, end in source.timeline:
+        image = None
+        while due < end:
+            if image is None:
+                image = source.to_HWC(picture)
+                shape = shape or image.shape
+                _check_same_size(path, shape, image.shape)
+                image = _at_size(image, size, fit)
+            frames.append(image)
+            if len(frames) * image.nbytes > MEMORY:
+                taken = f"{_frames(len(frames))} of {image.shape[1]} x {image.shape[0]} take {MEMORY >> 30} GiB"
+                raise VideoError(f"{path} is more than is held in memory: {taken}; take fewer frames, or smaller ones")
+            due = next(moments, math.inf)
+        if due == math.inf:
+            break
+    return frames, end
+
+
+def _at_size(image: np.ndarray, size: Size | None, fit: Fit) -> np.ndarray:
+    if size is None:
+        return image
+    height, width = image.shape[:2]
+    return fitted(image, *(size(width, height) if callable(size) else size), fit)
+
+
+def _check_same_size(path: Path, first: tuple[int, ...], other: tuple[int, ...]) -> None:
+    if first != other:
+        sizes = f"{first[1]}x{first[0]}, {other[1]}x{other[0]}"
+        raise VideoError(f"{path}: frames of one size are needed, found {sizes}; resize them")
+
+
+def _check_length(path: Path, found: int, end: float, fps: float, choice: _Choice) -> None:
+    """Refuse a clip that ends too soon, in the words in which the frames were chosen."""
+    total, count = round(end * fps), choice.count
+    if total == 0:
+        raise VideoError(f"{path} has no frames; give {READABLE}")
+    in_seconds = choice.start_time is not None or choice.sample_fps is not None
+    has = f"{path} has {_frames(total)}" + (f" in {end:.6g} s" if in_seconds else "")
+    place = f"{choice.start}" if choice.start_time is None else f"{choice.start_time:g} s"
+    if found == 0:
+        last = f"{total - 1}" if choice.start_time is None else f"{(total - 1) / fps:.6g} s"
+        raise VideoError(f"{has}; none from {place}; start at {last} or before")
+    if count is not None and found < count:
+        begin, step = choice.begin(fps), choice.step(fps)
+        if in_seconds:
+            need, ways = f"{begin + (count - 1) * step + 1 / fps:.6g} s", ""
+        else:
+            need, closest = (
+                f"{choice.start + (count - 1) * choice.stride + 1}",
+                (total - 1 - choice.start) // (count - 1),
+            )
+            ways = f", or every {closest}" if closest else ""
+        pace = f"every {choice.stride}" if choice.sample_fps is None else f"{choice.sample_fps:g} a second"
+        raise VideoError(f"{has}; {_frames(count)}, {pace} from {place}, need {need}; take {_frames(found)}{ways}")
+
+
+def _frames(number: int) -> str:
+    return f"{number} frame" if number == 1 else f"{number} frames"

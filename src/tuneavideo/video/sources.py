@@ -1,0 +1,230 @@
+"""Clips that are open: pictures and when they come up, of folders, WebP files and all that FFmpeg reads."""
+
+import re
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from statistics import mean, median_low
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+from PIL import Image, ImageOps, ImageSequence
+
+from tuneavideo.errors import VideoError
+from tuneavideo.video.display import over_white, seen, woven
+from tuneavideo.video.sound import heard
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+READABLE = "mp4, mov, webm, mkv, avi, gif, webp or a folder of pictures"
+LARGEST = 2**26  # pixels of a frame, 8192 x 8192
+FASTEST = 1000  # frames a second; a file that says more is wrong
+LONGEST = 600  # seconds for which a frame can be shown; a file that says more is wrong
+NOT_MOVING = Disposition.attached_pic | Disposition.timed_thumbnails
+
+
+class Source(NamedTuple):
+    """A clip that is open."""
+
+    timeline: Iterator[tuple[Any, float]]
+    """Pictures, each with the second (from the clip's beginning) when it goes; the next may change it."""
+    to_HWC: Callable[[Any], np.ndarray]
+    fps: float
+    origin: float = 0.0
+    """The clip's beginning in the file's own time, in seconds."""
+    sound: Callable[[float, float], np.ndarray | None] = lambda begin, seconds: None
+    """What is heard from a second of the file's own time on, for so many seconds."""
+
+
+@contextmanager
+def opened(path: Path, begin: Callable[[float], float], fps: float) -> Generator[Source, None, None]:
+    """A clip for as long as it is read.
+
+    Args:
+        path: File or folder.
+        begin: The second from which on pictures are wanted, given the rate; earlier ones may be left out.
+        fps: Frames a second of a source that does not say.
+    """
+    if path.is_dir():
+        timeline = ((file, number / fps) for number, file in enumerate(_pictures(path), start=1))
+        yield Source(timeline, _from_file, fps)
+    elif _is_webp(path):  # FFmpeg does not decode moving WebP
+        with Image.open(path) as image:
+            _check_area(path, *image.size)
+            ends = [end for _, end in islice(_webp(image, fps), 100)]
+            yield Source(_webp(image, fps), over_white, _usual_rate([0.0, *ends]) or fps)
+    else:
+        with _filmed(path, begin, fps) as source:
+            yield source
+
+
+def _check_area(path: Path, width: int, height: int) -> None:
+    if width * height > LARGEST:
+        most = f"at most {LARGEST:,} pixels, such as 8192 x 8192, are read"
+        raise VideoError(f"{path} has frames of {width} x {height}; {most}; scale it down first")
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder, 2.png before 10.png."""
+    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != "."]
+    return sorted(files, key=lambda file: [int(n) if n.isdecimal() else n for n in re.split(r"(\d+)", file.name)])
+
+
+def _from_file(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        _check_area(file, *image.size)
+        return over_white(ImageOps.exif_transpose(image))
+
+
+def _is_webp(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(12)
+    return path.suffix.lower() == ".webp" or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
+
+
+def _webp(image: Image.Image, fps: float) -> Iterator[tuple[Image.Image, float]]:
+    """A timeline."""
+    end = 0.0
+    for picture in ImageSequence.Iterator(image):
+        picture.load()  # only now is the duration known
+        end += (picture.info.get("duration") or 1000 / fps) / 1000
+        yield picture, end
+
+
+def _usual_rate(times: Iterable[float]) -> float | None:
+    """Frames a second, None if not to be told. A last picture that stays or a screen that rests does not count."""
+    steps = [step for begin, end in pairwise(sorted(times)) if (step := end - begin) >= 1 / FASTEST]
+    usual = median_low(steps) if steps else 0
+    return 1 / mean(step for step in steps if usual / 2 < step < usual * 1.5) if steps else None
+
+
+@contextmanager
+def _filmed(path: Path, begin: Callable[[float], float], fps: float) -> Generator[Source, None, None]:
+    rate = _rate(path) or fps
+    with _container(path) as container:
+        stream = _pictured(path, container)
+        stream.thread_type = "AUTO"
+        frames, origin = _from_second(path, container, stream, begin(rate))
+
+        def to_HWC(frame: av.VideoFrame) -> np.ndarray:
+            if frame.is_corrupt:
+                raise _damaged(path, (frame.time or 0) - origin, "a frame is not whole")
+            return seen(frame, stream.sample_aspect_ratio)
+
+        timeline = _timeline(woven(frames), origin, 1 / rate)
+        yield Source(timeline, to_HWC, rate, origin, partial(_sound, path))
+
+
+def _container(path: Path) -> InputContainer:
+    # absolute, or FFmpeg takes the "12" of "12:30.mp4" for a protocol; and what a file refers to stays on this machine
+    return av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+
+
+def _pictured(path: Path, container: InputContainer) -> Any:
+    """The stream of moving pictures: the one marked as default, of several the largest; never the cover of an album."""
+    streams = [stream for stream in container.streams.video if not stream.disposition & NOT_MOVING]
+    known: list[Any] = [stream for stream in streams if stream.codec_context]
+    if streams and not known:
+        raise VideoError(f"{path} is in a format that cannot be decoded; convert it, or give {READABLE}")
+    known = [stream for stream in known if stream.codec_context.name != "ansi"]  # FFmpeg would film a text file
+    if not known:
+        raise VideoError(f"{path} holds no pictures, only sound or text; give {READABLE}")
+    best = max(known, key=lambda stream: (stream.disposition & Disposition.default, stream.width * stream.height))
+    _check_area(path, best.width, best.height)
+    return best
+
+
+def _rate(path: Path) -> float | None:
+    """Frames a second: as the file says if its first frames bear it out, otherwise as most of those have it."""
+    with _container(path) as container:
+        stream = _pictured(path, container)
+        packets = islice(container.demux(stream), 100)
+        stamps = [packet.dts if packet.pts is None else packet.pts for packet in packets]
+        usual = _usual_rate(float(stamp * stream.time_base) for stamp in stamps if stamp is not None)
+        said = float(stream.average_rate or stream.guessed_rate or 0)
+        if usual is None or abs(said / usual - 1) < 0.01:
+            return said if 0 < said <= FASTEST else None
+        return usual
+
+
+def _from_second(
+    path: Path, container: InputContainer, stream: Any, begin: float
+) -> tuple[Iterator[av.VideoFrame], float]:
+    """Decoded frames from `begin` (seconds into the clip) or shortly before it on, and the clip's beginning."""
+    if begin > 2 and stream.start_time is not None:
+        origin = float(stream.start_time * stream.time_base)
+        for early in (1, 10):  # no exact jumps: frames may depend on earlier ones
+            try:
+                container.seek(int((origin + max(begin - early, 0)) / stream.time_base), stream=stream)
+            except FFmpegError:  # a format without jumps; it is still at its beginning
+                break
+            frames = _decoded(path, container, stream)
+            first = next(frames, None)
+            if first is not None and first.time is not None and first.time <= origin + begin:
+                return chain([first], frames), origin
+        else:
+            container.seek(0)
+    frames = _decoded(path, container, stream)
+    first = next(frames, None)
+    if first is None:
+        return iter(()), 0.0
+    return chain([first], frames), first.time or 0.0
+
+
+def _decoded(path: Path, container: InputContainer, stream: Any) -> Iterator[av.VideoFrame]:
+    """Frames in the order in which they are shown, from the first that is whole: cut streams begin amid others."""
+    decoder, last, damage = _decoder(stream), None, None
+    for packet in container.demux(stream):
+        try:
+            frames = decoder.decode(packet)
+        except FFmpegError as error:
+            damage = error
+            if last is not None:
+                raise _damaged(path, last.time or 0, error.strerror or "it cannot be decoded") from error
+            continue
+        for last in frames:
+            yield last
+    if last is None and damage is not None:
+        raise damage
+
+
+def _damaged(path: Path, second: float, reason: str) -> VideoError:
+    how = f"take other frames, or repair it: ffmpeg -i {path.name} repaired.mp4"
+    return VideoError(f"{path} is damaged at {second:.2f} s: {reason}; {how}")
+
+
+def _decoder(stream: Any) -> Any:
+    """The stream's own; for VP8 and VP9 with alpha libvpx, since FFmpeg's do not see it."""
+    if stream.metadata.get("alpha_mode") != "1":
+        return stream.codec_context
+    return av.CodecContext.create("libvpx-vp9" if stream.codec_context.name == "vp9" else "libvpx", "r")
+
+
+def _timeline(frames: Iterator[av.VideoFrame], origin: float, tick: float) -> Iterator[tuple[av.VideoFrame, float]]:
+    """Frames and when they go. A time that is missing or cannot be becomes that of the frame before and a tick."""
+    shown, at = None, 0.0
+    for frame in frames:
+        time = None if frame.time is None else frame.time - origin
+        if shown is not None:
+            if time is None or not 0 <= time - at < LONGEST:
+                time = at + tick
+            yield shown, time
+        shown, at = frame, time or 0.0
+    if shown is not None:
+        lasts = float(shown.duration * shown.time_base) if shown.time_base else 0.0
+        yield shown, at + (lasts if 0 < lasts < LONGEST else tick)
+
+
+def _sound(path: Path, begin: float, seconds: float) -> np.ndarray | None:
+    try:
+        with _container(path) as container:
+            return heard(container, begin, seconds)
+    except (FFmpegError, ValueError) as error:
+        warnings.warn(f"{path}: its sound cannot be read ({error}); it is taken as silent", stacklevel=2)
+        return None

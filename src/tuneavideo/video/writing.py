@@ -1,0 +1,204 @@
+"""From a clip to a file or a folder: frame by frame, whole or not at all."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from heapq import merge
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import av
+import av.filter
+import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image
+
+from tuneavideo.errors import VideoError
+from tuneavideo.video.clip import Frames, Video
+from tuneavideo.video.display import pulled
+from tuneavideo.video.sound import RATE, sounds
+
+FASTEST_GIF = 50  # frames a second: browsers slow down what claims to be faster
+
+
+class _Format(NamedTuple):
+    """How a kind of file is written."""
+
+    codec: str
+    frames: Callable[[Iterator[np.ndarray], Fraction], Iterator[av.VideoFrame]]
+    codec_options: dict[str, str]
+    file_options: dict[str, str]
+    sound: str | None
+
+
+def write(video: Video | Frames, path: str | Path) -> None:
+    """A clip as .mp4, .webm or .gif; without an extension or with a final "/", as a folder of PNGs.
+
+    Appears whole or not at all. In .mp4 and .webm an odd side grows by one pixel, since they need even ones, and the
+    clip's sound is kept. Frames are written as they come; of `Frames` no more than a few are in memory at once.
+
+    Raises:
+        VideoError: An unknown extension, a rate the format cannot show, a place that cannot be written.
+    """
+    is_folder = str(path).endswith(("/", os.sep))
+    path = Path(path)
+    if is_folder or not path.suffix:
+        return write_frames(video, path)
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise VideoError(f"{path}: found {suffix}, can write {known}, or a folder if the name ends with /")
+    if suffix == ".gif" and video.fps > FASTEST_GIF:
+        most = f"a GIF shows at most {FASTEST_GIF} frames a second, this clip has {video.fps:g}"
+        raise VideoError(f"{path}: {most}; write .mp4, or take fewer frames")
+    with _replacing(path) as draft:
+        _encode(video, draft, suffix)
+
+
+def write_frames(video: Video | Frames, folder: str | Path) -> None:
+    """A clip as 00000.png, 00001.png, …; appears whole or not at all, in place of an older folder of frames.
+
+    Raises:
+        VideoError: A folder with anything else in it, a place that cannot be written.
+    """
+    folder = Path(folder)
+    present = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    others = [name for name in present if not re.fullmatch(r"\d{5,}\.png", name)]
+    if others:
+        raise VideoError(f"{folder} has more than frames in it: found {others[0]}; choose another folder")
+    with _replacing(folder) as draft:
+        draft.mkdir()
+        for number, frame in enumerate(video.images):
+            Image.fromarray(frame).save(draft / f"{number:05d}.png")
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+
+def write_image(image_HWC: np.ndarray, path: str | Path) -> None:
+    """A picture (uint8, RGB) as PNG; appears whole or not at all.
+
+    Raises:
+        VideoError: A place that cannot be written.
+    """
+    with _replacing(Path(path)) as draft:
+        Image.fromarray(image_HWC).save(draft, format="PNG")
+
+
+@contextmanager
+def _replacing(path: Path) -> Generator[Path, None, None]:
+    """A temporary name beside `path`: becomes `path` when the block ends well, vanishes when not."""
+    draft = path.absolute().with_name(f".{uuid4().hex}.part")
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield draft
+            os.replace(draft, path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # if it is a folder
+            draft.unlink(missing_ok=True)
+    except (FFmpegError, OSError) as error:
+        reason = error.strerror or error
+        raise VideoError(f"{path} cannot be written: {reason}; free this place or choose another") from error
+
+
+def _encode(video: Video | Frames, file: Path, suffix: str) -> None:
+    kind = FORMATS[suffix]
+    rate = Fraction(video.fps).limit_denominator(10_000)  # 29.97002997… becomes 30000/1001
+    frames = kind.frames(video.images, rate)
+    first = next(frames)
+    with av.open(str(file), "w", format=suffix[1:], options=kind.file_options) as container:
+        stream: Any = container.add_stream(kind.codec, rate, kind.codec_options)
+        for name in ("width", "height", "colorspace", "color_range", "color_trc", "color_primaries"):
+            setattr(stream, name, getattr(first, name))
+        stream.pix_fmt = first.format.name
+        streams: dict[type, Any] = {av.VideoFrame: stream}
+        heard: Iterator[av.AudioFrame] = iter(())
+        if kind.sound and video.sound_SC is not None:
+            streams[av.AudioFrame] = container.add_stream(kind.sound, RATE, layout="stereo", bit_rate=192_000)
+            heard = sounds(video.sound_SC)
+        in_time: Iterator[Any] = merge(chain([first], frames), heard, key=_time)
+        for frame in in_time:
+            container.mux(streams[type(frame)].encode(frame))
+        for each in streams.values():
+            container.mux(each.encode(None))
+
+
+def _time(frame: Any) -> float:
+    return frame.time
+
+
+def _timed(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.VideoFrame]:
+    for number, image in enumerate(images):
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        picture.pts, picture.time_base = number, 1 / rate
+        yield picture
+
+
+def _in_yuv(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.VideoFrame]:
+    """Frames in the colours of television (BT.709), which players expect; these need even sides."""
+    for frame in _timed(map(_even, images), rate):
+        yield frame.reformat(
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            dst_color_trc=ColorTrc.BT709,
+            dst_color_primaries=ColorPrimaries.BT709,
+        )
+
+
+def _even(image_HWC: np.ndarray) -> np.ndarray:
+    height, width = image_HWC.shape[:2]
+    return np.pad(image_HWC, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _in_palette(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.VideoFrame]:
+    """Frames in the 256 colours that suit the whole clip best, so that still parts do not flicker.
+
+    Those are known after the last frame; until then the frames lie in a temporary file.
+    """
+    with tempfile.TemporaryFile() as spool:
+        first = next(images)
+        model = next(_timed(iter([first]), rate))
+        choosing = _graph("palettegen", [model])
+        for frame in _timed(chain([first], images), rate):
+            choosing.vpush(frame)
+            assert not list(pulled(choosing)), "colours are known after the last frame"
+            spool.write(frame.to_ndarray().tobytes())
+        choosing.vpush(None)
+        (palette,) = pulled(choosing)
+        drawing = _graph("paletteuse", [model, palette])
+        drawing.vpush(palette, at=1)
+        drawing.vpush(None, at=1)
+        spool.seek(0)
+        stored = iter(lambda: spool.read(first.nbytes), b"")
+        arrays = (np.frombuffer(pixels, np.uint8).reshape(first.shape) for pixels in stored)
+        for each in _timed(arrays, rate):
+            drawing.vpush(each, at=0)
+            yield from pulled(drawing)
+
+
+def _graph(name: str, inputs: list[av.VideoFrame]) -> av.filter.Graph:
+    """A filter between frames like `inputs` and what it makes of them."""
+    graph = av.filter.Graph()
+    node = graph.add(name)
+    for number, frame in enumerate(inputs):
+        layout = {"width": frame.width, "height": frame.height, "format": frame.format}
+        graph.add_buffer(**layout, time_base=frame.time_base).link_to(node, 0, number)
+    node.link_to(graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+FORMATS = {
+    # faststart: a browser can play it while it loads
+    ".mp4": _Format("libx264", _in_yuv, {"crf": "18", "preset": "medium"}, {"movflags": "+faststart"}, "aac"),
+    ".webm": _Format("libvpx-vp9", _in_yuv, {"crf": "24", "b": "0", "cpu-used": "4"}, {}, "libopus"),
+    ".gif": _Format("gif", _in_palette, {}, {"loop": "0"}, None),
+}
