@@ -113,12 +113,24 @@ def models(argv: Sequence[str]) -> None:
     print("Any Stable Diffusion 1.x or 2.x works: give --base a hub id, a folder or a .safetensors file.")
 
 
+def doctor(argv: Sequence[str]) -> None:
+    """Say what this machine has and what is missing, for you and for a bug report."""
+    from tuneavideo.doctor import examined, lines
+
+    options = _options("doctor", doctor.__doc__, argv)
+    found = examined()
+    print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
+    if any(each["impossible"] for each in found["missing"]):
+        raise SystemExit(1)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "tune": tune,
     "edit": edit,
     "invert": invert,
     "models": models,
+    "doctor": doctor,
 }
 RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tuning to go on with"}
 
