@@ -49,7 +49,7 @@ def go_on(settings: TuneSettings, out: Path) -> None:
     """What a user does: tune, or resume what is there and not done."""
     if not (out / "settings.yaml").is_file():
         done(api.tuning(settings, out=out))
-    elif RunFolder.open(out).edited() != {EDIT}:
+    elif RunFolder.open(out).edited() != {(EDIT, 0)}:
         done(api.tuning(api.resumed_settings(out, {}), resume=out))
 
 

@@ -7,9 +7,10 @@ import gc
 import importlib.util
 import json
 import logging
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Set
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +37,29 @@ from tuneavideo.video import Video
 
 PACKAGES = ("tuneavideo", "torch", "diffusers", "transformers", "accelerate", "av")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:
     """See `api.tuning`."""
-    left = _edits_left(settings, RunFolder.open(resume)) if resume else settings.edit
+    done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
     accelerator = _accelerator(settings)
     with _claimed(settings, accelerator, out, resume) as run, _memory_told(settings):
         yield Progress("open", path=run.path, about=settings.base)
         if not run.is_tuned:
             yield from _learned(settings, accelerator, run)
         gc.collect()  # accelerate's wrapper for half precision is part of a cycle
-        if left and accelerator.is_main_process:
+        if settings.edit and accelerator.is_main_process:
             sampling = settings.model_dump(include=set(Sampling.model_fields))
-            yield from _edited(EditSettings(run=str(run.path), prompt=left, **sampling))
+            yield from _edited(EditSettings(run=str(run.path), prompt=settings.edit, **sampling), done)
 
 
-def _edits_left(settings: TuneSettings, run: RunFolder) -> tuple[str, ...]:
-    """Edits to make of a run that is resumed; refuses one that is done."""
+def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
+    """Edits that a run has which is resumed; refuses one that has them all."""
     done = run.edited() if run.is_tuned else set()
-    left = tuple(prompt for prompt in settings.edit if prompt not in done)
-    if run.is_tuned and not left:
+    if run.is_tuned and done >= set(product(settings.edit, settings.seeds)):
         raise RunError(f"{run.path} is tuned to its end; edit it, or tune for more steps in a new run")
-    return left
+    return done
 
 
 def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> Job:
@@ -125,12 +125,13 @@ def edit(settings: EditSettings) -> Job:
         yield from _edited(settings)
 
 
-def _edited(settings: EditSettings) -> Job:
+def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset()) -> Job:
+    """Edits with every prompt and seed but those that are `done`."""
     yield Progress("open", about=settings.run)
     studio = _reopened(settings)
     _warn_of_cuts(studio.pipe, (*settings.prompt, settings.negative_prompt))
-    for prompt in settings.prompt:
-        for seed in settings.seeds:
+    for prompt, seed in product(settings.prompt, settings.seeds):
+        if (prompt, seed) not in done:
             video = yield from studio.edited(prompt, settings, seed)
             folder = _write_edit(studio, settings, prompt, seed, video)
             yield Progress("edit", path=folder, about=prompt)
@@ -376,7 +377,7 @@ def _reopened(settings: EditSettings) -> _Studio:
     _refuse_fast_gif(settings, source)
     moments = cache.read(run.latents)
     if not moments:
-        log.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
+        logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
         moments = _moments(pipe, source)
         cache.write(run.latents, moments)
     return _Studio(run, pipe, video_unet(pipe.unet), moments, source)
@@ -397,7 +398,7 @@ def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int,
 def _warn_of_cuts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> None:
     for prompt in prompts:
         if cut := models.cut(pipe, prompt):
-            log.warning("the prompt %r is longer than the text encoder takes; left out: %r", prompt, cut)
+            logger.warning("the prompt %r is longer than the text encoder takes; left out: %r", prompt, cut)
 
 
 def _versions() -> dict[str, str]:

@@ -27,7 +27,7 @@ REMEMBERED = {"adamw8bit": 0.5, "adafactor": 0.1}
 # Of their raw size, clips take less than this when written.
 COMPRESSED = 0.25
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Keeper:
                 self.tuning.load_state(state)
                 self.saved = self.tuning.number
                 break
-            log.warning("%s is damaged; going on from the state before it", path)
+            logger.warning("%s is damaged; going on from the state before it", path)
         if self.accelerator.is_main_process:
             self.run.forget_steps_after(self.tuning.number)
 

@@ -119,10 +119,10 @@ class RunFolder:
         """Whether there is a whole adapter; its config is written last."""
         return (self.adapter / "adapter_config.json").is_file()
 
-    def edited(self) -> set[str]:
-        """Prompts of the edits that are there."""
-        files = self.path.glob("edits/*/edit.json")
-        return {json.loads(file.read_text(encoding="utf-8"))["prompt"] for file in files}
+    def edited(self) -> set[tuple[str, int]]:
+        """Prompt and seed of the edits that are there."""
+        made = (json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("edits/*/edit.json"))
+        return {(edit["prompt"], edit["seed"]) for edit in made}
 
     @property
     def sheet(self) -> Path:
@@ -178,9 +178,12 @@ class RunFolder:
             file.write(json.dumps(step) + "\n")
 
     def forget_steps_after(self, number: int) -> None:
-        """Drop logged steps that a resumed tuning will do again."""
+        """Drop logged steps, and previews of them, that a resumed tuning will do again."""
         kept = [json.dumps(step) + "\n" for step in self.steps() if step["number"] <= number]
         files.write(self._steps, "".join(kept))
+        for sample in (self.path / "samples").glob("[0-9]*"):
+            if int(sample.name.split("-")[0]) > number:
+                sample.unlink()
 
     def _clear(self) -> None:
         files.sweep(self.path)

@@ -165,9 +165,10 @@ class Tuning:
 
     def _move(self, loss: float) -> None:
         """Move the weights, unless that would spoil them."""
-        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        clipped: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        norm = float(clipped)
         skipped = self.accelerator.scaler is not None  # the scaler of fp16 leaves out steps that overflow
-        if not math.isfinite(loss) or not (skipped or norm is None or math.isfinite(norm)):
+        if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
             raise RunError(
                 f"the loss is {loss:g}, its gradient {norm:g} at step {self.number + 1}; go on from a state before it "
                 f"with a lower learning_rate (now {self.settings.learning_rate:g}) or another mixed_precision (now "
