@@ -23,7 +23,7 @@ def judge() -> Judge:
 
 
 def source(clip: dict) -> Video:
-    return read(clip["path"]).fit(64, 64)
+    return read(clip["path"], size=(64, 64))
 
 
 def test_the_judge_sees_what_the_clips_show(judge: Judge) -> None:

@@ -46,7 +46,7 @@ def test_words_it_does_not_know_do_no_harm(pipe: StableDiffusionPipeline) -> Non
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_inversion_then_generation_returns_the_clip(spacing: str, pipe: StableDiffusionPipeline) -> None:
-    clip = read(miniature.clips()[0]["path"], stride=4, count=3).fit(64, 64)
+    clip = read(miniature.clips()[0]["path"], stride=4, count=3, size=(64, 64))
     clean, levels = models.encode(pipe, clip)["mean"], Levels.of(pipe.scheduler)
     empty, video = models.embed(pipe, [""]), video_unet(pipe.unet)
     sampler = levels.sampler("ddim", 50, spacing=spacing)
@@ -57,7 +57,7 @@ def test_inversion_then_generation_returns_the_clip(spacing: str, pipe: StableDi
 
 
 def test_the_autoencoder_keeps_a_drawing(pipe: StableDiffusionPipeline) -> None:
-    clip = read(miniature.clips()[0]["path"], count=2).fit(64, 64)
+    clip = read(miniature.clips()[0]["path"], count=2, size=(64, 64))
     (decoded,) = models.decode(pipe, models.encode(pipe, clip)["mean"], 8)
     assert psnr(decoded.frames_THWC, clip.frames_THWC) >= 24
 
@@ -86,7 +86,7 @@ def test_tuning_learns_the_clip(pipe: StableDiffusionPipeline) -> None:
     from tuneavideo.settings import TuneSettings, checked, layers
     from tuneavideo.tuning import Tuning
 
-    clip = read(miniature.clips()[0]["path"], stride=4, count=4).fit(64, 64)
+    clip = read(miniature.clips()[0]["path"], stride=4, count=4, size=(64, 64))
     fresh = models.open("miniature")
     stated = {"video": "-", "prompt": "-", "max_train_steps": 30, "num_frames": 4}
     settings = checked(TuneSettings, layers(stated, {}))

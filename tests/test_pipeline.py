@@ -114,7 +114,7 @@ def test_it_is_made_of_the_components_of_a_stock_pipeline(base: Path) -> None:
 
 def test_inverted_noise_is_turned_back_into_the_clip(pipe: TuneAVideoPipeline, tmp_path: Path) -> None:
     torch.nn.init.normal_(pipe.unet.conv_out.weight, std=0.0005)  # as smooth as a trained model
-    clip = read(moving_square(tmp_path / "square.mp4"), count=3).fit(16, 16)
+    clip = read(moving_square(tmp_path / "square.mp4"), count=3, size=(16, 16))
     noise = pipe.invert(clip, num_inference_steps=50)
     back = pipe("", latents=noise, guidance_scale=1.0, num_inference_steps=50, output_type="np").frames[0]
     moments = models.encode(pipe, clip)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuneavideo import files
 from tuneavideo.errors import RunError
 from tuneavideo.runs import RunFolder, slug
 
@@ -38,10 +39,12 @@ def test_a_log_line_cut_short_by_a_crash_is_left_out_and_later_steps_can_be_forg
     run = RunFolder.create("clip.mp4", tmp_path)
     for number in (1, 2, 3):
         run.log_step({"number": number})
+        files.write(run.sample(number, "a cat"), b"")
     with (tmp_path / "steps.jsonl").open("a") as file:
         file.write('{"numb')
     assert [step["number"] for step in run.steps()] == [1, 2, 3]
     run.forget_steps_after(2)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["000001-a-cat.mp4", "000002-a-cat.mp4"]
     run.log_step({"number": 3})
     assert [step["number"] for step in run.steps()] == [1, 2, 3]
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import random
+import tempfile
 from pathlib import Path
+from typing import Annotated
 
+import annotated_types
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
 from tuneavideo.settings import PRESETS, TuneSettings, as_yaml, checked, layers, read_yaml
 
+MUTATIONS = int(os.environ.get("MUTATIONS", 200))
 NEEDED = {"video": "clip.mp4", "prompt": "a man is skiing"}
 
 
@@ -70,6 +79,10 @@ def test_yaml_may_write_a_rate_as_people_do(tmp_path: Path) -> None:
         ("max_train_steps: many", "s.yaml: max_train_steps: input should be a valid integer"),
         ("prompt: 5", "s.yaml: prompt: input should be a valid string; found 5"),
         ("", "s.yaml: expected lines like 'learning_rate: 3e-5'; found NoneType"),
+        ("seed: 2001-99-99", "s.yaml: cannot be read as YAML: month must be in 1..12"),
+        ("seed: " + "9" * 5000, "s.yaml: cannot be read as YAML: Exceeds the limit"),
+        ("seeds: " + "[" * 500, "s.yaml: cannot be read as YAML: maximum recursion depth"),
+        ("learning_rate: 1" + "0" * 400, "s.yaml: learning_rate: input should be a valid number; found 1000"),
     ],
 )
 def test_a_yaml_file_that_cannot_be_used_names_file_and_key(text: str, told: str, tmp_path: Path) -> None:
@@ -97,3 +110,75 @@ def test_a_wrong_value_is_one_line_that_says_what_to_do(stated: dict, told: str)
     with pytest.raises(SettingsError) as error:
         made(stated)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+# Whatever the values
+
+
+def values_of(name: str) -> st.SearchStrategy:
+    """Values that the type of a setting and its bounds allow."""
+    field = TuneSettings.model_fields[name]
+    if name == "prompt":
+        return st.text(min_size=1).filter(str.strip)
+    bounds = [bound for bound in field.metadata if isinstance(bound, annotated_types.BaseMetadata)]
+    return st.from_type(Annotated[field.annotation, *bounds] if bounds else field.annotation)
+
+
+ANY = st.fixed_dictionaries({}, optional={name: values_of(name) for name in TuneSettings.model_fields})
+
+
+@given(ANY)
+@hypothesis.settings(deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+def test_any_settings_survive_being_written_as_yaml(values: dict) -> None:
+    try:
+        settings = made(values)
+    except SettingsError as error:
+        assert "\n" not in str(error)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "s.yaml")
+        file.write_text(as_yaml(settings), encoding="utf-8")
+        assert checked(TuneSettings, read_yaml(file, TuneSettings)) == settings
+
+
+@given(ANY, ANY, st.sampled_from(list(BASES)), st.sampled_from(list(PRESETS)))
+@hypothesis.settings(deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+def test_every_value_comes_from_the_strongest_layer_that_has_one(
+    flags: dict, yaml: dict, base: str, preset: str
+) -> None:
+    flags |= {"base": base}
+    yaml |= {"preset": preset}
+    flags.pop("preset", None)
+    built_in = {name: field.default for name, field in TuneSettings.model_fields.items() if not field.is_required()}
+    merged = layers(flags, yaml)
+    for name in TuneSettings.model_fields:
+        strongest = [layer for layer in (flags, yaml, PRESETS[preset], BASES[base].settings) if name in layer]
+        assert merged.get(name, built_in.get(name)) == (strongest or [built_in])[0].get(name)
+
+
+ODD = [b"\t", b"\n", b": ", b"- ", b"[", b"{", b"}", b"&a ", b"*a", b"!!python/object:os.system ", b"|", b">", b"'",
+       b'"', b"#", b"%", b"\x00", b"\xff\xfe", b"? ", b"---\n", b"9" * 5000, b"1e999", b"~", b"2001-99-99", b"0x", b"=",
+       b"!!binary ", b"<<: ", "\u2028".encode(), b"-.inf", b"[" * 400]  # fmt: skip
+
+
+def mutated(text: str, chance: random.Random) -> bytes:
+    """A few bytes lost, doubled, moved or replaced by what means something in YAML."""
+    data = text.encode()
+    for _ in range(chance.randint(1, 3)):
+        a = chance.choice([chance.randrange(len(data)), data.find(b": ", chance.randrange(len(data))) + 2])
+        b = min(len(data), a + chance.choice([0, 1, 5, max(0, data.find(b"\n", a) - a)]))
+        put = chance.choice([b"", data[b:a], data[a:b] * 2, chance.choice(ODD), chance.choice(ODD)])
+        data = data[:a] + put + data[b:]
+    return data
+
+
+def test_a_mutated_yaml_file_is_settings_or_one_line(tmp_path: Path) -> None:
+    chance, text, taken = random.Random(0), as_yaml(made({"edit": ("a bear", "a: b # c"), "seeds": (1,)})), 0
+    for _ in range(MUTATIONS):
+        (tmp_path / "s.yaml").write_bytes(mutated(text, chance))
+        try:
+            checked(TuneSettings, read_yaml(tmp_path / "s.yaml", TuneSettings), "s.yaml")
+            taken += 1
+        except SettingsError as error:
+            assert "s.yaml" in str(error) and "\n" not in str(error) and len(str(error)) < 2000
+    assert 0.05 * MUTATIONS < taken < 0.5 * MUTATIONS

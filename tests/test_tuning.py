@@ -154,8 +154,22 @@ def test_a_class_that_is_no_optimizer_is_refused() -> None:
         tuning(optimizer="torch.nn.Linear")
 
 
-def test_a_loss_that_is_no_number_stops_the_tuning() -> None:
+def test_a_loss_that_is_no_number_stops_the_tuning_before_it_moves_the_weights() -> None:
     work = tuning()
-    work.text = work.text * float("nan")
-    with pytest.raises(RunError, match="loss is nan at step 1; start a new run with a lower learning_rate"):
+    list(itertools.islice(work, 2))
+    before, work.text = weights(work), work.text * float("nan")
+    with pytest.raises(RunError, match=r"loss is nan, its gradient nan at step 3; .* lower learning_rate \(now 0.01\)"):
         next(iter(work))
+    assert work.number == 2
+    assert all(torch.equal(value, before[name]) for name, value in weights(work).items())
+
+
+def test_a_resumed_tuning_takes_the_learning_rate_of_its_settings() -> None:
+    options = {"lr_scheduler": "linear", "max_train_steps": 4}
+    whole, first = tuning(**options), tuning(**options, learning_rate=3.0)
+    rates = [step.learning_rate for step in whole]
+    list(itertools.islice(first, 2))
+    again = tuning(**options)
+    again.load_state(first.state())
+    assert again.optimizer.param_groups[0]["lr"] == rates[1]
+    assert [step.learning_rate for step in again] == rates[2:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from tuneavideo import files
 from tuneavideo.errors import AdapterError, SettingsError
 from tuneavideo.inflate import VideoUNet, added_parameters, deflate, inflate
 from tuneavideo.settings import Inflation
@@ -85,9 +85,12 @@ class Adapter:
         return cls({name: kept[name].detach().cpu().clone() for name in sorted(kept)}, **rest)
 
     def save(self, folder: Path | str, dtype: torch.dtype | None = torch.float16) -> Path:
-        """Write `adapter_config.json` and `adapter.safetensors` into a new or existing folder, atomically."""
+        """Write `adapter.safetensors`, then `adapter_config.json`, into a new or existing folder.
+
+        Raises:
+            DiskError: The place cannot be written or is full.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in self.tensors.items()}
         config = {
             "format": FORMAT,
@@ -96,12 +99,8 @@ class Adapter:
             "about": self.about,
             "fingerprint": self.fingerprint,
         }
-        partial = folder / f".{WEIGHTS}.part"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        os.replace(partial, folder / WEIGHTS)
-        partial = folder / f".{CONFIG}.part"
-        partial.write_text(json.dumps(config, indent=1), encoding="utf-8")
-        os.replace(partial, folder / CONFIG)
+        files.write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        files.write(folder / CONFIG, json.dumps(config, indent=1))
         return folder
 
     @classmethod

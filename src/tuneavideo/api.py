@@ -18,6 +18,10 @@ from tuneavideo.progress import Job, Progress
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings, checked, layers, read_yaml
 
+RESUMED_ANEW = {"edit", "max_train_steps", "learning_rate", "mixed_precision"} | {
+    "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to",
+}  # fmt: skip
+
 Listener = Callable[[Progress], None]
 
 
@@ -50,7 +54,7 @@ def tune(
     """
     stated = {"video": str(video), "prompt": prompt, "edit": _listed(edit), **settings}
     done = _listened(tuning(tune_settings(stated, config), out=out), progress)
-    return next(each.path for each in done if each.stage in ("tune", "encode") and each.path)
+    return next(each.path for each in done if each.path)
 
 
 def resume(run: str | Path, *, progress: Listener | None = None, **settings: Any) -> Path:
@@ -59,10 +63,11 @@ def resume(run: str | Path, *, progress: Listener | None = None, **settings: Any
     Args:
         run: Its run folder.
         progress: Called with a `Progress` after every step.
-        **settings: Only `edit`, `max_train_steps`, and how edits are made may differ from the run's own.
+        **settings: Only `edit`, `max_train_steps`, `learning_rate`, `mixed_precision`, what is kept on the way and how
+            edits are made may differ from the run's own.
     """
     done = _listened(tuning(resumed_settings(run, settings), resume=run), progress)
-    return next(each.path for each in done if each.stage in ("tune", "encode") and each.path)
+    return next(each.path for each in done if each.path)
 
 
 def edit(
@@ -121,7 +126,7 @@ def edit_settings(stated: Mapping[str, Any], config: str | Path | None = None) -
 def resumed_settings(run: str | Path, stated: Mapping[str, Any]) -> TuneSettings:
     """A run's own settings with those changes that leave its result comparable; refuses others."""
     own = RunFolder.open(run).read_settings().model_dump()
-    free = {*Sampling.model_fields, "edit", "max_train_steps", "checkpointing_steps", "validation_steps", "report_to"}
+    free = {*Sampling.model_fields, *RESUMED_ANEW}
     fixed = [name for name, value in stated.items() if name not in free and own.get(name) != value]
     if fixed:
         raise SettingsError(

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from tuneavideo import files
+from tuneavideo.errors import DiskError
+
 Tensors = dict[str, Tensor]
-
-
-def folder() -> Path:
-    """`$TUNEAVIDEO_CACHE`, or `tuneavideo` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TUNEAVIDEO_CACHE") or Path(home) / "tuneavideo")
 
 
 def key(*parts: Any) -> str:
@@ -35,31 +32,38 @@ def key(*parts: Any) -> str:
 
 
 def read(path: Path) -> Tensors | None:
-    """Tensors kept in the safetensors file `path`; None when it is missing or damaged."""
+    """Tensors kept in the safetensors file `path`; None when it is missing or not what `write` wrote, to the bit."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            digest = (file.metadata() or {}).get("digest")
     except (OSError, SafetensorError):
         return None
+    return tensors if digest == _digest(tensors) else None
 
 
 def write(path: Path, tensors: Tensors) -> None:
-    """Keep tensors in `path`, whole or not at all. A disk that takes nothing costs time later, not the result."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    """Keep tensors in `path`, whole or not at all. Raises DiskError when the disk takes nothing."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    files.write(path, save(tensors, metadata={"digest": _digest(tensors)}))
 
 
-def cached(path: Path, compute: Callable[[], Tensors]) -> Tensors:
-    """What `path` keeps; computed and kept when it is missing or damaged."""
+def cached(name: str, compute: Callable[[], Tensors]) -> Tensors:
+    """What the cache folder keeps under `name`; computed when it is missing or damaged, and kept.
+
+    A disk that takes nothing costs time later, not the result.
+    """
+    path = files.cache_folder() / f"{name}.safetensors"
     tensors = read(path)
     if tensors is None:
         tensors = compute()
-        write(path, tensors)
+        with suppress(DiskError):
+            write(path, tensors)
     return tensors
+
+
+def _digest(tensors: Tensors) -> str:
+    return key(*(part for item in sorted(tensors.items()) for part in item))
 
 
 def _bytes(part: Any) -> bytes:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from tuneavideo.progress import Job, Progress
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; a user's mistake is one line and exit code 2, an interrupted job exit code 130."""
+    """Run a command, or say in one line why not; exit codes are 0 and those of `_fail` and `_stopped`."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(_help())
@@ -30,14 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"did you mean '{near[0]}'?" if near else f"commands are {', '.join(COMMANDS)}"
-        _fail(f"unknown command '{name}'; {advice}")
+        _fail(SettingsError(f"unknown command '{name}'; {advice}"))
     else:
         try:
             COMMANDS[name](rest)
-        except TuneAVideoError as error:
+        except KeyboardInterrupt:
+            _stopped()
+        except Exception as error:
             if "--debug" in rest:
-                raise
-            _fail(str(error))
+                traceback.print_exc()
+            _fail(error)
 
 
 def demo(argv: Sequence[str]) -> None:
@@ -110,12 +113,24 @@ def models(argv: Sequence[str]) -> None:
     print("Any Stable Diffusion 1.x or 2.x works: give --base a hub id, a folder or a .safetensors file.")
 
 
+def doctor(argv: Sequence[str]) -> None:
+    """Say what this machine has and what is missing, for you and for a bug report."""
+    from tuneavideo.doctor import examined, lines
+
+    options = _options("doctor", doctor.__doc__, argv)
+    found = examined()
+    print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
+    if any(each["impossible"] for each in found["missing"]):
+        raise SystemExit(1)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "tune": tune,
     "edit": edit,
     "invert": invert,
     "models": models,
+    "doctor": doctor,
 }
 RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tuning to go on with"}
 
@@ -143,6 +158,8 @@ class _Show:
                     if self.interrupted:
                         job.close()
                         break
+        except KeyboardInterrupt:
+            job.close()
         finally:
             signal.signal(signal.SIGINT, before)
         if self.interrupted:
@@ -153,6 +170,7 @@ class _Show:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+        os.write(2, b"stopping after the step at hand; Ctrl-C again stops at once\n")  # print cannot be used in here
 
     def _bar(self) -> Any:
         from rich.console import Console
@@ -187,11 +205,12 @@ class _Show:
             self.done |= {"steps": each.step.number, "loss": each.step.loss}
         if not each.path:
             return
-        if each.stage in ("encode", "tune"):
+        if each.stage in ("open", "encode", "tune"):
             self.done["run"] = str(each.path)
         else:
             self.done["edits" if each.stage == "edit" else "files"].append(str(each.path))
-        self._say(bar, f"{_MADE[each.stage]}: {each.path}")
+        if each.stage != "open":  # a mistake found in opening takes the folder away again
+            self._say(bar, f"{_MADE[each.stage]}: {each.path}")
 
 
 _MADE = {
@@ -221,15 +240,22 @@ def _report(as_json: bool, done: Mapping[str, Any], **more: Any) -> None:
         print(f"done in {done['seconds']:.0f} s: {where}")
 
 
-def _stopped(run: str | None) -> None:
-    how = f"; go on with: tuneavideo tune --resume {run}" if run else ""
-    print(f"tuneavideo: stopped{how}", file=sys.stderr)
+def _stopped(run: str | None = None) -> None:
+    """Exit code 130: stopped by Ctrl-C."""
+    how = f"tuneavideo tune --resume {run}" if run else "the same command"
+    print(f"tuneavideo: stopped; go on with: {how}", file=sys.stderr)
     raise SystemExit(130)
 
 
-def _fail(message: str) -> None:
-    print(f"tuneavideo: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _fail(error: Exception) -> None:
+    """Exit code 2: something the user can put right; 1: something that should not happen."""
+    expected = isinstance(error, TuneAVideoError)
+    told = [str(error)] if expected else [
+        f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        "--debug shows where; please report it with what 'tuneavideo doctor' prints",
+    ]  # fmt: skip
+    print(f"tuneavideo: {'; '.join([*told, *getattr(error, '__notes__', ())])}", file=sys.stderr)
+    raise SystemExit(2 if expected else 1)
 
 
 def _help() -> str:
@@ -338,6 +364,7 @@ def _hush() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)
+    for noisy in ("pipeline_utils", "stable_diffusion.pipeline_stable_diffusion"):
+        logging.getLogger(f"diffusers.pipelines.{noisy}").setLevel(logging.ERROR)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()

@@ -6,7 +6,9 @@ TuneAVideoError        base of them all; the command line prints it and exits wi
 ├── VideoError         a clip that cannot be read, sampled or written
 ├── ModelError         a base model that is missing, incomplete or of the wrong kind
 ├── AdapterError       an adapter that is damaged or belongs to another base
-├── RunError           a run folder that is missing, unfinished or of another run
+├── RunError           a run folder that is missing, unfinished, in use or of another run
+├── DiskError          a place that cannot be written or is full
+├── MemoryShort        a clip or model too large for the memory at hand
 └── MissingExtra       an optional part that is not installed
 ```
 
@@ -35,7 +37,15 @@ class AdapterError(TuneAVideoError):
 
 
 class RunError(TuneAVideoError):
-    """A run folder that is missing, unfinished or of another run."""
+    """A run folder that is missing, unfinished, in use or of another run."""
+
+
+class DiskError(TuneAVideoError):
+    """A place that cannot be written or is full."""
+
+
+class MemoryShort(TuneAVideoError):
+    """A clip or model too large for the memory at hand."""
 
 
 class MissingExtra(TuneAVideoError):

@@ -6,89 +6,103 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import logging
 import math
-import pickle
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Set
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from tuneavideo import cache, editing, inversion, models
+from tuneavideo import cache, editing, files, inversion, models
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
-from tuneavideo.errors import MissingExtra, RunError, SettingsError
+from tuneavideo.errors import MemoryShort, MissingExtra, RunError, SettingsError
 from tuneavideo.inflate import VideoUNet, inflate, video_unet
+from tuneavideo.keeping import Keeper
 from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.noise import Levels, Sampler
-from tuneavideo.progress import Job, Progress, Step
-from tuneavideo.runs import RunFolder, write_text
+from tuneavideo.progress import Job, Progress
+from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.tuning import Tuning
 from tuneavideo.video import Video
 
 PACKAGES = ("tuneavideo", "torch", "diffusers", "transformers", "accelerate", "av")
 
+logger = logging.getLogger(__name__)
+
 
 def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:
     """See `api.tuning`."""
-    if resume and RunFolder.open(resume).is_tuned:
-        yield from _remaining_edits(settings, RunFolder(Path(resume)))
-        return
-    run = yield from _learned(settings, out, resume)
-    gc.collect()  # accelerate's wrapper for half precision is part of a cycle
-    if run:
-        yield from _edits(settings, run, settings.edit)
-
-
-def _learned(
-    settings: TuneSettings, out: str | Path | None, resume: str | Path | None
-) -> Generator[Progress, None, RunFolder | None]:
-    """Tune and save; returns the run folder to the first process, nothing to others."""
-    yield Progress("open", about=settings.base)
+    done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
     accelerator = _accelerator(settings)
+    with _claimed(settings, accelerator, out, resume) as run, _memory_told(settings):
+        yield Progress("open", path=run.path, about=settings.base)
+        if not run.is_tuned:
+            yield from _learned(settings, accelerator, run)
+        gc.collect()  # accelerate's wrapper for half precision is part of a cycle
+        if settings.edit and accelerator.is_main_process:
+            sampling = settings.model_dump(include=set(Sampling.model_fields))
+            yield from _edited(EditSettings(run=str(run.path), prompt=settings.edit, **sampling), done)
+
+
+def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
+    """Edits that a run has which is resumed; refuses one that has them all."""
+    done = run.edited() if run.is_tuned else set()
+    if run.is_tuned and done >= set(product(settings.edit, settings.seeds)):
+        raise RunError(f"{run.path} is tuned to its end; edit it, or tune for more steps in a new run")
+    return done
+
+
+def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> Job:
+    """Tune and save."""
     pipe = models.open_image_model(settings.base, dtype=models.PRECISIONS[accelerator.mixed_precision])
-    clip = (_used(RunFolder(Path(resume))) if resume else None) or _clip(settings, pipe)
-    run = _run_folder(settings, accelerator, out, resume)
+    _warn_of_cuts(pipe, (settings.prompt, *settings.edit))
+    kept = cache.read(run.latents)
+    clip = videos.read(run.source) if kept and run.source.is_file() else _clip(settings, pipe)
     marks = fingerprint(pipe.unet)
-    if accelerator.is_main_process:
-        run.write_settings(settings, _versions() | {"base fingerprint": cache.key(marks)})
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
-        moments = cache.cached(run.latents, lambda: _moments(pipe, clip))
+        moments = kept or _moments(pipe, clip)
         text = _text(pipe, settings.prompt)
-        if not run.source.is_file():
-            videos.write(clip, run.source)
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
     tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator)
-    keeper = _Keeper(run, tuning, accelerator)
-    if resume:
-        keeper.resume()
+    keeper = Keeper(run, tuning, accelerator)
+    if accelerator.is_main_process:
+        keeper.check_room(clip)
+        run.write_settings(settings, _versions() | {"base fingerprint": cache.key(marks)})
+        if not kept:
+            cache.write(run.latents, moments)
+        if not run.source.is_file():
+            videos.write(clip, run.source)
+    keeper.resume()
+    _report_to(settings, accelerator, run)
     video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
     yield from _tuned(keeper, _Studio(run, pipe, video, moments, clip, keep_inversions=False))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.free_memory()
-    if not accelerator.is_main_process:
-        return None
-    Adapter.of(
-        video.unet,
-        tuning.learned(),
-        inflation=settings.inflation,
-        base=settings.base,
-        fingerprint=marks,
-        about={"prompt": settings.prompt, "steps": tuning.number} | _versions(),
-    ).save(run.adapter)
-    write_text(run.card, _card(settings, run))
-    run.drop_checkpoints()
-    yield Progress("tune", tuning.number, settings.max_train_steps, path=run.path)
-    return run
+    if accelerator.is_main_process:
+        files.write(run.card, _card(settings, run))
+        Adapter.of(
+            video.unet,
+            tuning.learned(),
+            inflation=settings.inflation,
+            base=settings.base,
+            fingerprint=marks,
+            about={"prompt": settings.prompt, "steps": tuning.number} | _versions(),
+        ).save(run.adapter)
+        run.drop_checkpoints()
+        yield Progress("tune", tuning.number, settings.max_train_steps, path=run.path)
 
 
 def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
@@ -107,10 +121,18 @@ def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
 
 def edit(settings: EditSettings) -> Job:
     """See `api.editing`."""
+    run = RunFolder.open(settings.run)
+    with run.locked(), _memory_told(run.read_settings(), settings):
+        yield from _edited(settings)
+
+
+def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset()) -> Job:
+    """Edits with every prompt and seed but those that are `done`."""
     yield Progress("open", about=settings.run)
     studio = _reopened(settings)
-    for prompt in settings.prompt:
-        for seed in settings.seeds:
+    _warn_of_cuts(studio.pipe, (*settings.prompt, settings.negative_prompt))
+    for prompt, seed in product(settings.prompt, settings.seeds):
+        if (prompt, seed) not in done:
             video = yield from studio.edited(prompt, settings, seed)
             folder = _write_edit(studio, settings, prompt, seed, video)
             yield Progress("edit", path=folder, about=prompt)
@@ -118,28 +140,13 @@ def edit(settings: EditSettings) -> Job:
 
 def invert(settings: EditSettings) -> Job:
     """See `api.inverting`."""
-    yield Progress("open", about=settings.run)
-    studio = _reopened(settings)
-    sampler = studio.sampler(settings)
-    yield from studio.inverted(sampler, settings)
-    yield Progress("invert", path=studio.inversion_file(sampler, settings))
-
-
-def _edits(settings: TuneSettings, run: RunFolder, prompts: tuple[str, ...]) -> Job:
-    """Edits of a run that is tuned, with its own settings."""
-    if prompts:
-        sampling = settings.model_dump(include=set(Sampling.model_fields))
-        yield from edit(EditSettings(run=str(run.path), prompt=prompts, **sampling))
-
-
-def _remaining_edits(settings: TuneSettings, run: RunFolder) -> Job:
-    """What is left to do of a run that was stopped among its edits."""
-    done = run.edited()
-    left = tuple(prompt for prompt in settings.edit if prompt not in done)
-    if not left:
-        raise RunError(f"{run.path} is tuned to its end; edit it, or tune for more steps in a new run")
-    yield Progress("tune", path=run.path)
-    yield from _edits(settings, run, left)
+    run = RunFolder.open(settings.run)
+    with run.locked(), _memory_told(run.read_settings(), settings):
+        yield Progress("open", about=settings.run)
+        studio = _reopened(settings)
+        sampler = studio.sampler(settings)
+        yield from studio.inverted(sampler, settings)
+        yield Progress("invert", path=studio.inversion_file(sampler, settings))
 
 
 @dataclasses.dataclass
@@ -211,51 +218,12 @@ class _Studio:
         return self.moments["mean"].to(self.pipe._execution_device)
 
 
-@dataclasses.dataclass
-class _Keeper:
-    """Writes what tuning leaves behind: logged steps and states to resume from."""
-
-    run: RunFolder
-    tuning: Tuning
-    accelerator: Accelerator
-    saved: int = -1
-
-    def resume(self) -> None:
-        """Go on from the newest readable state; from the start if there is none."""
-        for path in reversed(self.run.checkpoints()):
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError):
-                continue
-            self.tuning.load_state(state)
-            self.saved = self.tuning.number
-            break
-        if self.accelerator.is_main_process:
-            self.run.forget_steps_after(self.tuning.number)
-
-    def log(self, step: Step) -> None:
-        self.accelerator.log({"loss": step.loss, "learning_rate": step.learning_rate}, step=step.number)
-        if self.accelerator.is_main_process:
-            self.run.log_step(dataclasses.asdict(step))
-
-    def checkpoint(self) -> None:
-        if self.accelerator.is_main_process and self.saved != self.tuning.number:
-            path = self.run.checkpoint(self.tuning.number)
-            path.parent.mkdir(exist_ok=True)
-            partial = path.with_name(f".{path.name}.part")
-            torch.save(self.tuning.state(), partial)
-            partial.replace(path)
-            self.run.prune_checkpoints(self.tuning.settings.checkpoints_total_limit)
-            self.saved = self.tuning.number
-
-
-def _tuned(keeper: _Keeper, studio: _Studio) -> Job:
-    """Tune to the end, with checkpoints and previews; a job closed early keeps its last step."""
-    tuning, settings = keeper.tuning, keeper.tuning.settings
-    if tuning.number == 0:
-        yield from _previewed(keeper, studio)
+def _tuned(keeper: Keeper, studio: _Studio) -> Job:
+    """Tune to the end, with checkpoints and previews; a job that is closed early keeps its last step."""
+    settings = keeper.tuning.settings
     try:
-        for step in tuning:
+        yield from _previewed(keeper, studio)
+        for step in keeper.tuning:
             keeper.log(step)
             if step.number % settings.checkpointing_steps == 0:
                 keeper.checkpoint()
@@ -264,17 +232,23 @@ def _tuned(keeper: _Keeper, studio: _Studio) -> Job:
     except GeneratorExit:
         keeper.checkpoint()
         raise
+    except RunError:
+        keeper.forget()
+        raise
 
 
-def _previewed(keeper: _Keeper, studio: _Studio) -> Job:
+def _previewed(keeper: Keeper, studio: _Studio) -> Job:
+    """The previews that are due at this step and not there yet."""
     tuning, settings = keeper.tuning, keeper.tuning.settings
     due = settings.validation_steps and tuning.number % settings.validation_steps == 0
     studio.recent.clear()  # the weights have moved since
     for prompt in settings.edit if due and keeper.accelerator.is_main_process else ():
+        path = keeper.run.sample(tuning.number, prompt)
+        if path.is_file():
+            continue
         for_preview = studio.edited(prompt, settings, settings.seeds[0])
         with tuning.averaged():
             video = yield from _relabelled(for_preview, "preview")
-        path = keeper.run.sample(tuning.number, prompt)
         videos.write(side_by_side([studio.source, video], labels=[settings.prompt, prompt]), path)
         yield Progress("preview", path=path, about=prompt)
 
@@ -290,7 +264,7 @@ def _relabelled(work: Generator[Progress, None, Video], stage: str) -> Generator
 def _accelerator(settings: TuneSettings) -> Accelerator:
     AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first job otherwise
     options: dict[str, Any] = {"cpu": not torch.accelerator.is_available()}  # else processes do not meet on a CPU
-    if settings.report_to:  # where to, _run_folder says when there is a folder
+    if settings.report_to:  # where to, _report_to says when there is a folder
         options |= {"log_with": settings.report_to, "project_config": ProjectConfiguration(logging_dir="logs")}
         if not importlib.util.find_spec(settings.report_to):
             raise MissingExtra(f"report_to={settings.report_to}", settings.report_to)
@@ -316,11 +290,6 @@ def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline) -> Video:
     return clip
 
 
-def _used(run: RunFolder) -> Video | None:
-    """The frames a run has used, if it has come so far that it will not need the clip again."""
-    return videos.read(run.source) if run.source.is_file() and run.latents.is_file() else None
-
-
 def _refuse_fast_gif(settings: Sampling, source: Video) -> None:
     fps = settings.fps or source.fps
     if "gif" in settings.formats and fps > videos.FASTEST_GIF:
@@ -338,32 +307,75 @@ def _taken(width: int, height: int, multiple: int) -> tuple[int, int]:
     return width, height
 
 
-def _run_folder(
+@contextmanager
+def _claimed(
     settings: TuneSettings, accelerator: Accelerator, out: str | Path | None, resume: str | Path | None
-) -> RunFolder:
-    """One folder for all processes, made by the first."""
+) -> Generator[RunFolder, None, None]:
+    """One folder for all processes, made and locked by the first.
+
+    A mistake leaves no new folder behind; what interrupts a tuning later leaves one to go on with, and says how.
+    """
     made: list[Any] = [None]
-    if accelerator.is_main_process:
-        made = [RunFolder.open(resume) if resume else RunFolder.create(settings.video, out)]
-    broadcast_object_list(made)
-    run: RunFolder = made[0]
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            made = [RunFolder.open(resume) if resume else RunFolder.create(settings.video, out)]
+            held.enter_context(made[0].locked())
+        broadcast_object_list(made)
+        run: RunFolder = made[0]
+        try:
+            if accelerator.is_main_process:
+                run.write_settings(settings, _versions())
+            yield run
+        except Exception as error:
+            if run.source.is_file():
+                error.add_note(f"go on with: tuneavideo tune --resume {run.path}")
+            elif accelerator.is_main_process and not resume:
+                run.remove()
+            raise
+
+
+@contextmanager
+def _memory_told(own: TuneSettings, edits: Sampling | None = None) -> Generator[None, None, None]:
+    """Say what to lower when memory is at its end: in tuning with settings `own`, or in `edits` of that run."""
+    try:
+        yield
+    except Exception as error:
+        if not models.is_out_of_memory(error):
+            raise
+        device = torch.device(PartialState().device or "cpu")
+        free, total = models.memory_left(device)
+        size = f"width x height (now {own.width} x {own.height})" if own.width else (
+            f"resolution (now {own.resolution or 'that of the base'})"
+        )  # fmt: skip
+        advice = [f"lower num_frames (now {own.num_frames}) or {size}"]
+        if not edits and own.train_batch_size > 1:
+            advice.append(f"lower train_batch_size (now {own.train_batch_size})")
+        if not edits and not own.gradient_checkpointing:
+            advice.append("turn gradient_checkpointing on (now off)")
+        if (edits or own).batch_guidance:
+            advice.append("turn batch_guidance off (now on)")
+        raise MemoryShort(
+            f"out of memory: this process holds {files.size(models.memory(device))}, {files.size(free)} of "
+            f"{files.size(total)} are free on {device}; {', or '.join(advice)}"
+        ) from error
+
+
+def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> None:
     if settings.report_to:
         options = settings.model_dump(mode="json")
         plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | bool)}
         accelerator.project_configuration.logging_dir = str(run.logs)
         accelerator.init_trackers("tuneavideo", config=plain)
-    return run
 
 
 def _moments(pipe: StableDiffusionPipeline, clip: Video) -> dict[str, Tensor]:
     name = cache.key("moments", clip.frames_THWC, pipe.vae.config.scaling_factor, pipe.vae)
-    return cache.cached(cache.folder() / f"{name}.safetensors", lambda: models.encode(pipe, clip))
+    return cache.cached(name, lambda: models.encode(pipe, clip))
 
 
 def _text(pipe: StableDiffusionPipeline, prompt: str) -> Tensor:
     name = cache.key("text", pipe.tokenizer(prompt).input_ids, pipe.text_encoder)
-    file = cache.folder() / f"{name}.safetensors"
-    return cache.cached(file, lambda: {"text": models.embed(pipe, [prompt])})["text"]
+    return cache.cached(name, lambda: {"text": models.embed(pipe, [prompt])})["text"]
 
 
 def _reopened(settings: EditSettings) -> _Studio:
@@ -376,7 +388,11 @@ def _reopened(settings: EditSettings) -> _Studio:
     pipe = models.open(own.base, adapter=run.adapter, dtype=dtype)
     source = videos.read(run.source)
     _refuse_fast_gif(settings, source)
-    moments = cache.cached(run.latents, lambda: models.encode(pipe, source))
+    moments = cache.read(run.latents)
+    if not moments:
+        logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
+        moments = _moments(pipe, source)
+        cache.write(run.latents, moments)
     return _Studio(run, pipe, video_unet(pipe.unet), moments, source)
 
 
@@ -388,8 +404,14 @@ def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int,
     labels = [studio.run.read_settings().prompt, prompt]
     videos.write(side_by_side([source, video], labels=labels), folder / "side-by-side.mp4")
     made = settings.model_dump(mode="json", exclude={"prompt", "seeds", "run"})
-    write_text(folder / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made, indent=1))
+    files.write(folder / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made, indent=1))
     return folder
+
+
+def _warn_of_cuts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> None:
+    for prompt in prompts:
+        if cut := models.cut(pipe, prompt):
+            logger.warning("the prompt %r is longer than the text encoder takes; left out: %r", prompt, cut)
 
 
 def _versions() -> dict[str, str]:

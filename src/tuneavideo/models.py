@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from einops import rearrange
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch import Tensor
 
+from tuneavideo import machine
 from tuneavideo.adapter import Adapter
 from tuneavideo.bases import BASES
 from tuneavideo.errors import ModelError, SettingsError
@@ -129,8 +130,18 @@ def decode(pipe: StableDiffusionPipeline, latents_BCTHW: Tensor, fps: float) -> 
 
 @torch.no_grad()
 def embed(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
-    """Text embeddings of prompts, `B L D`. diffusers warns of words beyond the encoder's length and names them."""
+    """Text embeddings of prompts, `B L D`, without what is `cut`."""
     return pipe.encode_prompt(prompts, pipe._execution_device, 1, False)[0]
+
+
+def cut(pipe: StableDiffusionPipeline, prompt: str) -> str:
+    """The words at the end of a prompt that the text encoder does not take whole; empty if it takes all."""
+    places = pipe.tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
+    most = pipe.tokenizer.model_max_length
+    if len(places) <= most:
+        return ""
+    first = places[most - 1][0]
+    return prompt[prompt.rfind(" ", 0, first + 1) + 1 :]
 
 
 def memory(device: torch.device) -> int:
@@ -138,6 +149,17 @@ def memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
+
+
+def memory_left(device: torch.device) -> tuple[int, int]:
+    """Free and whole memory of a device, in bytes."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else machine.memory()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says, in one of the ways that torch, numpy and the system have, that memory is at its end."""
+    told = ("out of memory", "not enough memory", "allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
 def without_checker(source: str) -> dict[str, Any]:
@@ -152,9 +174,8 @@ def missing(base: str, error: Exception) -> str:
     place, first = source(base), " ".join(str(error).split())[:300]
     if Path(place).exists():
         return f"{place}: cannot be opened as a Stable Diffusion model: {first}"
-    looked = os.environ.get("HF_HOME", "~/.cache/huggingface")
     return (
-        f"base {base!r} is not there: no such folder, and not in the hub's cache ({looked}). Download it with "
+        f"base {base!r} is not there: no such folder, and not in the hub's cache ({HF_HUB_CACHE}). Download it with "
         f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases. "
         f"({first})"
     )

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import unicodedata
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from tuneavideo import files
 from tuneavideo.errors import RunError
 from tuneavideo.settings import TuneSettings, as_yaml, checked, read_yaml
+
+LOCK = ".lock"
 
 
 def slug(text: str, limit: int = 60) -> str:
     """Words of a prompt or file name as part of a file name: lower-case letters, digits and hyphens."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:limit].rstrip("-") or "untitled"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True)
@@ -36,22 +35,27 @@ class RunFolder:
 
     @classmethod
     def create(cls, clip: str, out: Path | str | None = None, root: Path | str = "runs") -> RunFolder:
-        """A new folder: `out`, which must not hold anything yet, or the next free `<root>/<clip>-<n>`."""
-        if out is not None:
-            path = Path(out)
-            if path.exists() and any(path.iterdir()):
-                raise RunError(f"{path} exists and is not empty; give another --out, or --resume {path}")
+        """A new folder: `out`, which must not hold anything yet, or the next free `<root>/<clip>-<n>`.
+
+        Raises:
+            RunError: `out` holds something.
+            DiskError: The place cannot be written.
+        """
+        path = Path(root if out is None else out)
+        with files.told(path):
             path.mkdir(parents=True, exist_ok=True)
-            return cls(path)
-        Path(root).mkdir(parents=True, exist_ok=True)
-        number = 1
-        while True:
-            path = Path(root) / f"{slug(Path(clip).stem)}-{number}"
-            try:
-                path.mkdir()
+            if out is not None:
+                if any(file.name != LOCK and file.suffix != files.PART for file in path.iterdir()):
+                    raise RunError(f"{path} exists and is not empty; give another --out, or --resume {path}")
                 return cls(path)
-            except FileExistsError:
-                number += 1
+            number = 1
+            while True:
+                path = Path(root) / f"{slug(Path(clip).stem)}-{number}"
+                try:
+                    path.mkdir()
+                    return cls(path)
+                except FileExistsError:
+                    number += 1
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
@@ -61,10 +65,38 @@ class RunFolder:
             raise RunError(f"{path} is no run folder: {run.settings.name} is missing; 'tuneavideo tune' makes one")
         return run
 
+    @contextmanager
+    def locked(self) -> Generator[None, None, None]:
+        """Keep other processes out, and clear away what a killed one has left unfinished.
+
+        The lock is the operating system's: it ends with the process, however that ends.
+
+        Raises:
+            RunError: Another process works in the folder.
+            DiskError: The place cannot be written.
+        """
+        lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)  # a job may be closed in another thread
+        try:
+            with files.told(self.path):
+                lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"{self.path} is in use: another process tunes or edits there; wait until it is done, or stop it"
+            ) from None
+        try:
+            self._clear()
+            yield
+        finally:
+            lock.release()
+
+    def remove(self) -> None:
+        """Leave nothing of a run that has not begun."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def write_settings(self, settings: TuneSettings, about: dict[str, Any]) -> None:
         """The first file of a run: resolved settings, and as comments what they were resolved with."""
         notes = "".join(f"# {name}: {value}\n" for name, value in about.items())
-        write_text(self.settings, notes + as_yaml(settings))
+        files.write(self.settings, notes + as_yaml(settings))
 
     def read_settings(self) -> TuneSettings:
         """The settings the run was made with."""
@@ -87,10 +119,10 @@ class RunFolder:
         """Whether there is a whole adapter; its config is written last."""
         return (self.adapter / "adapter_config.json").is_file()
 
-    def edited(self) -> set[str]:
-        """Prompts of the edits that are there."""
-        files = self.path.glob("edits/*/edit.json")
-        return {json.loads(file.read_text(encoding="utf-8"))["prompt"] for file in files}
+    def edited(self) -> set[tuple[str, int]]:
+        """Prompt and seed of the edits that are there."""
+        made = (json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("edits/*/edit.json"))
+        return {(edit["prompt"], edit["seed"]) for edit in made}
 
     @property
     def sheet(self) -> Path:
@@ -146,9 +178,20 @@ class RunFolder:
             file.write(json.dumps(step) + "\n")
 
     def forget_steps_after(self, number: int) -> None:
-        """Drop logged steps that a resumed tuning will do again."""
+        """Drop logged steps, and previews of them, that a resumed tuning will do again."""
         kept = [json.dumps(step) + "\n" for step in self.steps() if step["number"] <= number]
-        write_text(self._steps, "".join(kept))
+        files.write(self._steps, "".join(kept))
+        for sample in (self.path / "samples").glob("[0-9]*"):
+            if int(sample.name.split("-")[0]) > number:
+                sample.unlink()
+
+    def _clear(self) -> None:
+        files.sweep(self.path)
+        for edit in (self.path / "edits").glob("[0-9]*"):
+            if not (edit / "edit.json").is_file():  # it is written last
+                shutil.rmtree(edit)
+        if self.is_tuned:
+            self.drop_checkpoints()
 
     @property
     def _steps(self) -> Path:

@@ -7,6 +7,7 @@ One precedence: flag > YAML > preset > base > built-in. The built-in values stan
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_origin
@@ -260,8 +261,8 @@ def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # a date may have a month 13
+        raise SettingsError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"{path}: expected lines like 'learning_rate: 3e-5'; found {type(values).__name__}")
     _refuse_unknown(kind, values, str(path))
@@ -294,7 +295,7 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
 def _refuse_unknown(kind: type[Settings], values: Iterable[str], where: str) -> None:
     for name in values:
         if name not in kind.model_fields:
-            raise SettingsError(f"{where}: unknown setting {name!r}{_suggestion(name, kind.model_fields)}")
+            raise SettingsError(f"{where}: unknown setting {reprlib.repr(name)}{_suggestion(name, kind.model_fields)}")
 
 
 def as_yaml(settings: Settings) -> str:
@@ -310,7 +311,7 @@ def _told(error: Any, name: str = "") -> str:
         return f"{name} is missing"
     if name == "prompt" and error["type"] == "string_pattern_mismatch":
         return "prompt is empty; say in words what the clip shows"
-    found = f"; found {error['input']!r}"
+    found = f"; found {reprlib.repr(error['input'])}"
     return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}{found}"
 
 

@@ -75,15 +75,19 @@ class Tuning:
         self.number = 0
 
     def __iter__(self) -> Iterator[Step]:
-        """Tune on from step `number`; yields after every optimiser step."""
+        """Tune on from step `number`; yields after every optimiser step.
+
+        Raises:
+            RunError: The loss of the weights at hand, or its gradient, is not finite; they are not moved.
+        """
         while self.number < self.settings.max_train_steps:
             began = time.perf_counter()
             losses = [self._learn(batch) for batch in range(self.settings.gradient_accumulation_steps)]
-            self.schedule.step()
-            if self.ema:
-                self.ema.step(self.parameters.values())
+            loss = float(torch.as_tensor(self.accelerator.gather(torch.stack(losses))).mean())
+            self._move(loss)
             self.number += 1
-            yield self._told(losses, began)
+            rate = float(self.schedule.get_last_lr()[0])
+            yield Step(self.number, loss, rate, time.perf_counter() - began, memory(self.accelerator.device))
 
     def loss(self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
         """Mean squared error of the prediction at timesteps `t_B` (DDPM, eq. 14), in float32."""
@@ -124,12 +128,15 @@ class Tuning:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned, at the learning rate of the settings."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.schedule.base_lrs = [self.settings.learning_rate for _ in self.schedule.base_lrs]
+        for group, share in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group["lr"] = self.settings.learning_rate * share(self.schedule.last_epoch)
         if self.ema:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.accelerator.device)
@@ -149,16 +156,29 @@ class Tuning:
         return chosen
 
     def _learn(self, batch: int) -> Tensor:
-        """Loss and gradients of one batch; the last batch of a step also moves the weights."""
+        """Loss and gradients of one batch."""
         last = batch + 1 == self.settings.gradient_accumulation_steps
         with nullcontext() if last else self.accelerator.no_sync(self.video.unet):
             loss = self.loss(*self.draw(batch))
             self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
-        if last:
-            self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
         return loss.detach()
+
+    def _move(self, loss: float) -> None:
+        """Move the weights, unless that would spoil them."""
+        clipped: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        norm = float(clipped)
+        skipped = self.accelerator.scaler is not None  # the scaler of fp16 leaves out steps that overflow
+        if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
+            raise RunError(
+                f"the loss is {loss:g}, its gradient {norm:g} at step {self.number + 1}; go on from a state before it "
+                f"with a lower learning_rate (now {self.settings.learning_rate:g}) or another mixed_precision (now "
+                f"{self.accelerator.mixed_precision})"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        if self.ema:
+            self.ema.step(self.parameters.values())
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents from the posterior, noise of every frame, and one timestep a clip."""
@@ -170,16 +190,6 @@ class Tuning:
         sample, noise = (torch.randn(shape, generator=generator).to(self.mean.device) for _ in range(2))
         t_B = torch.randint(len(self.alphas), shape[:1], generator=generator).to(self.mean.device)
         return self.mean + self.std * sample, noise, t_B
-
-    def _told(self, losses: list[Tensor], began: float) -> Step:
-        loss = float(torch.as_tensor(self.accelerator.gather(torch.stack(losses))).mean())
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {self.number}; start a new run with a lower learning_rate (now "
-                f"{self.settings.learning_rate:g}), or with mixed_precision bf16 instead of fp16"
-            )
-        rate = float(self.schedule.get_last_lr()[0])
-        return Step(self.number, loss, rate, time.perf_counter() - began, memory(self.accelerator.device))
 
 
 def _optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Optimizer:

@@ -129,8 +129,9 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     """The clip as it was used, its edits, and seconds and operations of each stage."""
     pipe = models.open_image_model(settings.base, device="cpu")
     side = models.default_size(pipe)
-    source = videos.read(settings.video, start=settings.start, stride=settings.stride, count=settings.num_frames)
-    source = source.fit(side, side, settings.fit)
+    source = videos.read(
+        settings.video, start=settings.start, stride=settings.stride, count=settings.num_frames, size=(side, side)
+    )
     moments, levels = models.encode(pipe, source), Levels.of(pipe.scheduler)
     empty = models.embed(pipe, [settings.negative_prompt])
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tuneavideo import miniature
-from tuneavideo.video import Video
+from tuneavideo.video import Video, fitted
 
 STRIDES = ((1, 2), (2, 1), (2, 1), (1, 1))
 WIDTHS = (16, 48, 96, 96)
@@ -76,7 +77,7 @@ class Judge(nn.Module):
     @torch.no_grad()
     def read(self, video: Video) -> Reading:
         """What the judge sees in every frame of a clip, which is brought to the judge's size."""
-        frames = torch.from_numpy(video.fit(self.pixels, self.pixels, "stretch").frames_THWC)
+        frames = torch.from_numpy(np.stack([fitted(i, self.pixels, self.pixels, "stretch") for i in video.images]))
         said = self(frames.permute(0, 3, 1, 2).float() / 127.5 - 1)
         seen = {kind: [names[k] for k in said[kind].argmax(1).tolist()] for kind, names in self.words.items()}
         return Reading(seen, said["centre"], said["features"])

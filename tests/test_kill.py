@@ -1,0 +1,331 @@
+"""A run survives: killed, interrupted, out of disk or memory, diverged, opened twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import forks
+from tests.conftest import moving_square
+from tests.test_job import BRIEF
+from tuneavideo import api, cli, files
+from tuneavideo.errors import DiskError, RunError
+from tuneavideo.progress import Job
+from tuneavideo.runs import RunFolder
+from tuneavideo.settings import TuneSettings, as_yaml
+
+EDIT = "a blue circle moves"
+TOUCHES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")  # audit events
+
+
+@pytest.fixture(scope="module")
+def settings(base: Path, tmp_path_factory: pytest.TempPathFactory) -> TuneSettings:
+    """Previews and checkpoints at every second step, and an edit."""
+    clip = moving_square(tmp_path_factory.mktemp("clip") / "square.mp4")
+    stated = {"video": str(clip), "prompt": "a red square moves", "edit": (EDIT,), "base": str(base)}
+    return api.tune_settings(stated | BRIEF | {"validation_steps": 2, "checkpointing_steps": 1})
+
+
+@pytest.fixture(scope="module")
+def unbroken(settings: TuneSettings, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The adapter of an unbroken run."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    go_on(settings, out)
+    return adapter(out)
+
+
+def go_on(settings: TuneSettings, out: Path) -> None:
+    """What a user does: tune, or resume what is there and not done."""
+    if not (out / "settings.yaml").is_file():
+        done(api.tuning(settings, out=out))
+    elif RunFolder.open(out).edited() != {(EDIT, 0)}:
+        done(api.tuning(api.resumed_settings(out, {}), resume=out))
+
+
+def done(job: Job) -> None:
+    for _ in job:
+        pass
+
+
+def adapter(out: Path) -> bytes:
+    return (out / "adapter/adapter.safetensors").read_bytes()
+
+
+def is_whole(out: Path) -> None:
+    """Everything of a run is there once, nothing is half-written."""
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    slug = EDIT.replace(" ", "-")
+    assert names == {
+        ".lock", "settings.yaml", "source.mp4", "latents.safetensors", "steps.jsonl", "README.md",
+        "adapter/adapter.safetensors", "adapter/adapter_config.json",
+        *(f"samples/00000{step}-{slug}.mp4" for step in (0, 2, 4)),
+        *(f"edits/000-{slug}/{name}" for name in ("edit.mp4", "side-by-side.mp4", "edit.json")),
+        *(name for name in names if name.startswith("inversion/")),
+    }  # fmt: skip
+    run = RunFolder.open(out)
+    assert run.read_settings() and [step["number"] for step in run.steps()] == [1, 2, 3, 4]
+
+
+# Killed
+
+
+def killing_itself(work: Callable[[], object], folder: Path, at: int) -> Callable[[], None]:
+    """`work`, which dies when it is about to open, make, rename or remove its `at`-th file in `folder`.
+
+    If it comes to its end, it prints how many times it did so.
+    """
+
+    def watched() -> None:
+        touched = 0
+
+        def watch(event: str, arguments: tuple) -> None:
+            nonlocal touched
+            if event in TOUCHES and str(arguments[0]).startswith(str(folder)):
+                touched += 1
+                if touched == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        work()
+        print(touched)
+
+    return watched
+
+
+def killed_and_resumed(settings: TuneSettings, unbroken: bytes, folder: Path, kills: int, seed: int = 0) -> None:
+    """Break tunings at random moments, two to a run: one at a random file, one at a random time."""
+    chance = random.Random(seed)
+    began = time.monotonic()
+    _, told = forks.run(killing_itself(lambda: go_on(settings, folder / "whole"), folder, -1), folder / "log")
+    touched, seconds = int(told.split()[-1]), time.monotonic() - began
+    hits = 0
+    for number in range(kills // 2):
+        out = folder / str(number)
+        for at_file in (number % 2 == 0, number % 2 == 1):
+            work = lambda out=out: go_on(settings, out)  # noqa: E731
+            if at_file:
+                work = killing_itself(work, out, chance.randint(1, touched))
+            fork = forks.Fork.of(work, folder / "log")
+            code = fork.ended(120 if at_file else chance.uniform(0, seconds))
+            if code is None:
+                code = fork.kill()
+            assert code in (0, -signal.SIGKILL), fork.log.read_text()
+            hits += code != 0
+            if (out / "settings.yaml").is_file():
+                assert RunFolder.open(out).read_settings() == settings
+        go_on(settings, out)
+        assert adapter(out) == unbroken, number
+        is_whole(out)
+    print(f"{hits} of {kills} killed, {touched} files touched in {seconds:.1f} s")
+    assert hits > kills / 2  # some come too late: to a run that is resumed there is less to do
+
+
+def test_killed_at_random_moments_and_resumed_a_run_ends_as_if_unbroken(
+    settings: TuneSettings, unbroken: bytes, tmp_path: Path
+) -> None:
+    killed_and_resumed(settings, unbroken, tmp_path, kills=6)
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_random_moments(settings: TuneSettings, unbroken: bytes, tmp_path: Path) -> None:
+    killed_and_resumed(settings, unbroken, tmp_path, kills=50, seed=1)
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize(("stage", "presses"), [("open", 1), ("tune", 2), ("preview", 1), ("invert", 1), ("edit", 2)])
+def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_says_how(
+    stage: str, presses: int, settings: TuneSettings, unbroken: bytes, tmp_path: Path, capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Pressed soon after the stage has begun, whatever is going on then."""
+    monkeypatch.chdir(tmp_path)
+    real = api.tuning
+
+    def pressed() -> None:
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.02)
+
+    def tuning(*arguments, **options) -> Job:
+        keyboard = None
+        for each in real(*arguments, **options):
+            if each.stage == stage and not keyboard:
+                keyboard = threading.Timer(0.01, pressed)
+                keyboard.start()
+            yield each
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(api, "tuning", tuning)
+        cli.main(as_words(settings, "run"))
+    said = capfd.readouterr().err
+    assert stopped.value.code == 130 and "Traceback" not in said
+    assert "tuneavideo: stopped; go on with: tuneavideo tune --resume run\n" in said
+    cli.main(["tune", "--resume", "run", "--json"])
+    assert adapter(Path("run")) == unbroken
+    is_whole(Path("run"))
+
+
+def as_words(settings: TuneSettings, out: str) -> list[str]:
+    """The command line that makes the run `out` with these settings."""
+    Path(f"{out}.yaml").write_text(as_yaml(settings))
+    return ["tune", settings.video, "--prompt", settings.prompt, "--config", f"{out}.yaml", "--out", out, "--json"]
+
+
+def test_ctrl_c_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(api, "models", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["models"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "tuneavideo: stopped; go on with: the same command\n"
+
+
+# Opened twice
+
+
+@pytest.fixture
+def busy(settings: TuneSettings, tmp_path: Path) -> Iterator[tuple[Path, forks.Fork]]:
+    """A run folder in which another process is tuning, and that process."""
+    out = tmp_path / "run"
+
+    def tune_and_wait() -> None:
+        for each in api.tuning(settings, out=out):
+            if each.step:
+                (tmp_path / "tuning").touch()
+                time.sleep(600)
+
+    other = forks.Fork.of(tune_and_wait, tmp_path / "log")
+    while not (tmp_path / "tuning").exists():
+        assert other.ended(0.01) is None, other.log.read_text()
+    yield out, other
+    with suppress(ProcessLookupError):
+        other.kill()
+
+
+def test_the_second_process_on_a_run_folder_is_refused(
+    busy: tuple[Path, forks.Fork], settings: TuneSettings, unbroken: bytes, capsys: pytest.CaptureFixture
+) -> None:
+    """And the folder of one that was killed can be used at once."""
+    out, other = busy
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    refused = f"tuneavideo: {out} is in use: another process tunes or edits there; wait until it is done, or stop it\n"
+    exists = f"tuneavideo: {out} exists and is not empty; give another --out, or --resume {out}\n"
+    for words, told in {
+        ("tune", "--resume", str(out)): refused,
+        ("edit", str(out), "--prompt", "a circle"): refused,
+        ("invert", str(out)): refused,
+        ("tune", settings.video, "--prompt", "a square", "--base", settings.base, "--out", str(out)): exists,
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        assert stopped.value.code == 2 and capsys.readouterr().err == told
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    other.kill()
+    go_on(settings, out)
+    assert adapter(out) == unbroken
+
+
+def test_of_two_processes_that_make_one_folder_at_once_one_is_refused(tmp_path: Path) -> None:
+    first, second = RunFolder.create("clip.mp4", tmp_path), RunFolder.create("clip.mp4", tmp_path)
+    with first.locked(), pytest.raises(RunError, match="is in use"), second.locked():
+        pass
+
+
+# Out of disk
+
+
+@pytest.mark.parametrize(("limit", "full_at"), [(1_500, "latents"), (20_000, "checkpoints")])
+def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
+    limit: int, full_at: str, settings: TuneSettings, unbroken: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = as_words(settings, "run")
+
+    def tune() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        cli.main(words)
+
+    code, said = forks.run(tune, Path("log"))
+    assert code == 2 and f"tuneavideo: run/{full_at}" in said, said
+    assert "cannot be written: File too large; make room, " in said and "Traceback" not in said
+    assert Path("run").exists() == (full_at == "checkpoints")
+    if full_at == "checkpoints":
+        assert said.endswith("; go on with: tuneavideo tune --resume run\n")
+        assert not list(Path("run").rglob("*.part"))
+        go_on(settings, Path("run"))
+        assert adapter(Path("run")) == unbroken
+
+
+def test_tuning_does_not_begin_when_the_disk_will_not_hold_it(
+    settings: TuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "free", lambda path: 100_000)
+    line = (
+        r"run: tuning needs [\d.]+ MB \(3 states to resume from of [\d.]+ MB, adapter .*, videos .*\), 0.1 MB are free"
+    )
+    with pytest.raises(DiskError, match=line):
+        done(api.tuning(settings, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+# Out of memory
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"width": 2048, "height": 2048}, "lower num_frames (now 3) or width x height (now 2048 x 2048)"),
+        ({"train_batch_size": 4000}, "lower train_batch_size (now 4000), or turn gradient_checkpointing on (now off)"),
+    ],
+)
+def test_memory_at_its_end_is_one_line_with_what_to_lower(
+    changes: dict, told: str, settings: TuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = as_words(settings.model_copy(update=changes), "run")
+
+    def tune() -> None:
+        limit = psutil.Process().memory_info().vms + 2**28
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        cli.main(words)
+
+    code, said = forks.run(tune, Path("log"))
+    *_, last = said.splitlines()
+    assert code == 2 and last.startswith("tuneavideo: out of memory: this process holds "), said
+    assert " are free on cpu; lower num_frames (now 3) or " in last and told in last and "Traceback" not in said
+    assert Path("run").exists() == last.endswith("; go on with: tuneavideo tune --resume run")
+
+
+# Diverged
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state_to_go_on_from(
+    settings: TuneSettings, unbroken: bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Two good steps, then one that is far too long: the state after it was kept before its loss was known."""
+    out = tmp_path / "run"
+    job = api.tuning(settings, out=out)
+    for each in job:
+        if each.step and each.step.number == 2:
+            job.close()
+            break
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["tune", "--resume", str(out), "--learning-rate", "1e30"])
+    *_, said = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and said.startswith("tuneavideo: the loss is nan, its gradient nan at step 4; go on")
+    assert "with a lower learning_rate (now 1e+30) or another mixed_precision (now no); go on with: tuneavideo" in said
+    assert [path.name for path in RunFolder.open(out).checkpoints()] == ["000002.pt"]
+    cli.main(["tune", "--resume", str(out), "--learning-rate", str(settings.learning_rate)])
+    assert adapter(out) == unbroken

@@ -1,0 +1,176 @@
+"""Each mistake is one line that says where, what was expected, what was found and what to do; exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import base_folder, image_unet
+from tests.test_job import BRIEF
+from tuneavideo import api, cli
+from tuneavideo.settings import TuneSettings
+
+Said = Callable[[list[str]], str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Said:
+    """The one line that a command is refused with."""
+
+    def said(words: list[str], code: int = 2) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        *_, line = [line for line in capsys.readouterr().err.splitlines() if "[transformers]" not in line]
+        assert stopped.value.code == code
+        assert line.startswith("tuneavideo: "), line
+        return line.removeprefix("tuneavideo: ")
+
+    return said
+
+
+@pytest.fixture
+def tune(base: Path, clip: Path) -> list[str]:
+    return ["tune", str(clip), "--prompt", "a square", "--base", str(base), "--num-frames", "3"]
+
+
+def test_an_empty_caption(refused: Said) -> None:
+    assert refused(["tune", "a.mp4", "--prompt", " "]) == "settings: prompt is empty; say in words what the clip shows"
+
+
+def test_a_misspelt_setting_in_yaml(refused: Said, tune: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("learning_rat: 1")
+    line = f"{tmp_path}/run.yaml: unknown setting 'learning_rat'; did you mean 'learning_rate'?"
+    assert refused([*tune, "--config", f"{tmp_path}/run.yaml"]) == line
+
+
+def test_a_missing_yaml_file(refused: Said, tune: list[str]) -> None:
+    assert refused([*tune, "--config", "no.yaml"]).startswith("no.yaml: cannot be read as YAML: [Errno 2] No such file")
+
+
+def test_a_missing_base_says_where_it_was_looked_for_and_what_to_download(refused: Said, clip: Path) -> None:
+    line = refused(["tune", str(clip), "--prompt", "a square", "--base", "sd1.5"])
+    assert line.startswith("base 'sd1.5' is not there: no such folder, and not in the hub's cache (")
+    assert "/hub). Download it with 'hf download stable-diffusion-v1-5/stable-diffusion-v1-5', or give" in line
+
+
+def test_a_base_that_is_no_model(refused: Said, tune: list[str], tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    line = refused([*tune, "--base", str(tmp_path / "base"), "--out", str(tmp_path / "run")])
+    assert line.startswith(f"{tmp_path}/base: cannot be opened as a Stable Diffusion model: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_exists(refused: Said, tune: list[str], tmp_path: Path) -> None:
+    line = f"{tmp_path} exists and is not empty; give another --out, or --resume {tmp_path}"
+    assert refused([*tune, "--out", str(tmp_path)]) == line
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "/dev/null"])
+def test_a_folder_that_cannot_be_made(place: str, refused: Said, tune: list[str]) -> None:
+    line = refused([*tune, "--out", place])
+    assert line.startswith(f"{place} cannot be written: ") and line.endswith("; choose another place")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            ["--width", "33", "--height", "16"],
+            "width 33, height 16: this base takes multiples of 2; nearest is 32 x 16",
+        ),
+        (["--trainable-modules", "atn1"], "trainable_modules: no layer's name ends with 'atn1'; usual are attn1.to_q"),
+        (["--optimizer", "adamm"], "optimizer 'adamm': "),
+        (["--optimizer", "adamw8bit"], "The 8-bit optimizer needs an optional part: pip install 'tuneavideo[8bit]'"),
+    ],
+)
+def test_what_the_model_does_not_take_leaves_no_folder(
+    more: list[str], told: str, refused: Said, tune: list[str], tmp_path: Path
+) -> None:
+    assert refused([*tune, *more, "--out", str(tmp_path / "run")]).startswith(told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_another_base_or_shape(refused: Said, clip: Path, tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    run = api.tune(clip, "a square", base=str(base), out=tmp_path / "run", **BRIEF | {"max_train_steps": 1})
+    for unet, told in {
+        image_unet(5): "the adapter was tuned on another base than this one (its query projections differ by ",
+        image_unet(block_out_channels=(32, 32)): "the adapter does not fit this UNet: ",
+    }.items():
+        shutil.rmtree(base / "unet")
+        unet.save_pretrained(base / "unet")
+        line = refused(["edit", str(run), "--prompt", "a circle"])
+        assert line.startswith(told) and repr(str(base)) in line and line.endswith("open that base")
+    assert not (run / "edits").exists()
+
+
+def test_a_prompt_longer_than_the_text_encoder_takes_is_a_warning_that_names_the_words_cut(
+    base: Path, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tests' encoder takes ten letters; the second run finds its caption in the cache and says it again."""
+    for out in ("first", "second"):
+        caplog.clear()
+        api.tune(clip, "a red square moves", edit=["jumps"], base=str(base), out=tmp_path / out,
+                 **BRIEF | {"max_train_steps": 1, "num_inference_steps": 1, "num_inv_steps": 1})  # fmt: skip
+        said = [record.message for record in caplog.records if record.name == "tuneavideo.jobs"]
+        assert said == ["the prompt 'a red square moves' is longer than the text encoder takes; left out: 'moves'"]
+        assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_what_should_not_happen_is_one_line_too_and_debug_shows_where(
+    refused: Said, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(api, "models", lambda: {}["none"])
+    line = "unexpected KeyError: 'none'; --debug shows where; please report it with what 'tuneavideo doctor' prints"
+    assert refused(["models"], code=1) == line
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["models", "--debug"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.startswith("Traceback") and said.endswith(f"tuneavideo: {line}\n")
+
+
+def test_debug_shows_where_a_mistake_was_noticed(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["edit", "nowhere", "--prompt", "x", "--debug"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("Traceback") and "tuneavideo: nowhere is no run folder" in said
+
+
+def test_damaged_latents_of_a_run_are_made_again(
+    base: Path, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = api.tune(clip, "a square", base=str(base), out=tmp_path / "run", **BRIEF | {"max_train_steps": 1})
+    latents = run / "latents.safetensors"
+    latents.write_bytes(latents.read_bytes()[:-1] + b"\x77")
+    assert len(api.edit(run, "a circle", num_inference_steps=1, num_inv_steps=1)) == 1
+    assert f"{latents} is missing or damaged; made again from source.mp4" in caplog.text
+    caplog.clear()
+    api.edit(run, "a circle", num_inference_steps=1, num_inv_steps=1)
+    assert "made again" not in caplog.text
+
+
+def test_a_damaged_checkpoint_is_left_out_and_the_run_ends_the_same(
+    base: Path, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stated = BRIEF | {"checkpointing_steps": 1, "video": str(clip), "prompt": "a square", "base": str(base)}
+    settings: TuneSettings = api.tune_settings(stated)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for _ in api.tuning(settings, out=whole):
+        pass
+    job = api.tuning(settings, out=broken)
+    for each in job:
+        if each.step and each.step.number == 3:
+            job.close()
+            break
+    newest = broken / "checkpoints/000003.pt"
+    data = newest.read_bytes()
+    newest.write_bytes(data[:20_000] + bytes(4096) + data[24_096:])
+    api.resume(broken)
+    assert "000003.pt is damaged; going on from the state before it" in caplog.text
+    adapters = [(run / "adapter/adapter.safetensors").read_bytes() for run in (whole, broken)]
+    assert adapters[0] == adapters[1]
