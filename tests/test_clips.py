@@ -162,6 +162,12 @@ def test_hdr_is_shown_as_bright_as_ordinary_video_with_highlights_rolled_off(nit
     assert np.abs(video.frames_THWC[0].mean(axis=(0, 1)) - grey).max() < 6
 
 
+def test_white_of_broadcast_hdr_is_white_of_the_same_light(tmp_path: Path) -> None:
+    image = np.full((64, 64, 3), round(0.75 * 255), np.uint8)  # 203 nits (BT.2408)
+    video = read(film(tmp_path / "clip.mp4", [image] * 2, "libx264", "yuv420p10le", curve=HLG, options={"crf": "1"}))
+    assert np.abs(video.frames_THWC[0].mean(axis=(0, 1)) - 227).max() < 6
+
+
 @pytest.mark.parametrize("chosen", [0, 1])
 def test_of_several_streams_the_default_is_read_and_a_cover_never(chosen: int, tmp_path: Path) -> None:
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:

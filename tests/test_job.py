@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.clips import clapped
 from tests.conftest import base_folder, moving_square
 from tuneavideo import api, cli
 from tuneavideo.errors import RunError, SettingsError, VideoError
@@ -263,3 +265,19 @@ def test_two_processes_tune_together(base: Path, clip: Path, tmp_path: Path) -> 
     alone = api.tune(clip, "a square", base=str(base), out=tmp_path / "alone", **BRIEF)
     assert not same(alone, tmp_path / "run")
     assert [step["loss"] for step in RunFolder.open(alone).steps()] != [step["loss"] for step in steps]
+
+
+def test_edits_that_play_as_fast_as_the_source_keep_its_sound(base: Path, tmp_path: Path) -> None:
+    """A click at 0.48 s of the clip is 0.24 s into the frames taken, in everything that shows them."""
+    clip = clapped(tmp_path / "clap.mp4", "libx264", "aac", 44_100)
+    stated = {"video": str(clip), "prompt": "a square", "edit": ("a circle",), "base": str(base), "fit": "pad"}
+    span = {"start_time": 0.24, "sample_fps": 12.5, "num_frames": 8, "max_train_steps": 1}
+    run = api.tune(**{**BRIEF, **stated, **span}, out=tmp_path / "run")
+    assert read(run / "source.mp4").fps == pytest.approx(12.5)
+    for path in (run / "source.mp4", run / "edits/000-a-circle/edit.mp4", run / "edits/000-a-circle/side-by-side.mp4"):
+        sound = read(path).sound_SC
+        assert sound is not None and len(sound) == round(8 / 12.5 * 48_000)
+        assert np.flatnonzero(np.abs(sound[:, 0].astype(int)) > 6000)[0] / 48_000 == pytest.approx(0.24, abs=0.02)
+    (slower,) = api.edit(run, ["a red circle"], fps=6.0, num_inference_steps=1, num_inv_steps=1)
+    assert read(slower / "edit.mp4").sound_SC is None
+    assert read(slower / "side-by-side.mp4").sound_SC is None

@@ -16,11 +16,10 @@ import av
 import numpy as np
 import pytest
 
-from tests.clips import film
+from tests.clips import clapped, film
 from tuneavideo.montage import side_by_side
 from tuneavideo.video import Video, read, write
 
-CLAPS = (0.48, 1.44, 2.4, 3.36)  # seconds at which a flash and a click begin
 SOURCES = {
     "mp4 aac": ("mp4", "libx264", "aac", 44_100),
     "mov pcm": ("mov", "mpeg4", "pcm_s16le", 48_000),
@@ -30,16 +29,6 @@ SOURCES = {
     "ts ac3": ("ts", "libx264", "ac3", 48_000),
 }
 SPANS = [{"start": 26, "count": 50}, {"start": 60, "stride": 2, "count": 16}, {"start_time": 1.4, "count": 40}]
-
-
-def clapped(path: Path, video_codec: str, sound_codec: str, rate: int, channels: int = 1) -> Path:
-    """Four seconds at 25 frames a second with four claps."""
-    frames, samples = np.arange(100) / 25, np.arange(4 * rate) / rate
-    lit = [any(clap - 1e-6 <= time < clap + 0.16 for clap in CLAPS) for time in frames]
-    images = [np.full((48, 64, 3), 255 * on, np.uint8) for on in lit]
-    heard = sum((samples >= clap) * (samples < clap + 0.02) * np.sin(2000 * np.pi * (samples - clap)) for clap in CLAPS)
-    sound = np.repeat(0.8 * np.asarray(heard)[:, None], channels, axis=1)
-    return film(path, images, video_codec, rate=25, sound=(sound_codec, sound, rate))
 
 
 def begins(times: np.ndarray, gap: float = 0.3) -> list[float]:

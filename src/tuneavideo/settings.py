@@ -87,7 +87,7 @@ class Sampling(Settings):
     batch_guidance: bool = True
     """Both halves of guidance in one batch; off: one after the other, in less memory."""
     fps: PositiveFloat | None = None
-    """Frame rate of the edits; none: the source's, divided by the stride."""
+    """Frame rate of the edits, without sound; none: that of the frames taken, with the source's sound."""
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
     """Files to write of each edit."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -64,7 +64,11 @@ def fitted(image_HWC: np.ndarray, width: int, height: int, how: Fit = "crop") ->
     if how == "crop":
         image = image.resize(size, Image.Resampling.LANCZOS, _middle(image.width, image.height, width / height))
     elif how == "pad":
-        image = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color="black")
+        scale = min(width / image.width, height / image.height)
+        inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        sheet = Image.new("RGB", size, "black")
+        sheet.paste(image.resize(inner, Image.Resampling.LANCZOS), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+        image = sheet
     else:
         image = image.resize(size, Image.Resampling.LANCZOS)
     return np.asarray(image)

@@ -87,7 +87,7 @@ def read(
     try:
         with opened(path, choice.begin, fps) as source:
             frames, end = _chosen(path, source, choice, size, fit)
-            _check_length(path, len(frames), end, source.fps, choice)
+            _check_length(path, len(frames), end, source, choice)
             step = choice.step(source.fps)
             sound = source.sound(source.origin + choice.begin(source.fps), len(frames) * step)
         return Video(np.stack(frames), 1 / step, sound)
@@ -145,13 +145,15 @@ def _check_same_size(path: Path, first: tuple[int, ...], other: tuple[int, ...])
         raise VideoError(f"{path}: frames of one size are needed, found {sizes}; resize them")
 
 
-def _check_length(path: Path, found: int, end: float, fps: float, choice: _Choice) -> None:
+def _check_length(path: Path, found: int, end: float, source: Source, choice: _Choice) -> None:
     """Refuse a clip that ends too soon, in the words in which the frames were chosen."""
-    total, count = round(end * fps), choice.count
+    fps, count = source.fps, choice.count
+    total = round(end * fps)
+    cut = f", though it says it lasts {source.length:.3g} s" if source.length > end + 2 / fps else ""
     if total == 0:
-        raise VideoError(f"{path} has no frames; give {READABLE}")
+        raise VideoError(f"{path} has no frames{cut}; give {READABLE}")
     in_seconds = choice.start_time is not None or choice.sample_fps is not None
-    has = f"{path} has {_frames(total)}" + (f" in {end:.6g} s" if in_seconds else "")
+    has = f"{path} has {_frames(total)}" + (f" in {end:.6g} s" if in_seconds else "") + cut
     place = f"{choice.start}" if choice.start_time is None else f"{choice.start_time:g} s"
     if found == 0:
         last = f"{total - 1}" if choice.start_time is None else f"{(total - 1) / fps:.6g} s"

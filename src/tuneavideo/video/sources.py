@@ -38,6 +38,8 @@ class Source(NamedTuple):
     fps: float
     origin: float = 0.0
     """The clip's beginning in the file's own time, in seconds."""
+    length: float = 0.0
+    """Seconds that the file says it lasts; 0 if it does not say."""
     sound: Callable[[float, float], np.ndarray | None] = lambda begin, seconds: None
     """What is heard from a second of the file's own time on, for so many seconds."""
 
@@ -111,19 +113,14 @@ def _filmed(path: Path, begin: Callable[[float], float], fps: float) -> Generato
         stream = _pictured(path, container)
         stream.thread_type = "AUTO"
         frames, origin = _from_second(path, container, stream, begin(rate))
-
-        def to_HWC(frame: av.VideoFrame) -> np.ndarray:
-            if frame.is_corrupt:
-                raise _damaged(path, (frame.time or 0) - origin, "a frame is not whole")
-            return seen(frame, stream.sample_aspect_ratio)
-
-        timeline = _timeline(woven(frames), origin, 1 / rate)
-        yield Source(timeline, to_HWC, rate, origin, partial(_sound, path))
+        length = (container.duration or 0) / av.time_base
+        upright = partial(seen, pixel_aspect=stream.sample_aspect_ratio)
+        yield Source(_timeline(woven(frames), origin, 1 / rate), upright, rate, origin, length, partial(_sound, path))
 
 
 def _container(path: Path) -> InputContainer:
-    # absolute, or FFmpeg takes the "12" of "12:30.mp4" for a protocol; and what a file refers to stays on this machine
-    return av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    # absolute, or FFmpeg takes the "12" of "12:30.mp4" for a protocol
+    return av.open(str(path.absolute()), metadata_errors="replace")
 
 
 def _pictured(path: Path, container: InputContainer) -> Any:
@@ -179,24 +176,24 @@ def _from_second(
 
 def _decoded(path: Path, container: InputContainer, stream: Any) -> Iterator[av.VideoFrame]:
     """Frames in the order in which they are shown, from the first that is whole: cut streams begin amid others."""
-    decoder, last, damage = _decoder(stream), None, None
+    decoder, begun, last, damage = _decoder(stream), False, None, None
     for packet in container.demux(stream):
+        frames, damage = [], "a part is missing" if packet.is_corrupt else None
         try:
-            frames = decoder.decode(packet)
+            if begun or not damage:
+                frames = decoder.decode(None if damage else packet)
+                begun = True
         except FFmpegError as error:
-            damage = error
-            if last is not None:
-                raise _damaged(path, last.time or 0, error.strerror or "it cannot be decoded") from error
-            continue
+            damage = error.strerror
         for last in frames:
+            last.time_base = stream.time_base  # not known to those that were on their way when a part was missing
             yield last
-    if last is None and damage is not None:
-        raise damage
-
-
-def _damaged(path: Path, second: float, reason: str) -> VideoError:
-    how = f"take other frames, or repair it: ffmpeg -i {path.name} repaired.mp4"
-    return VideoError(f"{path} is damaged at {second:.2f} s: {reason}; {how}")
+        if damage and last:
+            break
+    if damage:
+        when = f"after {last.time or 0:.2f} s" if last else "from its first frame on"
+        how = f"take other frames, or repair it: ffmpeg -i {path.name} repaired.mp4"
+        raise VideoError(f"{path} is damaged {when}: {damage}; {how}")
 
 
 def _decoder(stream: Any) -> Any:
@@ -208,17 +205,22 @@ def _decoder(stream: Any) -> Any:
 
 def _timeline(frames: Iterator[av.VideoFrame], origin: float, tick: float) -> Iterator[tuple[av.VideoFrame, float]]:
     """Frames and when they go. A time that is missing or cannot be becomes that of the frame before and a tick."""
-    shown, at = None, 0.0
-    for frame in frames:
-        time = None if frame.time is None else frame.time - origin
-        if shown is not None:
-            if time is None or not 0 <= time - at < LONGEST:
-                time = at + tick
-            yield shown, time
-        shown, at = frame, time or 0.0
+    shown, at, damage = None, 0.0, None
+    try:
+        for frame in frames:
+            time = None if frame.time is None else frame.time - origin
+            if shown is not None:
+                if time is None or not 0 <= time - at < LONGEST:
+                    time = at + tick
+                yield shown, time
+            shown, at = frame, time or 0.0
+    except VideoError as error:
+        damage = error
     if shown is not None:
         lasts = float(shown.duration * shown.time_base) if shown.time_base else 0.0
         yield shown, at + (lasts if 0 < lasts < LONGEST else tick)
+    if damage is not None:
+        raise damage
 
 
 def _sound(path: Path, begin: float, seconds: float) -> np.ndarray | None:

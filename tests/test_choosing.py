@@ -1,0 +1,222 @@
+"""Which frames, at which size: any choice is what a plain model of it says; mistakes are told in one line."""
+
+from __future__ import annotations
+
+import re
+import struct
+import threading
+from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.clips import animate, barcode, barcodes, film, numbers
+from tuneavideo.errors import SettingsError, VideoError
+from tuneavideo.settings import TuneSettings, checked
+from tuneavideo.video import area_size, fitted, read
+
+COUNT, RATE = 40, 20
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty frames in two seconds."""
+    return film(tmp_path_factory.mktemp("forty") / "clip.mp4", barcodes(COUNT, 32, 32), rate=RATE, options={"g": "5"})
+
+
+whole = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@whole
+@given(st.integers(0, 50), st.integers(1, 20), st.none() | st.integers(1, 30))
+def test_frames_by_number_are_a_slice(forty: Path, start: int, stride: int, count: int | None) -> None:
+    there = list(range(COUNT))[start::stride]
+    if not there or (count and len(there) < count):
+        with pytest.raises(VideoError, match=f"has {COUNT} frames; "):
+            read(forty, start=start, stride=stride, count=count)
+    else:
+        video = read(forty, start=start, stride=stride, count=count)
+        assert numbers(video) == there[:count]
+        assert video.fps == pytest.approx(RATE / stride)
+
+
+@whole
+@given(st.floats(0, 2.2), st.floats(0.5, 60), st.none() | st.integers(1, 30))
+@example(0.5, 10.0, 3)
+def test_frames_by_seconds_are_those_shown_nearest(forty: Path, start: float, fps: float, count: int | None) -> None:
+    moments = [start + number / fps for number in range(200)]
+    there = [moment for moment in moments if moment + 0.5 / RATE < COUNT / RATE]
+    assume(all(abs((m * RATE + 0.5) % 1 - 0.5) < 0.49 for m in moments if m < 3))  # where rounding may decide
+    if not there or (count and len(there) < count):
+        with pytest.raises(VideoError, match=f"has {COUNT} frames in 2 s; "):
+            read(forty, start_time=start, sample_fps=fps, count=count)
+    else:
+        video = read(forty, start_time=start, sample_fps=fps, count=count)
+        assert numbers(video) == [int(moment * RATE + 0.5) for moment in there[:count]]
+        assert video.fps == pytest.approx(fps)
+
+
+sides = st.integers(1, 300)
+
+
+@given(sides, sides, sides, sides, st.sampled_from(["crop", "pad", "stretch"]))
+def test_a_picture_fits_exactly(width: int, height: int, new_width: int, new_height: int, how) -> None:
+    image = np.full((height, width, 3), 200, np.uint8)
+    result = fitted(image, new_width, new_height, how)
+    assert result.shape == (new_height, new_width, 3) and result.dtype == np.uint8
+    lit = (result == 200).all(axis=-1)
+    if how == "pad":
+        rows, columns = lit.any(axis=1).sum(), lit.any(axis=0).sum()
+        assert rows == new_height or columns == new_width
+        assert lit.sum() == rows * columns, "one whole rectangle between the bars"
+        assert abs(rows - min(new_height, new_width * height / width)) <= 1
+        assert abs(columns - min(new_width, new_height * width / height)) <= 1
+    else:
+        assert lit.all()
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(64, 1024), st.sampled_from([8, 16, 64]))
+def test_the_size_of_an_area_is_near_it_and_keeps_the_shape(width: int, height: int, side: int, multiple: int) -> None:
+    chosen = area_size(width, height, area=side**2, multiple=multiple)
+    assert all(edge >= multiple and edge % multiple == 0 for edge in chosen)
+    for edge, true in zip(chosen, (side * (width / height) ** 0.5, side * (height / width) ** 0.5), strict=True):
+        assert edge == multiple or 0.5 <= edge / true <= 2
+        assert abs(edge - true) <= multiple or true < multiple
+
+
+# Mistakes
+
+
+def refused(path: Path, **options) -> str:
+    with pytest.raises(VideoError) as error:
+        read(path, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value).replace(str(path), "CLIP")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"start": 40}, "CLIP has 40 frames; none from 40; start at 39 or before"),
+        ({"start": 4000}, "CLIP has 40 frames; none from 4000; start at 39 or before"),
+        ({"stride": 3, "count": 15},
+         "CLIP has 40 frames; 15 frames, every 3 from 0, need 43; take 14 frames, or every 2"),
+        ({"start_time": 9}, "CLIP has 40 frames in 2 s; none from 9 s; start at 1.95 s or before"),
+        (
+            {"start_time": 1, "sample_fps": 10, "count": 12},
+            "CLIP has 40 frames in 2 s; 12 frames, 10 a second from 1 s, need 2.15 s; take 10 frames",
+        ),
+        ({"start": 3, "start_time": 1.0}, "CLIP: give start or start_time, stride or sample_fps, not both"),
+        ({"stride": 3, "sample_fps": 1.0}, "CLIP: give start or start_time, stride or sample_fps, not both"),
+        (
+            {"sample_fps": 0.0},
+            "CLIP: found start_time None, sample_fps 0.0; start at 0 s or later, take more than 0 frames a second",
+        ),
+    ],
+)  # fmt: skip
+def test_frames_that_are_not_there_are_refused_in_the_words_they_were_asked_in(forty, options, told) -> None:
+    assert refused(forty, **options) == told
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"start": 3, "start_time": 1}, "settings: start 3 and start_time 1 both say where to start; give one"),
+        ({"stride": 2, "sample_fps": 8}, "settings: stride 2 and sample_fps 8 both say how dense; give one"),
+    ],
+)
+def test_a_setting_given_twice_in_other_words_is_refused_at_the_door(values, told) -> None:
+    with pytest.raises(SettingsError) as error:
+        checked(TuneSettings, {"video": "a.mp4", "prompt": "a man", **values})
+    assert str(error.value) == told
+
+
+def test_other_words_may_be_mixed() -> None:
+    checked(TuneSettings, {"video": "a.mp4", "prompt": "a man", "start": 3, "sample_fps": 8})
+    checked(TuneSettings, {"video": "a.mp4", "prompt": "a man", "start_time": 3, "stride": 2})
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm", "avi", "gif", "webp"])
+@pytest.mark.parametrize("content", [b"", b"a man is skiing\n" * 99, bytes(9999)])
+def test_what_is_no_video_is_refused(content: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"clip.{suffix}"
+    path.write_bytes(content)
+    told = refused(path)
+    assert told.startswith("CLIP cannot be read as a video: ") or told.startswith("CLIP holds no pictures")
+    assert told.endswith("; give mp4, mov, webm, mkv, avi, gif, webp or a folder of pictures")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm", "avi", "gif", "webp"])
+def test_of_a_truncated_clip_what_is_there_is_read_and_what_is_not_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"clip.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 99, (30, 64, 96, 3), np.uint8)
+    images = list(np.array(barcodes(30)) // 2 + noise)
+    if suffix in ("gif", "webp"):
+        animate(path, images)
+    else:
+        codec, pix_fmt = {"webm": ("libvpx", "yuv420p"), "avi": ("mjpeg", "yuvj420p")}.get(
+            suffix, ("libx264", "yuv420p")
+        )
+        film(path, images, codec, pix_fmt, file_options={"movflags": "+faststart"} if suffix == "mp4" else {})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    told = refused(path, count=30)
+    if suffix in ("mov", "webp"):  # their tables are at the end, or nothing is decoded unless all is there
+        assert told.startswith("CLIP cannot be read as a video: ")
+        return
+    assert numbers(read(path, count=8)) == list(range(8))
+    there = r"CLIP has (\d+) frames(, though it says it lasts [23.]+ s)?; 30 frames, .* need 30; take \1 frames"
+    assert re.fullmatch(there, told) or re.match(r"CLIP is damaged after \d\.\d+ s: ", told)
+
+
+def test_a_frame_damaged_on_the_way_is_named_and_those_before_it_are_read(tmp_path: Path) -> None:
+    path = film(tmp_path / "clip.mov", barcodes(10), "png", "rgb24")
+    data = bytearray(path.read_bytes())
+    places = [place for place in range(len(data)) if data.startswith(b"IDAT", place)]
+    data[places[6] + 8 : places[6] + 40] = bytes(32)
+    path.write_bytes(data)
+    assert numbers(read(path, count=6)) == [0, 1, 2, 3, 4, 5]
+    told = refused(path)
+    assert told.startswith("CLIP is damaged after 0.50 s: ") and told.endswith(
+        "repair it: ffmpeg -i clip.mov repaired.mp4"
+    )
+
+
+def test_frames_too_large_to_be_meant_are_refused(tmp_path: Path) -> None:
+    path = animate(tmp_path / "clip.gif", barcodes(2))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<HH", data, 6, 16_000, 9_000)
+    path.write_bytes(data)
+    most = "at most 67,108,864 pixels, such as 8192 x 8192, are read; scale it down first"
+    assert refused(path) == f"CLIP has frames of 16000 x 9000; {most}"
+    (tmp_path / "pictures").mkdir()
+    Image.new("1", (8_200, 8_200)).save(tmp_path / "pictures" / "0.png")
+    assert refused(tmp_path / "pictures") == f"CLIP/0.png has frames of 8200 x 8200; {most}"
+
+
+def test_a_clip_larger_than_memory_should_hold_is_refused(tmp_path: Path) -> None:
+    path = film(tmp_path / "clip.mp4", [barcode(3, 1280, 720)] * 2, rate=Fraction(1, 500))
+    taken = "3107 frames of 1280 x 720 take 8 GiB"
+    told = refused(path, sample_fps=8.0)
+    assert told == f"CLIP is more than is held in memory: {taken}; take fewer frames, or smaller ones"
+
+
+def test_a_list_of_other_files_does_not_reach_into_the_network(tmp_path: Path) -> None:
+    asked = []
+
+    class Host(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+
+    server = HTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    path = tmp_path / "clip.m3u8"
+    part = f"http://127.0.0.1:{server.server_port}/part.ts"
+    path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{part}\n#EXT-X-ENDLIST\n")
+    assert refused(path).startswith("CLIP ")
+    server.shutdown()
+    assert not asked
