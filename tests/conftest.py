@@ -32,6 +32,12 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: a copy of a process whose other threads hold locks waits for ever."""
+    forking = ("test_kill.py", "test_fuzz.py")
+    items.sort(key=lambda item: forking.index(item.path.name) if item.path.name in forking else len(forking))
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEAVIDEO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
