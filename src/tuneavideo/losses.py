@@ -31,12 +31,12 @@ def antithetic(levels: int, numbers: Sequence[int], seed: int) -> Tensor:
 
 
 def shared(noise_BCTHW: Tensor, common_BC1HW: Tensor, share: float) -> Tensor:
-    """Noise of unit variance whose frames have the covariance `share` (PYoCo's mixed noise, Ge et al. 2023, eq. 6)."""
+    """Noise of unit variance whose frames have the covariance `share` (PYoCo's mixed noise, Ge et al. 2023)."""
     return math.sqrt(1 - share) * noise_BCTHW + math.sqrt(share) * common_BC1HW
 
 
 def min_snr(alpha_B: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weight of each level (Hang et al. 2023, section 3.4), with SNR = alpha / (1 - alpha).
+    """Weight of each level (Hang et al. 2023), with SNR = alpha / (1 - alpha).
 
     `min(SNR, gamma) / SNR` for the noise, `min(SNR, gamma) / (SNR + 1)` for the velocity; written without a division
     by the noise, so that levels 0 and 1 have their limits.
@@ -47,7 +47,7 @@ def min_snr(alpha_B: Tensor, gamma: float, prediction_type: str) -> Tensor:
 
 
 def debiased(x_BCTHW: Tensor, anchor_B: Tensor) -> Tensor:
-    """`sqrt(2) x` less frame `anchor` of `x` (MotionDirector, Zhao et al. 2023, eq. 6 with beta 1).
+    """`sqrt(2) x` less frame `anchor` of `x` (MotionDirector, Zhao et al. 2023, with beta 1).
 
     What all frames have in common shrinks to 0.41 of itself; what one frame has for itself grows.
     """

@@ -163,7 +163,7 @@ class TuneSettings(Sampling):
     """Gradients are clipped to this norm."""
 
     timestep_sampling: Literal["uniform", "stratified", "antithetic"] = "uniform"
-    """`stratified`: any stretch of steps covers all noise levels evenly; `antithetic`: every other is a mirror image."""
+    """`stratified`: any stretch of steps covers all noise levels evenly; `antithetic`: each second one mirrored."""
     noise_shared: Share = 0.0
     """Share of the noise's variance that all frames have in common."""
     snr_gamma: PositiveFloat | None = None
