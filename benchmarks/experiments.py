@@ -10,41 +10,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+from benchmarks.ideas import ANCHOR, IDEAS, OFFICIAL, SWEEP
 from tuneavideo.evaluation.compare import estimate
 from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of
 
 LEDGER = Path(__file__).parent / "results" / "miniature.jsonl"
-BRIEF = {"num_inference_steps": 25, "num_inv_steps": 25}
-OFFICIAL = {"preset": "official"}
-SWEEP = {
-    f"official, rate {rate:g}, {steps} steps": OFFICIAL | BRIEF | {"learning_rate": rate, "max_train_steps": steps}
-    for rate in (3e-4, 1e-3, 3e-3)
-    for steps in (75, 150)
-}
-"""The published arithmetic at its best on this model: rates and numbers of steps to choose from."""
-ANCHOR = OFFICIAL | BRIEF | {"learning_rate": 1e-3, "max_train_steps": 75}
-"""What single ideas are added to."""
-IDEAS: dict[str, dict[str, Any]] = {
-    "down blocks learn": {"frozen_modules": ()},
-    "temporal attention starts at zero": {"temporal_init": "zero"},
-    "norms per frame": {"clip_norm": False},
-    "references first + own": {"references": ("first", "own")},
-    "stratified noise levels": {"timestep_sampling": "stratified"},
-    "min-SNR 5": {"snr_gamma": 5.0},
-    "debiased loss": {"debias_weight": 1.0},
-    "noise shared by frames, 0.2": {"noise_shared": 0.2},
-    "LoRA, rank 8": {"lora_rank": 8},
-    "average of weights": {"use_ema": True, "ema_decay": 0.95},
-    "attention injected, 0.4": {"attention_injection": 0.4},
-    "attention injected, 0.6": {"attention_injection": 0.6},
-    "attention injected, 0.8": {"attention_injection": 0.8},
-    "guidance 5": {"guidance_scale": 5.0},
-    "guidance in the first 0.6": {"guidance_interval": (0.0, 0.6)},
-    "fresh noise 0.2": {"fresh_noise": 0.2},
-    "strength 0.8": {"strength": 0.8},
-}
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -53,7 +24,7 @@ VARIANTS = {
         Variant("official", OFFICIAL),
         Variant("anchor", ANCHOR),
         *(Variant(name, settings) for name, settings in SWEEP.items()),
-        *(Variant(name, ANCHOR | change) for name, change in IDEAS.items()),
+        *(Variant(name, ANCHOR | idea.change) for name, idea in IDEAS.items()),
     )
 }
 SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
