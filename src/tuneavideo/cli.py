@@ -140,7 +140,7 @@ class _Show:
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
-        self.interrupted = False
+        self.interrupted = self.broken_off = False
         self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
         self.tasks: dict[str, Any] = {}
         self.at = ("", "")
@@ -160,14 +160,18 @@ class _Show:
                         break
         except KeyboardInterrupt:
             job.close()
-        finally:
-            signal.signal(signal.SIGINT, before)
+        except Exception:
+            if not self.broken_off:
+                raise
+        finally:  # a late press must not hide how to go on
+            signal.signal(signal.SIGINT, signal.SIG_IGN if self.interrupted else before)
         if self.interrupted:
             _stopped(self.done["run"])
         return self.done | {"seconds": round(time.perf_counter() - self.began, 1)}
 
     def _interrupt(self, *_: Any) -> None:
         if self.interrupted:
+            self.broken_off = True  # libraries make errors of their own of it: torch, of a file not written to its end
             raise KeyboardInterrupt
         self.interrupted = True
         os.write(2, b"stopping after the step at hand; Ctrl-C again stops at once\n")  # print cannot be used in here
