@@ -8,6 +8,7 @@ thread holds while a process is copied stays locked in the copy for ever. So wor
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -69,6 +70,7 @@ def _told(work: Callable[[], object], log: Path, environment: dict[str, str]) ->
     threads = Path(f"/proc/{os.getppid()}/task")
     assert not threads.exists() or len(list(threads.iterdir())) == 1, "the server has one thread"
     os.environ.update(environment)
+    gc.freeze()  # what the server holds need not be looked through, which would copy its pages
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, of which a kill would leave traces
     signal.signal(signal.SIGINT, signal.default_int_handler)
     work()

@@ -86,6 +86,8 @@ def read(
     _check_choice(path, choice)
     if not path.exists():
         raise VideoError(f"{path} does not exist; give {READABLE}")
+    if path.is_file() and not path.stat().st_size:
+        raise VideoError(f"{path} cannot be read as a video: it is empty (0 bytes); give {READABLE}")
     try:
         with opened(path, choice.begin, fps) as source:
             frames, end = _chosen(path, source, choice, size, fit)
