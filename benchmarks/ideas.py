@@ -41,3 +41,8 @@ IDEAS = {
     "fresh noise 0.2": Idea({"fresh_noise": 0.2}, "noise more like that of training: better pictures, looser track"),
     "strength 0.8": Idea({"strength": 0.8}, "nearer to the clip for less work"),
 }
+
+COMBINATIONS: dict[str, dict[str, Any]] = {}
+"""What survived, together."""
+REPORTED = ("untuned", "official", "default")
+"""What is measured on the clips that nothing was chosen by."""
