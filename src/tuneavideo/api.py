@@ -106,6 +106,33 @@ def invert(run: str | Path, *, progress: Listener | None = None, **settings: Any
     return next(each.path for each in reversed(done) if each.path)
 
 
+def evaluate(
+    runs: str | Path | Iterable[str | Path],
+    *,
+    metrics: Iterable[str] = (),
+    mask: str | Path | None = None,
+    clip: str | None = None,
+    pick: str | None = None,
+    progress: Listener | None = None,
+) -> list[Path]:
+    """Measure the edits of runs, and keep the scores in the run folders.
+
+    Args:
+        runs: Run folders, or folders of single edits.
+        metrics: Names of the metrics (docs/evaluation.md); by default all that suit the run's base.
+        mask: Picture, clip or folder of pictures, bright where edits may change the picture.
+        clip: Hub id or folder of CLIP, instead of ViT-L/14.
+        pick: Hub id or folder of PickScore.
+        progress: Called with a `Progress` after every edit.
+
+    Returns:
+        The `scores.json` of every run. What could not be measured is in there too, with the reason.
+    """
+    places = [runs] if isinstance(runs, str | Path) else [*runs]
+    job = evaluating(places, metrics=metrics, mask=mask, clip=clip, pick=pick)
+    return [each.path for each in _listened(job, progress) if each.path]
+
+
 def tune_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> TuneSettings:
     """Settings of a tuning: what is stated, over the YAML file, the preset, the base and the built-in values."""
     from_file = read_yaml(config, TuneSettings) if config else {}
@@ -155,6 +182,21 @@ def inverting(settings: EditSettings) -> Job:
     from tuneavideo import jobs
 
     yield from jobs.invert(settings)
+
+
+def evaluating(
+    places: Iterable[str | Path],
+    *,
+    metrics: Iterable[str] = (),
+    mask: str | Path | None = None,
+    clip: str | None = None,
+    pick: str | None = None,
+) -> Job:
+    """Measure edits; see `evaluate`."""
+    from tuneavideo.evaluation import scoring
+
+    wish = scoring.Wish(tuple(metrics), Path(mask) if mask else None, clip, pick)
+    yield from scoring.evaluate([*places], wish)
 
 
 def demoing(out: str | Path | None = None, quick: bool = False) -> Job:

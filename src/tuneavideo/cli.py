@@ -93,6 +93,28 @@ def invert(argv: Sequence[str]) -> None:
     _report(options.json, _Show(options.json).run(api.inverting(settings)))
 
 
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure the edits of a tuned clip, and keep the scores in the run folder."""
+    from tuneavideo import api, tables
+
+    parser = _parser("evaluate", evaluate.__doc__)
+    parser.add_argument("places", nargs="+", metavar="RUN_OR_EDIT", help="run folder, or folder of one edit")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", default=(), help="only these; docs/evaluation.md")
+    parser.add_argument("--mask", metavar="PATH", help="picture, clip or folder, bright where edits may change it")
+    _add_models(parser)
+    options = parser.parse_args(argv)
+    job = api.evaluating(
+        options.places, metrics=options.metrics, mask=options.mask, clip=options.clip, pick=options.pick
+    )
+    files = _Show(options.json).run(job)["files"]
+    scores = {file: json.loads(Path(file).read_text(encoding="utf-8")) for file in files}
+    if options.json:
+        print(json.dumps(scores))
+        return
+    for file, told in scores.items():
+        tables.show_scores(file, told)
+
+
 def models(argv: Sequence[str]) -> None:
     """List the base models known by name, and which of them are on this machine."""
     from tuneavideo import api
@@ -129,6 +151,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "tune": tune,
     "edit": edit,
     "invert": invert,
+    "evaluate": evaluate,
     "models": models,
     "doctor": doctor,
 }
@@ -220,6 +243,7 @@ _MADE = {
     "invert": "inversion",
     "edit": "edit",
     "picture": "picture",
+    "evaluate": "scores",
 }
 
 
@@ -276,15 +300,25 @@ def _help() -> str:
 
 def _options(name: str, about: str | None, argv: Sequence[str], **more: str) -> argparse.Namespace:
     """Parse a command that has no settings; `more` options and their meanings, all flags but `out`."""
-    parser = argparse.ArgumentParser(f"tuneavideo {name}", description=about)
+    parser = _parser(name, about)
     for option, meaning in more.items():
         if option == "out":
             parser.add_argument("--out", metavar="PATH", help=meaning)
         else:
             parser.add_argument(f"--{option}", action="store_true", help=meaning)
+    return parser.parse_args(argv)
+
+
+def _parser(name: str, about: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"tuneavideo {name}", description=about)
     parser.add_argument("--json", action="store_true", help="print the result for machines")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clip", metavar="MODEL", help="hub id or folder of CLIP, instead of ViT-L/14")
+    parser.add_argument("--pick", metavar="MODEL", help="hub id or folder of PickScore")
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:

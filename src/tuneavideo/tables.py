@@ -1,0 +1,51 @@
+"""Scores on the terminal. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+WIDE = 4
+"""So many edits have a column each; of more only mean, least and most are shown."""
+
+ARROWS = {"higher": "↑", "lower": "↓"}
+
+
+def show_scores(file: str, scores: Mapping[str, Any]) -> None:
+    """Print what `scores.json` holds: a row for every metric, and below it what could not be measured."""
+    console, edits = Console(), scores["edits"]
+    console.print(f"{file}: {len(edits)} edits", markup=False, highlight=False, soft_wrap=True)
+    single = len(edits) <= WIDE
+    table = Table(box=None)
+    for name in ("metric", "unit", ""):
+        table.add_column(name, no_wrap=True)
+    for name in [edit["folder"][:3] for edit in edits] if single else ["least", "most"]:
+        table.add_column(name, justify="right")
+    table.add_column("mean", justify="right")
+    table.add_column("published", justify="right")
+    for name, metric in scores["metrics"].items():
+        values = [edit["scores"][name]["value"] if name in edit["scores"] else None for edit in edits]
+        known = [value for value in values if value is not None]
+        shown = values if single else [min(known), max(known)]
+        numbers = [number(value) for value in [*shown, mean(known), metric["baseline"]]]
+        table.add_row(name, metric["unit"], ARROWS[metric["better"]], *numbers)
+    console.print(table)
+    for why, names in _reasons(scores["missing"]).items():
+        console.print(f"not measured: {', '.join(names)}: {why}", markup=False, highlight=False, soft_wrap=True)
+
+
+def number(value: float | None) -> str:
+    """Four digits that count, and a dash for what is not there."""
+    return "-" if value is None else f"{value:#.4g}"
+
+
+def _reasons(missing: list[dict[str, str]]) -> dict[str, list[str]]:
+    """Metrics that are missing, by reason."""
+    found: dict[str, list[str]] = {}
+    for each in missing:
+        found.setdefault(each["why"], []).append(each["metric"])
+    return found
