@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,7 +15,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from hypothesis import settings
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from tuneavideo import cli
 from tuneavideo.video import Video, write
+
+Said = Callable[[list[str]], str]
 
 torch.set_num_threads(1)
 settings.register_profile("busy", deadline=None)  # other work on the same cores is no failure
@@ -118,3 +122,19 @@ def moving_square(path: Path) -> Path:
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     return moving_square(tmp_path / "square.mp4")
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Said:
+    """The one line that a command is refused with."""
+
+    def said(words: list[str], code: int = 2) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        *_, line = [line for line in capsys.readouterr().err.splitlines() if "[transformers]" not in line]
+        assert stopped.value.code == code
+        assert line.startswith("tuneavideo: "), line
+        return line.removeprefix("tuneavideo: ")
+
+    return said

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from tuneavideo import __version__
+from tuneavideo import __version__, flags
 from tuneavideo.errors import SettingsError, TuneAVideoError
 from tuneavideo.progress import Job, Progress
 
@@ -97,12 +97,7 @@ def evaluate(argv: Sequence[str]) -> None:
     """Measure the edits of a tuned clip, and keep the scores in the run folder."""
     from tuneavideo import api, tables
 
-    parser = _parser("evaluate", evaluate.__doc__)
-    parser.add_argument("places", nargs="+", metavar="RUN_OR_EDIT", help="run folder, or folder of one edit")
-    parser.add_argument("--metrics", nargs="+", metavar="NAME", default=(), help="only these; docs/evaluation.md")
-    parser.add_argument("--mask", metavar="PATH", help="picture, clip or folder, bright where edits may change it")
-    _add_models(parser)
-    options = parser.parse_args(argv)
+    options = flags.of_evaluate(evaluate.__doc__).parse_args(argv)
     job = api.evaluating(
         options.places, metrics=options.metrics, mask=options.mask, clip=options.clip, pick=options.pick
     )
@@ -113,6 +108,23 @@ def evaluate(argv: Sequence[str]) -> None:
         return
     for file, told in scores.items():
         tables.show_scores(file, told)
+
+
+def benchmark(argv: Sequence[str]) -> None:
+    """Tune, edit and measure the clips of a benchmark, and print the results."""
+    from tuneavideo import api, tables
+
+    options = vars(flags.of_benchmark(benchmark.__doc__).parse_args(argv))
+    name, as_json, _ = (options.pop(key) for key in ("name", "json", "debug"))
+    given = {key: value for key, value in options.items() if value}
+    job = (api.benchmarking_tgve if name == "tgve" else api.benchmarking_miniature)(**given)
+    file = Path(_Show(as_json, resumable=False).run(job)["files"][-1])
+    if as_json:
+        print(file.read_text(encoding="utf-8"))
+    elif name == "tgve":
+        print(file.with_suffix(".md").read_text(encoding="utf-8"))
+    else:
+        tables.show_variants(json.loads(file.read_text(encoding="utf-8")))
 
 
 def models(argv: Sequence[str]) -> None:
@@ -152,6 +164,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "edit": edit,
     "invert": invert,
     "evaluate": evaluate,
+    "benchmark": benchmark,
     "models": models,
     "doctor": doctor,
 }
@@ -161,7 +174,8 @@ RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tun
 class _Show:
     """Progress of a job on the terminal; the first Ctrl-C ends the job after the step at hand."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, resumable: bool = True) -> None:
+        self.resumable = resumable
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
         self.interrupted = False
         self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
@@ -186,7 +200,7 @@ class _Show:
         finally:
             signal.signal(signal.SIGINT, before)
         if self.interrupted:
-            _stopped(self.done["run"])
+            _stopped(self.done["run"] if self.resumable else None)
         return self.done | {"seconds": round(time.perf_counter() - self.began, 1)}
 
     def _interrupt(self, *_: Any) -> None:
@@ -244,6 +258,7 @@ _MADE = {
     "edit": "edit",
     "picture": "picture",
     "evaluate": "scores",
+    "results": "results",
 }
 
 
@@ -300,25 +315,13 @@ def _help() -> str:
 
 def _options(name: str, about: str | None, argv: Sequence[str], **more: str) -> argparse.Namespace:
     """Parse a command that has no settings; `more` options and their meanings, all flags but `out`."""
-    parser = _parser(name, about)
+    parser = flags.parser(name, about)
     for option, meaning in more.items():
         if option == "out":
             parser.add_argument("--out", metavar="PATH", help=meaning)
         else:
             parser.add_argument(f"--{option}", action="store_true", help=meaning)
     return parser.parse_args(argv)
-
-
-def _parser(name: str, about: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"tuneavideo {name}", description=about)
-    parser.add_argument("--json", action="store_true", help="print the result for machines")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clip", metavar="MODEL", help="hub id or folder of CLIP, instead of ViT-L/14")
-    parser.add_argument("--pick", metavar="MODEL", help="hub id or folder of PickScore")
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:

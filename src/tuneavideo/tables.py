@@ -38,6 +38,31 @@ def show_scores(file: str, scores: Mapping[str, Any]) -> None:
         console.print(f"not measured: {', '.join(names)}: {why}", markup=False, highlight=False, soft_wrap=True)
 
 
+def show_variants(results: Mapping[str, Any]) -> None:
+    """Print the miniature benchmark's results: scores with their spread, and differences from the first variant."""
+    console, (first, *others) = Console(), results["variants"]
+    console.print(f"{results['part']} clips: {results['clips']}, seeds: {results['seeds']}; 95 % limits over clips")
+    console.print(_by_variant(results["variants"], [first, *others], "scores"))
+    if others:
+        console.print(f"less {first}:", highlight=False)
+        console.print(_by_variant(results["variants"], others, "differences"))
+
+
+_SCORES = {"clean": "clean", "success": "success", "preserved": "preserved", "track": "track, px",
+           "consistency": "consistency", "background_db": "background, dB"}  # fmt: skip
+
+
+def _by_variant(told: Mapping[str, Any], names: list[str], part: str) -> Table:
+    table = Table("", *names, box=None)
+    for score, title in _SCORES.items():
+        table.add_row(title, *(_spread(told[name][part].get(score)) for name in names))
+    return table
+
+
+def _spread(told: Mapping[str, float] | None) -> str:
+    return "-" if told is None else f"{told['mean']:.2f} ({told['low']:.2f}…{told['high']:.2f})"
+
+
 def number(value: float | None) -> str:
     """Four digits that count, and a dash for what is not there."""
     return "-" if value is None else f"{value:#.4g}"
