@@ -105,6 +105,11 @@ def test_the_miniature_has_its_judge_in_place_of_clip(tmp_path: Path) -> None:
     rabbit, neon = ({name: each["value"] for name, each in edit["scores"].items()} for edit in told["edits"])
     assert rabbit["success"] > 0.9 and rabbit["track_distance"] < 3 and rabbit["background_psnr"] > 15
     assert neon["success"] == 0 and neon["preserved"] == 1 and "background_psnr" not in neon
+    api.evaluate(run, mask=next(run.glob("edits/*/frames/00000.png")), metrics=["background_psnr"])
+    assert "background_psnr" in scores_of(run)["edits"][1]["scores"]
+    api.evaluate(run)  # without a mask again: what was measured with it does not stay beside the reason
+    told = scores_of(run)
+    assert "background_psnr" not in told["edits"][1]["scores"]
     assert {"metric": "background_psnr", "why": "001-a-dog-is-jumping-on-the-grass-neon-style: the prompt asks for "
             "another background or style"} in told["missing"]  # fmt: skip
 

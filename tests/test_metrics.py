@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tuneavideo import miniature
 from tuneavideo.errors import ModelError, VideoError
 from tuneavideo.metrics import background, clip, drawn, flicker, motion, warp
 from tuneavideo.metrics.background import Mask, read_mask
-from tuneavideo.metrics.flow import Dis, seen_again
+from tuneavideo.metrics.flow import Dis, Raft, best, seen_again
 from tuneavideo.metrics.judge import Judge
 from tuneavideo.metrics.sample import NotMeasurable, Sample, Shown
 from tuneavideo.metrics.table import METRICS, opened
@@ -149,6 +150,22 @@ def test_flow_finds_how_a_texture_moves_and_what_leaves_the_frame(flow: Dis) -> 
     assert np.abs(forward[inner] - (3, -2)).mean() < 0.1 and np.abs(backward[inner] + (3, -2)).mean() < 0.1
     seen = seen_again(forward, backward)
     assert seen[inner].all() and not seen[:, -2:].any() and not seen[:2].any()
+
+
+def test_a_torchvision_that_does_not_work_is_done_without_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    assert best().name == "DIS flow (OpenCV)"
+    assert "DIS flow is taken: operator torchvision::nms does not exist" in caplog.text
+
+
+def test_raft_finds_how_a_texture_moves() -> None:
+    pytest.importorskip("torchvision", reason="RAFT comes with torchvision, which is optional")
+    (forward, *_), _ = Raft().flows(passing((3, -2), frames=2))
+    assert np.abs(forward[12:-12, 12:-12] - (3, -2)).mean() < 0.3
 
 
 def test_an_edit_that_moves_as_its_source_has_little_warp_error(flow: Dis) -> None:

@@ -20,18 +20,18 @@ def show_scores(file: str, scores: Mapping[str, Any]) -> None:
     console, edits = Console(), scores["edits"]
     console.print(f"{file}: {len(edits)} edits", markup=False, highlight=False, soft_wrap=True)
     single = len(edits) <= WIDE
-    table = Table(box=None)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in ("metric", "unit", ""):
         table.add_column(name, no_wrap=True)
     for name in [edit["folder"][:3] for edit in edits] if single else ["least", "most"]:
-        table.add_column(name, justify="right")
-    table.add_column("mean", justify="right")
-    table.add_column("published", justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("mean", "published"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, metric in scores["metrics"].items():
         values = [edit["scores"][name]["value"] if name in edit["scores"] else None for edit in edits]
         known = [value for value in values if value is not None]
         shown = values if single else [min(known), max(known)]
-        numbers = [number(value) for value in [*shown, mean(known), metric["baseline"]]]
+        numbers = [*(number(value, 3) for value in shown), number(mean(known)), number(metric["baseline"])]
         table.add_row(name, metric["unit"], ARROWS[metric["better"]], *numbers)
     console.print(table)
     for why, names in _reasons(scores["missing"]).items():
@@ -63,9 +63,9 @@ def _spread(told: Mapping[str, float] | None) -> str:
     return "-" if told is None else f"{told['mean']:.2f} ({told['low']:.2f}…{told['high']:.2f})"
 
 
-def number(value: float | None) -> str:
-    """Four digits that count, and a dash for what is not there."""
-    return "-" if value is None else f"{value:#.4g}"
+def number(value: float | None, digits: int = 4) -> str:
+    """So many digits that count, and a dash for what is not there."""
+    return "-" if value is None else f"{value:#.{digits}g}"
 
 
 def _reasons(missing: list[dict[str, str]]) -> dict[str, list[str]]:

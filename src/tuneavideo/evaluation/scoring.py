@@ -98,11 +98,11 @@ def _by_run(places: Sequence[Path | str]) -> dict[RunFolder, list[Path]]:
 def _scored(
     run: RunFolder, edit: Path, source: Shown, bench: _Bench, mask: Opened | str, missing: _Missing
 ) -> dict[str, Any]:
-    """One edit with its scores, as `scores.json` has it; what has no value goes into `missing`."""
+    """One edit with its scores, as `scores.json` has it; what has no value is None, or not there, and in `missing`."""
     about, settings = run.read_edit(edit), run.read_settings()
     sample = Sample(source, Shown(videos.read(run.clip_of(edit))), settings.prompt, about["prompt"])
     _check_same_shape(edit, sample)
-    video, scores = sample.edit.video, {}
+    video, scores = sample.edit.video, dict[str, Any]()
     size = {"frames": video.frames, "width": video.width, "height": video.height}
     for name in bench.wish.names(settings):
         metric = METRICS[name]
@@ -114,6 +114,7 @@ def _scored(
             value = metric.function(sample, found.model)
             scores[name] = {"value": value, "model": found.name, "revision": found.revision, **size}
         except NotMeasurable as why:
+            scores[name] = None  # nor is what was measured before to be believed
             missing.add(name, str(why), edit.name)
     return {"folder": edit.name, "prompt": about["prompt"], "seed": about["seed"], "scores": scores}
 
@@ -176,7 +177,8 @@ def _merged(run: RunFolder, names: Sequence[str], scored: list[dict[str, Any]], 
     edits = {edit["folder"]: edit for edit in _before(run)["edits"]}
     for edit in scored:
         old = edits.get(edit["folder"], {"scores": {}})["scores"]
-        edits[edit["folder"]] = edit | {"scores": {**old, **edit["scores"]}}
+        now = {name: score for name, score in {**old, **edit["scores"]}.items() if score}
+        edits[edit["folder"]] = edit | {"scores": now}
     kept = [each for each in _before(run)["missing"] if each["metric"] not in names]
     measured = [edit["scores"].keys() for edit in edits.values()]
     return {

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
 import torch
 from accelerate import PartialState
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from tuneavideo.video import Video
+
+logger = logging.getLogger(__name__)
 
 
 class Flows(NamedTuple):
@@ -31,8 +36,13 @@ class Flow(Protocol):
 
 
 def best() -> Flow:
-    """RAFT if it can be had."""
-    return Raft() if importlib.util.find_spec("torchvision") else Dis()
+    """RAFT if torchvision is there and works, with its weights; otherwise DIS. Results tell which."""
+    if importlib.util.find_spec("torchvision"):
+        try:
+            return Raft()
+        except (ImportError, RuntimeError, OSError) as error:  # a build for another torch; weights that cannot be had
+            logger.warning("RAFT cannot be had, DIS flow is taken: %s", " ".join(str(error).split())[:200])
+    return Dis()
 
 
 class Dis:
@@ -61,6 +71,12 @@ class Raft:
         )
 
         weights = Raft_Large_Weights.DEFAULT if pretrained else None
+        if (
+            weights
+            and HF_HUB_OFFLINE
+            and not Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name).is_file()
+        ):
+            raise FileNotFoundError(f"{weights.url} is not on this machine, and HF_HUB_OFFLINE is set")
         self.name, self.revision = "RAFT large (torchvision)", str(weights)
         self.device = PartialState().device
         self.model: Any = raft_large(weights=weights, progress=False).eval().to(self.device)
@@ -79,7 +95,8 @@ class Raft:
 
     @torch.no_grad()
     def _between(self, a: torch.Tensor, b: torch.Tensor, height: int, width: int) -> np.ndarray:
-        return self.model(a, b)[-1][0, :, :height, :width].permute(1, 2, 0).cpu().numpy()
+        flow = self.model(a, b)[-1][0, :, :height, :width]
+        return flow.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def pulled(image: np.ndarray, flow_HW2: np.ndarray) -> np.ndarray:

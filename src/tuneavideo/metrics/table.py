@@ -63,7 +63,7 @@ METRICS: dict[str, Metric] = {
                               motion.motion_fidelity),
     "motion_fidelity_all": Metric("", "higher", "likeness of all tracks in source and edit, resting ones too", "flow",
                                   motion.motion_fidelity_all),
-    "flicker": Metric("grey levels", "lower", "change from frame to frame where the source stands still", "pixels",
+    "flicker": Metric("levels", "lower", "change from frame to frame where the source stands still, of 255", "pixels",
                       flicker.flicker),
     "success": Metric("", "higher", "frames that show what the prompt changes", "judge", drawn.success),
     "subject_seen": Metric("", "higher", "frames that show the prompt's subject", "judge", drawn.seen("subject")),
