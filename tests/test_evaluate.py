@@ -48,7 +48,9 @@ def test_offline_what_is_missing_is_named_and_the_rest_is_measured(run: Path) ->
     assert told["format"] == 1 and set(told["metrics"]) == {"warp_error", "motion_fidelity", "motion_fidelity_all"}
     whys = {each["metric"]: each["why"] for each in told["missing"]}
     assert set(whys) == {name for name, each in METRICS.items() if each.need != "judge"} - set(told["metrics"])
-    assert whys["clip_frame"].startswith("openai/clip-vit-large-patch14 cannot be opened; give a folder, or 'hf downl")
+    assert whys["clip_frame"].startswith(
+        "openai/clip-vit-large-patch14 cannot be opened; give a folder (--clip, --pick), or"
+    )
     assert whys["pick_score"].startswith("yuvalkirstain/PickScore_v1 cannot be opened")
     assert whys["background_psnr"] == "needs a mask of what may change: --mask FILE or FOLDER"
     assert whys["flicker"] == "hardly anything stands still in the source"

@@ -95,4 +95,6 @@ def _loaded(kind: Any, place: str, **options: Any) -> Any:
         return kind.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
         first = " ".join(str(error).split())[:120]
-        raise ModelError(f"{place} cannot be opened; give a folder, or 'hf download {place}' ({first})") from error
+        raise ModelError(
+            f"{place} cannot be opened; give a folder (--clip, --pick), or 'hf download {place}' ({first})"
+        ) from error
