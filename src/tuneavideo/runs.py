@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ class RunFolder:
         """Leave nothing of a run that has not begun."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def written_with(self) -> dict[str, str]:
+        """The `about` of `write_settings`: versions of packages, and the base's fingerprint."""
+        lines = self.settings.read_text(encoding="utf-8").splitlines()
+        notes = takewhile(lambda line: line.startswith("# "), lines)
+        return dict(note[2:].split(": ", 1) for note in notes if ": " in note)
+
     def write_settings(self, settings: TuneSettings, about: dict[str, Any]) -> None:
         """The first file of a run: resolved settings, and as comments what they were resolved with."""
         notes = "".join(f"# {name}: {value}\n" for name, value in about.items())
@@ -121,12 +128,16 @@ class RunFolder:
 
     def edited(self) -> set[tuple[str, int]]:
         """Prompt and seed of the edits that are there."""
-        made = map(self.read_edit, self.edits())
+        made = map(self.read_edit, self.whole_edits())
         return {(edit["prompt"], edit["seed"]) for edit in made}
 
     def edits(self) -> list[Path]:
-        """The folders of the edits that are whole, in order."""
-        return sorted(file.parent for file in self.path.glob("edits/*/edit.json"))
+        """Folders of the edits, oldest first; one whose `edit.json` is not there yet is unfinished."""
+        return sorted(path for path in self.path.glob("edits/[0-9][0-9][0-9]-*") if path.is_dir())
+
+    def whole_edits(self) -> list[Path]:
+        """Folders of the edits that are finished, oldest first."""
+        return [edit for edit in self.edits() if (edit / "edit.json").is_file()]
 
     @staticmethod
     def read_edit(edit: Path) -> dict[str, Any]:
@@ -150,6 +161,10 @@ class RunFolder:
     def is_newer(self, edit: Path) -> bool:
         """Whether an edit was made after the scores were written."""
         return (edit / "edit.json").stat().st_mtime > self.scores.stat().st_mtime
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def sheet(self) -> Path:

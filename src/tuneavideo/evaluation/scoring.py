@@ -88,10 +88,10 @@ def _by_run(places: Sequence[Path | str]) -> dict[RunFolder, list[Path]]:
     for place in map(Path, places):
         single = (place / "edit.json").is_file()
         run = RunFolder(RunFolder.open(place.absolute().parent.parent if single else place).path.absolute())
-        if not single and not run.edits():
+        if not single and not run.whole_edits():
             raise RunError(f"{place} has no edits to measure; 'tuneavideo edit {place} --prompt ...' makes some")
         edits = work.setdefault(run, [])
-        edits += [edit for edit in ([place.absolute()] if single else run.edits()) if edit not in edits]
+        edits += [edit for edit in ([place.absolute()] if single else run.whole_edits()) if edit not in edits]
     return work
 
 
@@ -192,7 +192,7 @@ def _merged(run: RunFolder, names: Sequence[str], scored: list[dict[str, Any]], 
 def _before(run: RunFolder) -> dict[str, Any]:
     """The scores that are there, without edits that are gone or were made since."""
     before = run.read_scores() or {"edits": [], "missing": []}
-    now = {edit.name for edit in run.edits() if before["edits"] and not run.is_newer(edit)}
+    now = {edit.name for edit in run.whole_edits() if before["edits"] and not run.is_newer(edit)}
     return before | {"edits": [edit for edit in before["edits"] if edit["folder"] in now]}
 
 

@@ -198,7 +198,9 @@ def _tuned(folder: RunFolder, settings: TuneSettings, tune: Tune) -> Job:
 def _measured(folder: RunFolder, wish: scoring.Wish) -> Job:
     """Measure what has not been measured."""
     had = folder.read_scores() or {"edits": []}
-    measured = [edit["scores"].keys() for edit in had["edits"]] if len(had["edits"]) == len(folder.edits()) else [{}]
+    measured = (
+        [edit["scores"].keys() for edit in had["edits"]] if len(had["edits"]) == len(folder.whole_edits()) else [{}]
+    )
     names = wish.names(folder.read_settings())
     needed = [name for name in names if METRICS[name].need != "mask" and not all(name in had for had in measured)]
     if needed:
@@ -215,7 +217,7 @@ def _submit(folder: RunFolder, prompt: str, place: Path) -> None:
 
 
 def _edit_of(folder: RunFolder, prompt: str) -> Path:
-    return next(edit for edit in folder.edits() if folder.read_edit(edit)["prompt"] == prompt)
+    return next(edit for edit in folder.whole_edits() if folder.read_edit(edit)["prompt"] == prompt)
 
 
 def _results(done: list[tuple[Clip, RunFolder]]) -> dict[str, Any]:
