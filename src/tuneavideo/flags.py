@@ -1,9 +1,18 @@
-"""Flags of the commands that have no settings. No torch here."""
+"""Flags of the commands: those of settings by tyro, others by argparse; mistakes are one line. No torch here."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from tuneavideo.errors import SettingsError
 
 
 def parser(name: str, about: str | None, among: Any = None) -> argparse.ArgumentParser:
@@ -57,3 +66,112 @@ def _count(text: str) -> int:
 def _add_models(to: argparse.ArgumentParser) -> None:
     to.add_argument("--clip", metavar="MODEL", help="hub id or folder of CLIP, instead of ViT-L/14")
     to.add_argument("--pick", metavar="MODEL", help="hub id or folder of PickScore")
+
+
+def options(name: str, about: str | None, argv: Sequence[str], **more: str) -> argparse.Namespace:
+    """Parse a command that has no settings; `more` options and their meanings, flags but for `runs` and `out`."""
+    made = parser(name, about)
+    for option, meaning in more.items():
+        if option == "runs":
+            made.add_argument("runs", nargs="+", metavar="RUN", help=meaning)
+        elif option == "out":
+            made.add_argument("--out", metavar="PATH", help=meaning)
+        else:
+            made.add_argument(f"--{option}", action="store_true", help=meaning)
+    return read(made, argv)
+
+
+def read(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse words, or say in one line what is wrong with them."""
+    with _one_line(made.prog):
+        options, unknown = made.parse_known_args(argv)
+    if unknown:
+        raise SettingsError(_left_over(unknown, made.prog, re.findall(r"--[a-z][a-z-]+", made.format_help())))
+    return options
+
+
+def early(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags that other flags' defaults hang on."""
+    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
+    for name in ("base", "preset", "config", "resume"):
+        made.add_argument(f"--{name}", nargs="?")
+    return made.parse_known_args(argv)[0]
+
+
+def parse(
+    name: str,
+    about: str | None,
+    argv: Sequence[str],
+    kind: Any,
+    stated: Mapping[str, Any],
+    positional: str,
+    repeated: tuple[str, ...],
+    paths: Mapping[str, str],
+) -> tuple[dict[str, Any], Any]:
+    """Read flags over `stated` values: every field of the settings `kind`, and options of the command itself."""
+    import tyro
+
+    given = {word.split("=")[0] for word in argv}
+    values = {key: value for key, value in stated.items() if not (key in repeated and f"--{key}" in given)}
+    arguments, default = _arguments(kind, values, positional, repeated)
+    fields: list[Any] = [("settings", tyro.conf.OmitArgPrefixes[arguments], dataclasses.field(default=default))]
+    for key, meaning in {"config": "YAML file of settings; flags go before it", **paths}.items():
+        described = Annotated[Path | None, tyro.conf.arg(help=meaning, metavar="PATH")]
+        fields.append((key, described, dataclasses.field(default=None)))
+    for key, meaning in {"json": "print the result for machines", "debug": "show the traceback of an error"}.items():
+        described = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=meaning)]
+        fields.append((key, described, dataclasses.field(default=False)))
+    command = dataclasses.make_dataclass(name.title(), fields)
+    command.__doc__ = about
+    with _one_line(f"tuneavideo {name}"):
+        parsed, unknown = tyro.cli(
+            command, prog=f"tuneavideo {name}", description=about, args=list(argv), return_unknown_args=True
+        )
+    if unknown:
+        known = [key.replace("_", "-") for key in (*kind.model_fields, *(field[0] for field in fields[1:]))]
+        raise SettingsError(_left_over(unknown, f"tuneavideo {name}", [f"--{key}" for key in known]))
+    return vars(parsed.settings), parsed
+
+
+@contextlib.contextmanager
+def _one_line(command: str) -> Generator[None, None, None]:
+    """Make one line of what tyro, in a box, or argparse, below its usage, says of words they cannot parse."""
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            yield
+        except SystemExit as stopped:
+            if not stopped.code:  # of --help
+                raise
+            plain = re.sub("\x1b\\[[0-9;]*m", "", box.getvalue())
+            lines = [line.strip("│╭╰╮╯─ ") for line in plain.splitlines()[1:]]
+            told = " ".join(line for line in lines if line.strip("-")).rpartition(": error: ")[2]
+            told = re.split(" For full helptext| Argument helptext", told)[0].rstrip(".")
+            raise SettingsError(f"{told}; '{command} --help' tells more") from None
+
+
+def _left_over(words: Sequence[str], command: str, known: Sequence[str]) -> str:
+    """What to do about words of a command line that mean nothing."""
+    flag = next((word.split("=")[0] for word in words if word.startswith("-")), None)
+    if flag is None:
+        return f"{words[0]!r} is one word too many; put words that belong together in quotes"
+    near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1)
+    return f"unknown option {flag!r}; " + (f"did you mean {near[0]!r}?" if near else f"'{command} --help' lists them")
+
+
+def _arguments(kind: Any, values: Mapping[str, Any], positional: str, repeated: tuple[str, ...]) -> tuple[Any, Any]:
+    """Settings as tyro wants them: a plain class, so that checking (and its one-line errors) stays ours."""
+    import tyro
+
+    fields, defaults = [], {}
+    for key, field in kind.model_fields.items():
+        hint: Any = field.annotation
+        if key == positional:
+            hint = tyro.conf.Positional[hint]
+        if key in repeated:
+            hint = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+        hint = Annotated[hint, tyro.conf.arg(help=field.description)]
+        missing = () if key in repeated else tyro.MISSING
+        defaults[key] = values.get(key, missing if field.is_required() else field.default)
+        fields.append((key, hint, dataclasses.field(default=defaults[key])))
+    arguments = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
+    return arguments, arguments(**defaults)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import unicodedata
 from collections.abc import Generator
@@ -47,7 +48,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if out is not None:
                 if any(file.name != LOCK and file.suffix != files.PART for file in path.iterdir()):
-                    raise RunError(f"{path} exists and is not empty; give another --out, or --resume {path}")
+                    run = f", or --resume {cls(path).quoted}" if cls(path).settings.is_file() else ""
+                    raise RunError(f"{path} exists and is not empty; give another --out{run}")
                 return cls(path)
             number = 1
             while True:
@@ -108,6 +110,11 @@ class RunFolder:
     def read_settings(self) -> TuneSettings:
         """The settings the run was made with."""
         return checked(TuneSettings, read_yaml(self.settings, TuneSettings), str(self.settings))
+
+    @property
+    def quoted(self) -> str:
+        """The folder as a shell takes it."""
+        return shlex.quote(str(self.path))
 
     @property
     def settings(self) -> Path:
