@@ -126,11 +126,10 @@ def _difference(rows: Rows, name: str) -> str:
     ours, theirs = edits_of(_of(rows, name)), edits_of(_of(rows, "official"))
     if not (ours and theirs):
         return ""
-    told = difference(ours, theirs, "clean")
+    told, work = difference(ours, theirs, "clean"), _work(_of(rows, name)) / _work(_of(rows, "official"))
     return (
-        f"- `{name}` less `official`: {100 * told.mean:+.1f} % clean edits "
-        f"({100 * told.low:+.1f} to {100 * told.high:+.1f}), {_work(_of(rows, name)) / _work(_of(rows, 'official')):.2f} "
-        "of its work."
+        f"- `{name}` less `official`: {100 * told.mean:+.1f} % clean edits ({100 * told.low:+.1f} to "
+        f"{100 * told.high:+.1f}), {work:.2f} of its work."
     )
 
 

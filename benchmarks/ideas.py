@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-OFFICIAL = {"preset": "official"}
+OFFICIAL = {"preset": "official", "learning_rate": 3e-4, "max_train_steps": 150}
+"""The published arithmetic with the best of the rates and numbers of steps in `SWEEP`."""
 BRIEF = {"num_inference_steps": 25, "num_inv_steps": 25}
 SWEEP = {
-    f"official, rate {rate:g}, {steps} steps": OFFICIAL | BRIEF | {"learning_rate": rate, "max_train_steps": steps}
+    f"official, rate {rate:g}, {steps} steps": {
+        "preset": "official",
+        **BRIEF,
+        "learning_rate": rate,
+        "max_train_steps": steps,
+    }
     for rate in (3e-4, 1e-3, 3e-3)
     for steps in (75, 150)
 }
-"""The published arithmetic at its best on this model: rates and numbers of steps to choose from."""
-ANCHOR = OFFICIAL | BRIEF | {"learning_rate": 1e-3, "max_train_steps": 75}
+"""The published arithmetic at rates and numbers of steps to choose from."""
+ANCHOR = {"preset": "official", **BRIEF, "learning_rate": 1e-3, "max_train_steps": 75}
 """What single ideas are added to."""
 
 
@@ -42,7 +48,15 @@ IDEAS = {
     "strength 0.8": Idea({"strength": 0.8}, "nearer to the clip for less work"),
 }
 
-COMBINATIONS: dict[str, dict[str, Any]] = {}
+_OURS = {**BRIEF, "max_train_steps": 75, "attention_injection": 0.6, "guidance_scale": 5.0}
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "ours": _OURS,
+    "ours, 40 steps": _OURS | {"max_train_steps": 40},
+    "ours, guidance 4": _OURS | {"guidance_scale": 4.0},
+    "ours, injected 0.75": _OURS | {"attention_injection": 0.75},
+    "ours, dpm++ in 12 steps": _OURS | {"sampler": "dpm++", "num_inference_steps": 12, "num_inv_steps": 12},
+    "ours, not tuned": _OURS | {"max_train_steps": 1, "learning_rate": 1e-9},
+}
 """What survived, together."""
 REPORTED = ("untuned", "official", "default")
 """What is measured on the clips that nothing was chosen by."""
