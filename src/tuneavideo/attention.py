@@ -1,4 +1,4 @@
-"""The three layers that make an image UNet see a clip.
+"""The layers that make an image UNet see a clip.
 
 Shape letters: B clips, T frames, N = B*T images, L tokens of an image, M tokens looked at, H heads, D head channels,
 C channels. Each layer is a subclass of the image layer it takes the place of, and shares one `Clip` that says how
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -32,29 +33,35 @@ class Clip:
     references: tuple[str, ...] = ("first", "previous")
 
 
-# Frames that a frame may refer to: from the tokens of all frames, B T L C, to those seen by each.
-REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
-    "first": lambda x_BTLC: x_BTLC[:, :1].expand_as(x_BTLC),
-    "previous": lambda x_BTLC: torch.cat([x_BTLC[:, :1], x_BTLC[:, :-1]], dim=1),
-    "own": lambda x_BTLC: x_BTLC,
+# Frames that a frame may refer to: of tokens B T L C, those that frames `start`, `start` + 1, ... (of T) look at.
+REFERENCES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "first": lambda x_BTLC, start, frames: x_BTLC[:, :1].expand(-1, frames - start, -1, -1),
+    "previous": lambda x_BTLC, start, frames: x_BTLC[:, start - 1 : frames - 1],
+    "own": lambda x_BTLC, start, frames: x_BTLC[:, start:],
 }
+# How many frames of a clip find nothing but frame 0 there; `first` never finds anything else.
+ONLY_FIRST = {"previous": 2, "own": 1}
 
 
-def referred(x_NLC: Tensor, frames: int, references: Sequence[str]) -> Tensor:
-    """For every frame, the tokens of the frames it refers to, one after the other: `N L C` to `N M C`.
+def only_first(frames: int, references: Sequence[str]) -> int:
+    """How many frames at the start of a clip look at nothing but frame 0, however often."""
+    return min([frames, *(ONLY_FIRST[name] for name in references if name in ONLY_FIRST)])
+
+
+def referred(x_BTLC: Tensor, start: int, frames: int, references: Sequence[str]) -> Tensor:
+    """For frames `start`, `start` + 1, ..., the tokens of the frames they refer to, one after the other: `B T M C`.
 
     Tune-A-Video, eq. 4: the first frame and the one before (frame max(t-1, 0)).
     """
-    x_BTLC = rearrange(x_NLC, "(b t) l c -> b t l c", t=frames)
-    x_BTMC = torch.cat([REFERENCES[name](x_BTLC) for name in references], dim=2)
-    return rearrange(x_BTMC, "b t m c -> (b t) m c")
+    return torch.cat([REFERENCES[name](x_BTLC, start, frames) for name in references], dim=2)
 
 
 class SparseCausalAttention(Attention):
     """Self-attention of an image UNet that looks at the first and the previous frame (Tune-A-Video, eq. 4).
 
-    Keys and values are projected once per token and then gathered. It computes for itself instead of through a
-    processor: diffusers replaces processors when slicing, fusing or loading IP-Adapters.
+    Keys and values are projected once per token that is looked at, and then gathered. Frames that would see frame 0
+    twice see it once: attention to equal keys is the same. It computes for itself instead of through a processor:
+    diffusers replaces processors when slicing, fusing or loading IP-Adapters.
     """
 
     clip: Clip
@@ -65,12 +72,40 @@ class SparseCausalAttention(Attention):
     def forward(self, hidden_states: Tensor, *_, **__) -> Tensor:
         """`N L C` to `N L C`."""
         frames, references = self.clip.frames, self.clip.references
-        q_NLC = self.to_q(hidden_states)
-        k_NMC = referred(self.to_k(hidden_states), frames, references)
-        v_NMC = referred(self.to_v(hidden_states), frames, references)
-        q_NHLD, k_NHMD, v_NHMD = (rearrange(x, "n l (h d) -> n h l d", h=self.heads) for x in (q_NLC, k_NMC, v_NMC))
-        y_NHLD = scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=self.scale)
-        return self.to_out[1](self.to_out[0](rearrange(y_NHLD, "n h l d -> n l (h d)")))
+        start = only_first(frames, references)
+        x_BTLC = rearrange(hidden_states, "(b t) l c -> b t l c", t=frames)
+        seen_BTLC = x_BTLC if "own" in references else x_BTLC[:, : max(frames - 1, 1)]
+        q_BTLC, k_BTLC, v_BTLC = self.to_q(x_BTLC), self.to_k(seen_BTLC), self.to_v(seen_BTLC)
+        early_BTLC, late_BTLC = q_BTLC.split([start, frames - start], dim=1)
+        y_BTLC = self._attend(rearrange(early_BTLC, "b t l c -> b 1 (t l) c"), k_BTLC[:, :1], v_BTLC[:, :1])
+        y_BTLC = rearrange(y_BTLC, "b 1 (t l) c -> b t l c", t=start)
+        if start < frames:
+            k_BTMC, v_BTMC = (referred(x, start, frames, references) for x in (k_BTLC, v_BTLC))
+            y_BTLC = torch.cat([y_BTLC, self._attend(late_BTLC, k_BTMC, v_BTMC)], dim=1)
+        return self.to_out[1](self.to_out[0](rearrange(y_BTLC, "b t l c -> (b t) l c")))
+
+    def _attend(self, q_BTLC: Tensor, k_BTMC: Tensor, v_BTMC: Tensor) -> Tensor:
+        """Every entry of `T` looks at the keys of the same entry."""
+        heads = (rearrange(x, "b t l (h d) -> (b t) h l d", h=self.heads) for x in (q_BTLC, k_BTMC, v_BTMC))
+        y_NHLD = scaled_dot_product_attention(*heads, scale=self.scale)
+        return rearrange(y_NHLD, "(b t) h l d -> b t l (h d)", b=len(q_BTLC))
+
+
+class TextAttention(Attention):
+    """Cross-attention of an image UNet that takes the text of a clip once instead of once per frame."""
+
+    clip: Clip
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """`N L C` to `N L C`; a text `B L D`, of clips instead of images, is one that their frames share."""
+        text, frames = encoder_hidden_states, self.clip.frames
+        if isinstance(text, tuple):  # an IP-Adapter adds something for each image
+            words, pictures = text
+            text = (words.repeat_interleave(len(hidden_states) // len(words), dim=0), pictures)
+        if not isinstance(text, Tensor) or len(text) == len(hidden_states):
+            return super().forward(hidden_states, text, *args, **kwargs)
+        x_BLC = rearrange(hidden_states, "(b t) l c -> b (t l) c", t=frames)
+        return rearrange(super().forward(x_BLC, text, *args, **kwargs), "b (t l) c -> (b t) l c", t=frames)
 
 
 class VideoBlock(BasicTransformerBlock):

@@ -17,11 +17,16 @@ from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import Tensor, nn
 
-from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock
+from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, TextAttention, VideoBlock
 from tuneavideo.errors import ModelError
 from tuneavideo.settings import Inflation
 
-_IMAGE_CLASS = {VideoBlock: BasicTransformerBlock, SparseCausalAttention: Attention, ClipGroupNorm: nn.GroupNorm}
+_IMAGE_CLASS = {
+    VideoBlock: BasicTransformerBlock,
+    SparseCausalAttention: Attention,
+    TextAttention: Attention,
+    ClipGroupNorm: nn.GroupNorm,
+}
 _ADDED = ("norm_temp", "attn_temp")
 
 
@@ -45,9 +50,9 @@ class VideoUNet:
         dtype = next(self.unet.parameters()).dtype
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").to(dtype)
         t_N = t.repeat_interleave(frames) if t.ndim else t
-        text_NLD = text_BLD.repeat_interleave(frames, dim=0).to(dtype)
+        text_BLD = text_BLD.to(dtype)  # once per clip is enough: see TextAttention
         added_N = {name: value.repeat_interleave(frames, dim=0) for name, value in (added or {}).items()}
-        y_NCHW = self.unet(x_NCHW, t_N, text_NLD, added_cond_kwargs=added_N or None, return_dict=False)[0]
+        y_NCHW = self.unet(x_NCHW, t_N, text_BLD, added_cond_kwargs=added_N or None, return_dict=False)[0]
         return rearrange(y_NCHW, "(b t) c h w -> b c t h w", t=frames)
 
 
@@ -116,6 +121,8 @@ def _see_time(block: BasicTransformerBlock, clip: Clip, init: str, generator: to
     for name in _ADDED:
         getattr(block, name).to(like.device, like.dtype).train(block.training)
     _become(block.attn1, SparseCausalAttention, clip)
+    if type(block.attn2) is Attention:
+        _become(block.attn2, TextAttention, clip)
     _become(block, VideoBlock, clip)
 
 
