@@ -86,8 +86,8 @@ class SparseCausalAttention(Attention):
 
     def _attend(self, q_BTLC: Tensor, k_BTMC: Tensor, v_BTMC: Tensor) -> Tensor:
         """Every entry of `T` looks at the keys of the same entry."""
-        heads = (rearrange(x, "b t l (h d) -> (b t) h l d", h=self.heads) for x in (q_BTLC, k_BTMC, v_BTMC))
-        y_NHLD = scaled_dot_product_attention(*heads, scale=self.scale)
+        q, k, v = (rearrange(x, "b t l (h d) -> (b t) h l d", h=self.heads) for x in (q_BTLC, k_BTMC, v_BTMC))
+        y_NHLD = scaled_dot_product_attention(q, k, v, scale=self.scale)
         return rearrange(y_NHLD, "(b t) h l d -> b t l (h d)", b=len(q_BTLC))
 
 
@@ -98,7 +98,8 @@ class TextAttention(Attention):
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """`N L C` to `N L C`; a text `B L D`, of clips instead of images, is one that their frames share."""
-        text, frames = encoder_hidden_states, self.clip.frames
+        text: Any = encoder_hidden_states
+        frames = self.clip.frames
         if isinstance(text, tuple):  # an IP-Adapter adds something for each image
             words, pictures = text
             text = (words.repeat_interleave(len(hidden_states) // len(words), dim=0), pictures)

@@ -44,7 +44,7 @@ def generate(
     guidance_scale: float,
     *,
     batch_guidance: bool = True,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Iterator[EditStep]:
     """Denoise `start_BCTHW`, at the level where `sampler` starts, towards the text; yields after every step.
 
@@ -56,7 +56,7 @@ def generate(
         negative_BLD: What it should not show (the empty prompt, usually).
         guidance_scale: Classifier-free guidance (Ho & Salimans, eq. 6, with w = scale - 1); 1 is none.
         batch_guidance: Both predictions in one batch, or one after the other.
-        generator: For samplers that add noise.
+        generator: For samplers that add noise; a list has one for each clip.
     """
     x = sampler.enter(start_BCTHW)
     timesteps = sampler.timesteps.to(x.device)
