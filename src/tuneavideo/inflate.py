@@ -116,7 +116,9 @@ def _see_time(block: BasicTransformerBlock, clip: Clip, init: str, generator: to
     like = block.attn1.to_q.weight
     width = like.shape[1]
     block.norm_temp = nn.LayerNorm(width)
-    block.attn_temp = Attention(width, heads=block.attn1.heads, dim_head=like.shape[0] // block.attn1.heads)
+    with torch.device("meta"):  # torch's own random numbers would be drawn for nothing
+        attention = Attention(width, heads=block.attn1.heads, dim_head=like.shape[0] // block.attn1.heads)
+    block.attn_temp = attention.to_empty(device="meta" if like.is_meta else "cpu")
     _initialise(block.attn_temp, init, generator)
     for name in _ADDED:
         getattr(block, name).to(like.device, like.dtype).train(block.training)
