@@ -29,6 +29,7 @@ VARIANTS = {
         CONTROL,
         Variant("default"),
         Variant("official", OFFICIAL),
+        Variant("official, not tuned", OFFICIAL, tuned=False),
         Variant("anchor", ANCHOR),
         *(Variant(name, settings) for name, settings in SWEEP.items()),
         *(Variant(name, ANCHOR | idea.change) for name, idea in IDEAS.items()),

@@ -75,10 +75,7 @@ def benchmark(
     chosen = [clip for clip in miniature.clips() if clip["set"] == part]
     chosen = chosen[:: max(1, len(chosen) // clips)][:clips] if clips else chosen
     wanted = {
-        _key(variant, clip["name"], seed): (variant, clip, seed)
-        for clip in chosen
-        for variant in variants
-        for seed in seeds
+        _key(variant, clip, seed): (variant, clip, seed) for clip in chosen for variant in variants for seed in seeds
     }
     had = {row["key"]: row for row in read(ledger)}
     yield from (had[key] for key in wanted if key in had)
@@ -103,8 +100,14 @@ def edits_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [edit | {name: row[name] for name in ("variant", "clip", "seed")} for row in rows for edit in row["edits"]]
 
 
-def _key(variant: Variant, clip: str, seed: int) -> str:
-    return cache.key(_weights(), dict(variant.settings), variant.tuned, clip, seed)
+def _key(variant: Variant, clip: Mapping[str, Any], seed: int) -> str:
+    own = _settings(variant, clip, seed).model_dump(mode="json", exclude={"video"}, exclude_defaults=True)
+    return cache.key(_weights(), own, variant.tuned)
+
+
+def _settings(variant: Variant, clip: Mapping[str, Any], seed: int) -> TuneSettings:
+    stated = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "seed": seed}
+    return checked(TuneSettings, layers({**stated, **variant.settings}, {}))
 
 
 def _weights() -> str:
@@ -113,8 +116,7 @@ def _weights() -> str:
 
 def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    stated = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "seed": seed}
-    settings = checked(TuneSettings, layers({**stated, **variant.settings}, {}))
+    settings = _settings(variant, clip, seed)
     source, made, spent = _edited(settings, [edit["prompt"] for edit in clip["edits"]], tuned=variant.tuned)
     judge = Judge.open()
     before = judge.read(source)
