@@ -105,12 +105,17 @@ def models(argv: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "model", "opened from", "here", box=None)
+    table = Table("name", "model", "pixels", "frames", "memory", "opened from", "here", box=None)
     for row in known:
         source = "(bundled)" if row["name"] == "miniature" else row["source"]
-        table.add_row(row["name"], row["note"], source, "yes" if row["here"] else "no")
+        memory = f"{row['memory_gb']} GB" if row["memory_gb"] else "-"
+        size = (str(row["resolution"]), str(row["num_frames"]), memory)
+        table.add_row(row["name"], row["note"], *size, source, "yes" if row["here"] else "no")
     Console().print(table)
-    print("Any Stable Diffusion 1.x or 2.x works: give --base a hub id, a folder or a .safetensors file.")
+    print(
+        "Memory is what tuning that many frames holds at least: counted, not measured (bf16, gradient checkpointing).\n"
+        "Any Stable Diffusion 1.x, 2.x or XL works: give --base a hub id, a folder, or a .safetensors or .ckpt file."
+    )
 
 
 def doctor(argv: Sequence[str]) -> None:
@@ -132,6 +137,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "models": models,
     "doctor": doctor,
 }
+ALIASES = {"base": ("--model",)}
 RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tuning to go on with"}
 
 
@@ -291,7 +297,7 @@ def _early(argv: Sequence[str]) -> argparse.Namespace:
     """The flags that other flags' defaults hang on."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
     for name in ("base", "preset", "config", "resume"):
-        parser.add_argument(f"--{name}", nargs="?")
+        parser.add_argument(f"--{name}", *ALIASES.get(name, ()), dest=name, nargs="?")
     return parser.parse_known_args(argv)[0]
 
 
@@ -350,7 +356,7 @@ def _arguments(kind: Any, values: Mapping[str, Any], positional: str, repeated: 
             hint = tyro.conf.Positional[hint]
         if key in repeated:
             hint = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-        hint = Annotated[hint, tyro.conf.arg(help=field.description)]
+        hint = Annotated[hint, tyro.conf.arg(help=field.description, aliases=ALIASES.get(key))]
         missing = () if key in repeated else tyro.MISSING
         defaults[key] = values.get(key, missing if field.is_required() else field.default)
         fields.append((key, hint, dataclasses.field(default=defaults[key])))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.noise import Sampler, ddim_move
 
@@ -39,8 +40,8 @@ def generate(
     video: VideoUNet,
     sampler: Sampler,
     start_BCTHW: Tensor,
-    text_BLD: Tensor,
-    negative_BLD: Tensor,
+    text: Conditions | Tensor,
+    negative: Conditions | Tensor,
     guidance_scale: float,
     *,
     batch_guidance: bool = True,
@@ -52,28 +53,29 @@ def generate(
         video: The (tuned) video UNet.
         sampler: Which scheduler, how many steps, from where.
         start_BCTHW: Inverted or random latents of B clips.
-        text_BLD: What each clip should show.
-        negative_BLD: What it should not show (the empty prompt, usually).
+        text: What each clip should show.
+        negative: What it should not show (the empty prompt, usually).
         guidance_scale: Classifier-free guidance (Ho & Salimans, eq. 6, with w = scale - 1); 1 is none.
         batch_guidance: Both predictions in one batch, or one after the other.
         generator: For samplers that add noise.
     """
+    text, negative = Conditions.of(text), Conditions.of(negative)
     x = sampler.enter(start_BCTHW)
     timesteps = sampler.timesteps.to(x.device)
     for number, t in enumerate(timesteps, start=1):
         seen = sampler.scaled(x, t)
-        output = _guided(video, seen, t, text_BLD, negative_BLD, guidance_scale, batch_guidance).to(x.dtype)
+        output = _guided(video, seen, t, text, negative, guidance_scale, batch_guidance).to(x.dtype)
         x = sampler.step(output, t, x, generator)
         yield EditStep(number, len(timesteps), x)
 
 
 def _guided(
-    video: VideoUNet, x: Tensor, t: Tensor, text: Tensor, negative: Tensor, scale: float, batched: bool
+    video: VideoUNet, x: Tensor, t: Tensor, text: Conditions, negative: Conditions, scale: float, batched: bool
 ) -> Tensor:
     if scale == 1:
         return video(x, t, text)
     if batched:
-        without, towards = video(torch.cat([x, x]), t, torch.cat([negative, text])).chunk(2)
+        without, towards = video(torch.cat([x, x]), t, negative.joined(text)).chunk(2)
     else:
         without, towards = video(x, t, negative), video(x, t, text)
     return without + scale * (towards - without)

@@ -6,8 +6,9 @@ class in place and every transformer block gains `norm_temp` and `attn_temp`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError
 from tuneavideo.settings import Inflation
 
@@ -31,23 +33,24 @@ class VideoUNet:
 
     unet: UNet2DConditionModel
     clip: Clip
+    control: Callable[..., dict[str, Any]] | None = None  # see `control.Control`
 
-    def __call__(self, x_BCTHW: Tensor, t: Tensor, text_BLD: Tensor, added: dict[str, Tensor] | None = None) -> Tensor:
+    def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
         """Predict noise or velocity, `B C T H W`.
 
         Args:
             x_BCTHW: Noisy latents of B clips of T frames.
             t: Timestep of all clips (a scalar) or of each (shape B).
-            text_BLD: Text embedding of each clip, shared by its frames.
-            added: Further conditions with a batch axis (Stable Diffusion XL's `text_embeds` and `time_ids`).
+            text: Conditions of each clip, shared by its frames; or their text embedding `B L D` alone.
         """
         frames = self.clip.frames = x_BCTHW.shape[2]
         dtype = next(self.unet.parameters()).dtype
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").to(dtype)
         t_N = t.repeat_interleave(frames) if t.ndim else t
-        text_NLD = text_BLD.repeat_interleave(frames, dim=0).to(dtype)
-        added_N = {name: value.repeat_interleave(frames, dim=0) for name, value in (added or {}).items()}
-        y_NCHW = self.unet(x_NCHW, t_N, text_NLD, added_cond_kwargs=added_N or None, return_dict=False)[0]
+        told = Conditions.of(text).repeated(frames).to(dtype)
+        added = told.added(*x_NCHW.shape[-2:])
+        more = self.control(x_NCHW, t_N, told.text_BLD, added) if self.control else {}
+        y_NCHW = self.unet(x_NCHW, t_N, told.text_BLD, added_cond_kwargs=added, return_dict=False, **more)[0]
         return rearrange(y_NCHW, "(b t) c h w -> b c t h w", t=frames)
 
 

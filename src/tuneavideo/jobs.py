@@ -19,20 +19,23 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from tuneavideo import cache, editing, files, inversion, models
+from tuneavideo import style as styles
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import MemoryShort, MissingExtra, RunError, SettingsError
-from tuneavideo.inflate import VideoUNet, inflate, video_unet
+from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.keeping import Keeper
 from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.noise import Levels, Sampler
+from tuneavideo.opening import Pipeline
 from tuneavideo.progress import Job, Progress
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
+from tuneavideo.style import Style
 from tuneavideo.tuning import Tuning
 from tuneavideo.video import Video
 
@@ -154,12 +157,13 @@ class _Studio:
     """A tuned (or half-tuned) model with the clip it was tuned on: what it takes to make edits."""
 
     run: RunFolder
-    pipe: StableDiffusionPipeline
+    pipe: Pipeline
     video: VideoUNet
     moments: dict[str, Tensor]
     source: Video
     keep_inversions: bool = True
     recent: dict[Path, Tensor] = dataclasses.field(default_factory=dict)
+    style: Style = dataclasses.field(default_factory=Style)
 
     def sampler(self, settings: Sampling) -> Sampler:
         return Levels.of(self.pipe.scheduler).sampler(
@@ -175,7 +179,7 @@ class _Studio:
         start = yield from self.inverted(sampler, settings)
         generator = torch.Generator().manual_seed(seed)
         start = editing.mix_noise(start, self._clean(), sampler.start_alpha, settings.fresh_noise, generator)
-        negative, text = models.embed(self.pipe, [settings.negative_prompt, prompt]).split(1)
+        negative, text = self.style.told(models.embed(self.pipe, [settings.negative_prompt, prompt])).split(1)
         steps = editing.generate(
             self.video, sampler, start, text, negative, settings.guidance_scale,
             batch_guidance=settings.batch_guidance, generator=generator,
@@ -200,7 +204,7 @@ class _Studio:
             return self.recent[file]
         if self.keep_inversions and (kept := cache.read(file)):
             return kept["latents"].to(self._clean())
-        latents, empty = self._clean(), models.embed(self.pipe, [""])
+        latents, empty = self._clean(), self.style.told(models.embed(self.pipe, [""]))
         for step in inversion.invert(self.video, levels, latents, empty, timesteps):
             latents = step.latents
             yield Progress("invert", step.number, step.total)
@@ -212,7 +216,9 @@ class _Studio:
     def inversion_file(self, sampler: Sampler, settings: Sampling) -> Path:
         levels = Levels.of(self.pipe.scheduler)
         timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
-        return self.run.inversion(cache.key(timesteps, self.moments["mean"], str(self.pipe.unet.dtype)))
+        return self.run.inversion(
+            cache.key(timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *self.style.marks)
+        )
 
     def _clean(self) -> Tensor:
         return self.moments["mean"].to(self.pipe._execution_device)
@@ -271,7 +277,7 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
     return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
 
 
-def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline) -> Video:
+def _clip(settings: TuneSettings, pipe: Pipeline) -> Video:
     """The frames to learn from, at a size the model takes."""
 
     def near(width: int, height: int) -> tuple[int, int]:
@@ -368,14 +374,16 @@ def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder)
         accelerator.init_trackers("tuneavideo", config=plain)
 
 
-def _moments(pipe: StableDiffusionPipeline, clip: Video) -> dict[str, Tensor]:
+def _moments(pipe: Pipeline, clip: Video) -> dict[str, Tensor]:
     name = cache.key("moments", clip.frames_THWC, pipe.vae.config.scaling_factor, pipe.vae)
     return cache.cached(name, lambda: models.encode(pipe, clip))
 
 
-def _text(pipe: StableDiffusionPipeline, prompt: str) -> Tensor:
-    name = cache.key("text", pipe.tokenizer(prompt).input_ids, pipe.text_encoder)
-    return cache.cached(name, lambda: {"text": models.embed(pipe, [prompt])})["text"]
+def _text(pipe: Pipeline, prompt: str) -> Conditions:
+    encoders = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
+    name = cache.key("text", pipe.tokenizer(prompt).input_ids, *encoders)
+    tensors = cache.cached(name, lambda: models.embed(pipe, [prompt]).tensors())
+    return Conditions(**tensors, stride=models.stride(pipe))
 
 
 def _reopened(settings: EditSettings) -> _Studio:
@@ -385,15 +393,17 @@ def _reopened(settings: EditSettings) -> _Studio:
     if not run.is_tuned:
         raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.path}")
     dtype = models.PRECISIONS[models.precision(own.mixed_precision)]
-    pipe = models.open(own.base, adapter=run.adapter, dtype=dtype)
+    pipe = models.open_image_model(settings.edit_model or own.base, dtype=dtype)
     source = videos.read(run.source)
+    style = styles.load(pipe, settings, source)
+    video = Adapter.load(run.adapter).attach(pipe.unet, any_base=settings.edit_model is not None).video
     _refuse_fast_gif(settings, source)
     moments = cache.read(run.latents)
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
         moments = _moments(pipe, source)
         cache.write(run.latents, moments)
-    return _Studio(run, pipe, video_unet(pipe.unet), moments, source)
+    return _Studio(run, pipe, style.controlled(video), moments, source, style=style)
 
 
 def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int, video: Video) -> Path:
@@ -408,7 +418,7 @@ def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int,
     return folder
 
 
-def _warn_of_cuts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> None:
+def _warn_of_cuts(pipe: Pipeline, prompts: Iterable[str]) -> None:
     for prompt in prompts:
         if cut := models.cut(pipe, prompt):
             logger.warning("the prompt %r is longer than the text encoder takes; left out: %r", prompt, cut)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from tuneavideo.adapter import tuned_parameters
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import MissingExtra, RunError, SettingsError
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.models import memory
@@ -43,7 +44,7 @@ class Tuning:
         video: The inflated UNet, changed in place.
         levels: Noise levels of the base.
         moments: `mean` and `std` of the clip's latents, `1 C T H W` each.
-        text: Embedding of the caption, `1 L D`.
+        text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
         settings: See `TuneSettings`.
         accelerator: Owns devices, precision and processes.
     """
@@ -53,7 +54,7 @@ class Tuning:
         video: VideoUNet,
         levels: Levels,
         moments: dict[str, Tensor],
-        text: Tensor,
+        text: Conditions | Tensor,
         settings: TuneSettings,
         accelerator: Accelerator,
     ) -> None:
@@ -71,7 +72,11 @@ class Tuning:
         self.ema = EMAModel(self.parameters.values(), decay=settings.ema_decay) if settings.use_ema else None
         device = accelerator.device
         self.alphas, self.prediction_type = levels.alphas.to(device), levels.prediction_type
-        self.mean, self.std, self.text = moments["mean"].to(device), moments["std"].to(device), text.to(device)
+        self.mean, self.std, self.text = (
+            moments["mean"].to(device),
+            moments["std"].to(device),
+            Conditions.of(text).to(device),
+        )
         self.number = 0
 
     def __iter__(self) -> Iterator[Step]:
@@ -93,8 +98,7 @@ class Tuning:
         """Mean squared error of the prediction at timesteps `t_B` (DDPM, eq. 14), in float32."""
         alpha_B = self.alphas[t_B]
         noisy = add_noise(clean_BCTHW, noise_BCTHW, alpha_B)
-        text_BLD = self.text.expand(len(t_B), -1, -1)
-        prediction = self.video(noisy, t_B, text_BLD)
+        prediction = self.video(noisy, t_B, self.text.expand(len(t_B)))
         return mse_loss(prediction.float(), target(clean_BCTHW, noise_BCTHW, alpha_B, self.prediction_type))
 
     @contextmanager

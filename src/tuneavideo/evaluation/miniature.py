@@ -165,7 +165,7 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     calls = len(sampler.timesteps) * count * (1 if settings.guidance_scale == 1 else 2)
     with _timed(stages, "edit", call * calls):
         steps = editing.generate(
-            video, sampler, start.expand(count, -1, -1, -1, -1), text, empty.expand(count, -1, -1),
+            video, sampler, start.expand(count, -1, -1, -1, -1), text, empty.expand(count),
             settings.guidance_scale, batch_guidance=settings.batch_guidance, generator=generator,
         )  # fmt: skip
         *_, last = steps
