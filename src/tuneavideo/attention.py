@@ -35,6 +35,7 @@ class Clip:
 # Frames that a frame may refer to: from the tokens of all frames, B T L C, to those seen by each.
 REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "first": lambda x_BTLC: x_BTLC[:, :1].expand_as(x_BTLC),
+    "middle": lambda x_BTLC: x_BTLC[:, x_BTLC.shape[1] // 2, None].expand_as(x_BTLC),
     "previous": lambda x_BTLC: torch.cat([x_BTLC[:, :1], x_BTLC[:, :-1]], dim=1),
     "own": lambda x_BTLC: x_BTLC,
 }

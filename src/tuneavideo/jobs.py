@@ -76,9 +76,9 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
         moments = kept or _moments(pipe, clip)
-        text = _text(pipe, settings.prompt)
+        text, empty = _text(pipe, settings.prompt), _text(pipe, "")
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator)
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, empty)
     keeper = Keeper(run, tuning, accelerator)
     if accelerator.is_main_process:
         keeper.check_room(clip)

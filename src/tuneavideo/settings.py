@@ -134,7 +134,7 @@ class TuneSettings(Sampling):
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """`crop` keeps the clip's aspect; `pad` its edges too, between black bars; `stretch` makes a square of it."""
 
-    references: tuple[Literal["first", "previous", "own"], ...] = ("first", "previous")
+    references: tuple[Literal["first", "middle", "previous", "own"], ...] = ("first", "previous")
     """Frames that sparse-causal attention looks at."""
     clip_norm: bool = True
     """Group norms of the residual blocks span all frames."""
@@ -161,6 +161,26 @@ class TuneSettings(Sampling):
     """Batches per optimiser step."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
+
+    timestep_sampling: Literal["uniform", "stratified", "antithetic"] = "uniform"
+    """`stratified`: any stretch of steps covers all noise levels evenly; `antithetic`: each second one mirrored."""
+    noise_shared: Share = 0.0
+    """Share of the noise's variance that all frames have in common."""
+    snr_gamma: PositiveFloat | None = None
+    """Signal-to-noise ratio above which noise levels count less (min-SNR; 5 is usual); none: all count alike."""
+    debias_weight: NonNegativeFloat = 0.0
+    """Weight of the loss on differences to one frame, which looks at motion more than at appearance (1 is usual)."""
+    prior_weight: NonNegativeFloat = 0.0
+    """Weight of staying with the image model's predictions for single frames without a prompt."""
+    lora_rank: PositiveInt | None = None
+    """Rank of what is added to each tuned matrix; none: the matrices themselves are tuned."""
+    early_stopping: Share | None = None
+    """Stop when a fixed measure of the loss falls by less than this share; none: make all steps."""
+    early_stopping_steps: PositiveInt = 25
+    """Steps from one such measurement to the next."""
+    early_stopping_patience: PositiveInt = 2
+    """Measurements that may bring too little before tuning stops."""
+
     optimizer: str = "adamw"
     """`adamw`, `adamw8bit`, `adafactor`, or any `package.Class`."""
     adam_beta1: Share = 0.9
@@ -264,6 +284,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_scheduler": "constant",
         "use_ema": False,
         "train_batch_size": 1,
+        "timestep_sampling": "uniform",
+        "noise_shared": 0.0,
+        "snr_gamma": None,
+        "debias_weight": 0.0,
+        "prior_weight": 0.0,
+        "lora_rank": None,
+        "early_stopping": None,
         "sampler": "ddim",
         "timestep_spacing": "leading",
         "num_inference_steps": 50,

@@ -137,11 +137,16 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
     stages = {}
     if tuned:
-        tuning = Tuning(video, levels, moments, models.embed(pipe, [settings.prompt]), settings, Accelerator(cpu=True))
-        step = _operations(lambda: tuning.loss(*tuning.draw(0)).backward())
-        tuning.optimizer.zero_grad()
-        with _timed(stages, "tune", step * settings.max_train_steps * settings.train_batch_size):
+        caption, blank = (models.embed(pipe, [text]) for text in (settings.prompt, ""))
+        tuning = Tuning(video, levels, moments, caption, settings, Accelerator(cpu=True), blank)
+        batch = _operations(lambda: tuning.learn(0))
+        measuring = _operations(tuning.measure) if settings.early_stopping is not None else 0
+        pipe.unet.zero_grad()
+        with _timed(stages, "tune", 0):
             losses = [told.loss for told in tuning]
+        batches = tuning.number * settings.gradient_accumulation_steps
+        operations = batch * batches + measuring * len(tuning.measured)
+        stages["tune"] |= {"tflop": round(operations / 1e12, 4), "steps": tuning.number}
         stages["tune"]["loss"] = float(np.mean(losses[-20:]))
         with torch.no_grad():
             for name, value in tuning.learned().items():
