@@ -93,6 +93,16 @@ def invert(argv: Sequence[str]) -> None:
     _report(options.json, _Show(options.json).run(api.inverting(settings)))
 
 
+def report(argv: Sequence[str]) -> None:
+    """Show runs on one page that opens anywhere: clips in step, scores, the loss, settings."""
+    from tuneavideo import api
+
+    meanings = {"runs": "run folders; several are compared", "out": "HTML file to write; by default report.html"}
+    options = _options("report", report.__doc__, argv, **meanings)
+    page = api.report(options.runs, options.out)
+    print(json.dumps({"report": str(page), "runs": options.runs}) if options.json else f"report: {page}")
+
+
 def models(argv: Sequence[str]) -> None:
     """List the base models known by name, and which of them are on this machine."""
     from tuneavideo import api
@@ -134,6 +144,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "tune": tune,
     "edit": edit,
     "invert": invert,
+    "report": report,
     "models": models,
     "doctor": doctor,
 }
@@ -281,10 +292,12 @@ def _help() -> str:
 
 
 def _options(name: str, about: str | None, argv: Sequence[str], **more: str) -> argparse.Namespace:
-    """Parse a command that has no settings; `more` options and their meanings, all flags but `out`."""
+    """Parse a command that has no settings; `more` options and their meanings, flags but for `runs` and `out`."""
     parser = argparse.ArgumentParser(f"tuneavideo {name}", description=about)
     for option, meaning in more.items():
-        if option == "out":
+        if option == "runs":
+            parser.add_argument("runs", nargs="+", metavar="RUN", help=meaning)
+        elif option == "out":
             parser.add_argument("--out", metavar="PATH", help=meaning)
         else:
             parser.add_argument(f"--{option}", action="store_true", help=meaning)

@@ -72,6 +72,10 @@ class Sampling(Settings):
     """Classifier-free guidance; 1 turns it off."""
     negative_prompt: str = ""
     """What the edits should not show."""
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    """Guidance only between these shares of the steps; elsewhere a step costs half."""
+    attention_injection: Share = 0.0
+    """Share of the first steps in which edits look where the clip does: keeps its motion and layout, resists change."""
     sampler: Literal["ddim", "dpm++", "dpm++-karras", "unipc", "deis", "plms", "euler", "heun", "euler-ancestral"] = (
         "ddim"
     )
@@ -90,6 +94,16 @@ class Sampling(Settings):
     """Frame rate of the edits, without sound; none: that of the frames taken, with the source's sound."""
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
     """Files to write of each edit."""
+
+    @model_validator(mode="after")
+    def _the_way_back_is_known(self) -> Sampling:
+        if self.attention_injection and (self.sampler == "heun" or self.num_inv_steps != self.num_inference_steps):
+            raise ValueError(
+                "attention_injection needs the inversion at every level of the sampling: set num_inv_steps "
+                f"{self.num_inv_steps} and num_inference_steps {self.num_inference_steps} alike, and a sampler other "
+                f"than heun (now {self.sampler})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _seeds_matter(self) -> Sampling:
