@@ -346,7 +346,7 @@ def _claimed(
             yield run
         except Exception as error:
             if run.source.is_file():
-                error.add_note(f"go on with: tuneavideo tune --resume {run.path}")
+                error.add_note(f"go on with: tuneavideo tune --resume {run.quoted}")
             elif accelerator.is_main_process and not resume:
                 run.remove()
             raise
@@ -403,7 +403,7 @@ def _reopened(settings: EditSettings) -> _Studio:
     run = RunFolder.open(settings.run)
     own = run.read_settings()
     if not run.is_tuned:
-        raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.path}")
+        raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.quoted}")
     dtype = models.PRECISIONS[models.precision(own.mixed_precision)]
     pipe = models.open_image_model(settings.edit_model or own.base, dtype=dtype)
     source = videos.read(run.source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 import re
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 from torch.nn.functional import cosine_similarity
 from torch.serialization import get_unsafe_globals_in_checkpoint
@@ -128,10 +129,14 @@ def missing(base: str, error: Exception) -> str:
     place, first = source(base), " ".join(str(error).split())[:300]
     if Path(place).exists():
         return f"{place}: cannot be opened as a Stable Diffusion model: {first}"
+    if "/" not in place:
+        near = difflib.get_close_matches(base, BASES, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else "'tuneavideo models' lists the names"
+        return f"base {base!r} is no name that is known, no hub id and no file or folder; {advice}"
     return (
         f"base {base!r} is not there: no such folder, and not in the hub's cache ({HF_HUB_CACHE}). Download it with "
-        f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases. "
-        f"({first})"
+        f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases"
+        + ("" if HF_HUB_OFFLINE else f". ({first})")
     )
 
 
