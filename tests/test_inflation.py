@@ -14,6 +14,7 @@ from torch.nn.functional import group_norm
 from tests.conftest import image_unet
 from tuneavideo.adapter import tuned_parameters
 from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, only_first, referred
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError
 from tuneavideo.inflate import added_parameters, deflate, inflate, video_unet
 from tuneavideo.settings import Inflation, TuneSettings
@@ -33,10 +34,9 @@ SHAPES = {
 }
 
 
-def added_conditions(unet: UNet2DConditionModel, clips: int) -> dict[str, torch.Tensor] | None:
-    if unet.config.addition_embed_type is None:
-        return None
-    return {"text_embeds": torch.randn(clips, 24), "time_ids": torch.arange(6.0).repeat(clips, 1)}
+def conditions(unet: UNet2DConditionModel, clips: int) -> Conditions:
+    pooled = None if unet.config.addition_embed_type is None else torch.randn(clips, 24)
+    return Conditions(torch.randn(clips, 5, 24), pooled)
 
 
 def randomised(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -61,10 +61,9 @@ def test_every_frame_refers_to_the_first_frame_and_the_one_before() -> None:
 @torch.no_grad()
 def test_a_still_clip_is_denoised_like_the_still_image(shape: str, frames: int, height: int, width: int) -> None:
     unet = image_unet(**SHAPES[shape])
-    images, text, t = torch.randn(2, 4, height, width), torch.randn(2, 5, 24), torch.tensor([3, 700])
-    added = added_conditions(unet, 2)
-    still = unet(images, t, text, added_cond_kwargs=added).sample
-    clip = inflate(unet)(images[:, :, None].expand(-1, -1, frames, -1, -1), t, text, added)
+    images, told, t = torch.randn(2, 4, height, width), conditions(unet, 2), torch.tensor([3, 700])
+    still = unet(images, t, told.text_BLD, added_cond_kwargs=told.added(height, width)).sample
+    clip = inflate(unet)(images[:, :, None].expand(-1, -1, frames, -1, -1), t, told)
     for frame in clip.unbind(2):
         assert (frame - still).abs().max() <= 1e-5
 
@@ -85,8 +84,8 @@ def test_every_image_weight_keeps_its_name_and_value(shape: str) -> None:
 @torch.no_grad()
 def test_deflating_gives_back_the_image_unet(shape: str) -> None:
     unet = image_unet(**SHAPES[shape])
-    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor(9), torch.randn(1, 5, 24)
-    added = added_conditions(unet, 1)
+    x, t, told = torch.randn(1, 4, 8, 8), torch.tensor(9), conditions(unet, 1)
+    text, added = told.text_BLD, told.added(8, 8)
     before, names = unet(x, t, text, added_cond_kwargs=added).sample, list(unet.state_dict())
     repeated = list(unet._repeated_blocks)
     inflate(unet)

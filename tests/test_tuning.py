@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 from tests.conftest import image_unet
 from tests.test_noise import STABLE
 from tuneavideo.adapter import tuned_parameters
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.inflate import inflate
 from tuneavideo.noise import Levels
@@ -164,7 +165,7 @@ def test_a_class_that_is_no_optimizer_is_refused() -> None:
 def test_a_loss_that_is_no_number_stops_the_tuning_before_it_moves_the_weights() -> None:
     work = tuning()
     list(itertools.islice(work, 2))
-    before, work.text = weights(work), work.text * float("nan")
+    before, work.text = weights(work), Conditions(work.text.text_BLD * float("nan"))
     with pytest.raises(RunError, match=r"loss is nan, its gradient nan at step 3; .* lower learning_rate \(now 0.01\)"):
         next(iter(work))
     assert work.number == 2

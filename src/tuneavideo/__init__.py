@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tuneavideo.api import edit, evaluate, invert, tune
     from tuneavideo.errors import TuneAVideoError
     from tuneavideo.inflate import deflate, inflate
-    from tuneavideo.pipeline import TuneAVideoPipeline
+    from tuneavideo.pipeline import TuneAVideoPipeline, TuneAVideoXLPipeline
     from tuneavideo.settings import EditSettings, TuneSettings
     from tuneavideo.video import Video
 
@@ -24,6 +24,7 @@ _HOMES = {
     "EditSettings": "settings",
     "TuneAVideoError": "errors",
     "TuneAVideoPipeline": "pipeline",
+    "TuneAVideoXLPipeline": "pipeline",
     "TuneSettings": "settings",
     "Video": "video",
     "deflate": "inflate",
@@ -39,6 +40,7 @@ __all__ = [
     "EditSettings",
     "TuneAVideoError",
     "TuneAVideoPipeline",
+    "TuneAVideoXLPipeline",
     "TuneSettings",
     "Video",
     "deflate",

@@ -296,13 +296,21 @@ def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
 
 
 def models() -> list[dict[str, Any]]:
-    """The table of bases: `name`, `source`, `note`, own `settings`, and whether it is `here` (on this machine)."""
+    """The table of bases.
+
+    Each has `name`, `source`, `note`, own `settings`, default `resolution` and `num_frames`, `memory_gb` (see `Base`),
+    and whether it is `here` (on this machine).
+    """
+    frames = TuneSettings.model_fields["num_frames"].default
     return [
         {
             "name": name,
             "source": base.source,
             "note": base.note,
             "settings": dict(base.settings),
+            "resolution": base.settings["resolution"],
+            "num_frames": base.settings.get("num_frames", frames),
+            "memory_gb": base.memory_gb,
             "here": _is_here(base.source),
         }
         for name, base in BASES.items()

@@ -148,12 +148,17 @@ def models(argv: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "model", "opened from", "here", box=None)
+    table = Table("name", "model", "pixels", "frames", "memory", "opened from", "here", box=None)
     for row in known:
         source = "(bundled)" if row["name"] == "miniature" else row["source"]
-        table.add_row(row["name"], row["note"], source, "yes" if row["here"] else "no")
+        memory = f"{row['memory_gb']} GB" if row["memory_gb"] else "-"
+        size = (str(row["resolution"]), str(row["num_frames"]), memory)
+        table.add_row(row["name"], row["note"], *size, source, "yes" if row["here"] else "no")
     Console().print(table)
-    print("Any Stable Diffusion 1.x or 2.x works: give --base a hub id, a folder or a .safetensors file.")
+    print(
+        "Memory is what tuning that many frames holds at least: counted, not measured (bf16, gradient checkpointing).\n"
+        "Any Stable Diffusion 1.x, 2.x or XL works: give --base a hub id, a folder, or a .safetensors or .ckpt file."
+    )
 
 
 def doctor(argv: Sequence[str]) -> None:

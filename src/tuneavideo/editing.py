@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.noise import Sampler, ddim_move
 
@@ -34,8 +35,8 @@ def mix_noise(inverted: Tensor, clean: Tensor, alpha: float, share: float, gener
     return ddim_move(clean, (1 - share**2) ** 0.5 * noise + share * fresh, level)
 
 
-Leader = tuple[Tensor, Tensor]
-"""Latents `1 C T H W` and text `1 L D` of the clip that decides where attention looks."""
+Leader = tuple[Tensor, Conditions]
+"""Latents `1 C T H W` and caption of the clip that decides where attention looks."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,17 @@ class Source:
 
     Attributes:
         latents: `1 C T H W` before each step of the sampler: the inversion, backwards.
-        text: Embedding of its caption, `1 L D`.
+        text: Conditions of its caption, or the bare embedding `1 L D`.
         share: Of the first steps, in which edits attend where the clip does (Plug-and-Play, Tumanyan et al. 2023).
     """
 
     latents: Sequence[Tensor]
-    text: Tensor
+    text: Conditions | Tensor
     share: float
 
     def leader(self, number: int, total: int) -> Leader | None:
         """What leads step `number` (counted from 0)."""
-        return (self.latents[number], self.text) if number < self.share * total else None
+        return (self.latents[number], Conditions.of(self.text)) if number < self.share * total else None
 
 
 @torch.no_grad()
@@ -62,8 +63,8 @@ def generate(
     video: VideoUNet,
     sampler: Sampler,
     start_BCTHW: Tensor,
-    text_BLD: Tensor,
-    negative_BLD: Tensor,
+    text: Conditions | Tensor,
+    negative: Conditions | Tensor,
     guidance_scale: float,
     *,
     batch_guidance: bool = True,
@@ -77,17 +78,18 @@ def generate(
         video: The (tuned) video UNet.
         sampler: Which scheduler, how many steps, from where.
         start_BCTHW: Inverted or random latents of B clips.
-        text_BLD: What each clip should show.
-        negative_BLD: What it should not show (the empty prompt, usually).
+        text: What each clip should show.
+        negative: What it should not show (the empty prompt, usually).
         guidance_scale: Classifier-free guidance (Ho & Salimans, eq. 6, with w = scale - 1); 1 is none.
         batch_guidance: Both predictions in one batch, or one after the other.
         guidance_interval: Shares of the steps between which there is guidance (Kynkaanniemi et al. 2024).
         source: The clip, for edits that follow it.
         generator: For samplers that add noise; a list has one for each clip.
     """
+    text, negative = Conditions.of(text), Conditions.of(negative)
     x = sampler.enter(start_BCTHW)
     timesteps = sampler.timesteps.to(x.device)
-    guided = _Guided(video, text_BLD, negative_BLD, batch_guidance)
+    guided = _Guided(video, text, negative, batch_guidance)
     for number, t in enumerate(timesteps):
         seen, at = sampler.scaled(x, t), number / len(timesteps)
         scale = guidance_scale if guidance_interval[0] <= at < guidance_interval[1] else 1.0
@@ -101,25 +103,25 @@ class _Guided:
     """Guided predictions of all edits, led by the clip they are made of or not."""
 
     video: VideoUNet
-    text_BLD: Tensor
-    negative_BLD: Tensor
+    text: Conditions
+    negative: Conditions
     batched: bool
 
     def __call__(self, x: Tensor, t: Tensor, scale: float, leader: Leader | None) -> Tensor:
         if scale == 1:
-            return self._predict(x, t, self.text_BLD, leader)
+            return self._predict(x, t, self.text, leader)
         if self.batched:
-            both = self._predict(torch.cat([x, x]), t, torch.cat([self.negative_BLD, self.text_BLD]), leader)
+            both = self._predict(torch.cat([x, x]), t, self.negative.joined(self.text), leader)
             without, towards = both.chunk(2)
         else:
-            without, towards = (self._predict(x, t, text, leader) for text in (self.negative_BLD, self.text_BLD))
+            without, towards = (self._predict(x, t, text, leader) for text in (self.negative, self.text))
         return without + scale * (towards - without)
 
-    def _predict(self, x: Tensor, t: Tensor, text: Tensor, leader: Leader | None) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, text: Conditions, leader: Leader | None) -> Tensor:
         if leader is None:
             return self.video(x, t, text)
         self.video.clip.led = True
         try:
-            return self.video(torch.cat([leader[0], x]), t, torch.cat([leader[1], text]))[1:]
+            return self.video(torch.cat([leader[0], x]), t, leader[1].joined(text))[1:]
         finally:
             self.video.clip.led = False

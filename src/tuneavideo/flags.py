@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 from tuneavideo.errors import SettingsError
 
+ALIASES = {"base": ("--model",)}
+
 
 def parser(name: str, about: str | None, among: Any = None) -> argparse.ArgumentParser:
     """The parser of a command, or of one among the kinds of a command."""
@@ -94,7 +96,7 @@ def early(argv: Sequence[str]) -> argparse.Namespace:
     """The flags that other flags' defaults hang on."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
     for name in ("base", "preset", "config", "resume"):
-        made.add_argument(f"--{name}", nargs="?")
+        made.add_argument(f"--{name}", *ALIASES.get(name, ()), dest=name, nargs="?")
     return made.parse_known_args(argv)[0]
 
 
@@ -169,7 +171,7 @@ def _arguments(kind: Any, values: Mapping[str, Any], positional: str, repeated: 
             hint = tyro.conf.Positional[hint]
         if key in repeated:
             hint = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-        hint = Annotated[hint, tyro.conf.arg(help=field.description)]
+        hint = Annotated[hint, tyro.conf.arg(help=field.description, aliases=ALIASES.get(key))]
         missing = () if key in repeated else tyro.MISSING
         defaults[key] = values.get(key, missing if field.is_required() else field.default)
         fields.append((key, hint, dataclasses.field(default=defaults[key])))

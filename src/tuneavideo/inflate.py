@@ -6,8 +6,9 @@ class in place and every transformer block gains `norm_temp` and `attn_temp`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -25,6 +26,7 @@ from tuneavideo.attention import (
     TextAttention,
     VideoBlock,
 )
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError
 from tuneavideo.settings import Inflation
 
@@ -43,24 +45,27 @@ class VideoUNet:
 
     unet: UNet2DConditionModel
     clip: Clip
+    control: Callable[..., dict[str, Any]] | None = None  # see `control.Control`
 
-    def __call__(self, x_BCTHW: Tensor, t: Tensor, text_BLD: Tensor, added: dict[str, Tensor] | None = None) -> Tensor:
+    def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
         """Predict noise or velocity, `B C T H W`.
 
         Args:
             x_BCTHW: Noisy latents of B clips of T frames.
             t: Timestep of all clips (a scalar) or of each (shape B).
-            text_BLD: Text embedding of each clip, shared by its frames.
-            added: Further conditions with a batch axis (Stable Diffusion XL's `text_embeds` and `time_ids`).
+            text: Conditions of each clip, shared by its frames; or their text embedding `B L D` alone.
         """
         self.clip.clips, frames = len(x_BCTHW), x_BCTHW.shape[2]
         self.clip.frames = frames
         dtype = next(self.unet.parameters()).dtype
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").to(dtype)
         t_N = t.repeat_interleave(frames) if t.ndim else t
-        text_BLD = text_BLD.to(dtype)  # once per clip is enough: see TextAttention
-        added_N = {name: value.repeat_interleave(frames, dim=0) for name, value in (added or {}).items()}
-        y_NCHW = self.unet(x_NCHW, t_N, text_BLD, added_cond_kwargs=added_N or None, return_dict=False)[0]
+        told = Conditions.of(text).to(dtype)
+        of_frames = told.repeated(frames)
+        added = of_frames.added(*x_NCHW.shape[-2:])
+        more = self.control(x_NCHW, t_N, of_frames.text_BLD, added) if self.control else {}
+        # the text of a clip is enough for all its frames: see TextAttention
+        y_NCHW = self.unet(x_NCHW, t_N, told.text_BLD, added_cond_kwargs=added, return_dict=False, **more)[0]
         return rearrange(y_NCHW, "(b t) c h w -> b c t h w", t=frames)
 
 

@@ -19,21 +19,24 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from tuneavideo import cache, editing, files, inversion, models
+from tuneavideo import style as styles
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import MemoryShort, MissingExtra, RunError, SettingsError
-from tuneavideo.inflate import VideoUNet, inflate, video_unet
+from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.keeping import Keeper
 from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.noise import Levels, Sampler
+from tuneavideo.opening import Pipeline
 from tuneavideo.progress import Job, Progress
 from tuneavideo.reuse import reusing
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
+from tuneavideo.style import Style
 from tuneavideo.tuning import Tuning
 from tuneavideo.video import Video
 
@@ -161,12 +164,13 @@ class _Studio:
     """A tuned (or half-tuned) model with the clip it was tuned on: what it takes to make edits."""
 
     run: RunFolder
-    pipe: StableDiffusionPipeline
+    pipe: Pipeline
     video: VideoUNet
     moments: dict[str, Tensor]
     source: Video
     keep_inversions: bool = True
     recent: dict[Path, Tensor] = dataclasses.field(default_factory=dict)
+    style: Style = dataclasses.field(default_factory=Style)
 
     def sampler(self, settings: Sampling) -> Sampler:
         return Levels.of(self.pipe.scheduler).sampler(
@@ -184,10 +188,11 @@ class _Studio:
         share, clean = settings.fresh_noise, self._clean()
         starts = [editing.mix_noise(way[:1], clean, sampler.start_alpha, share, each) for each in generators]
         prompts = [prompt for prompt, _ in wishes]
-        negative, text = models.embed(self.pipe, [settings.negative_prompt, *prompts]).split([1, len(prompts)])
+        told = self.style.told(models.embed(self.pipe, [settings.negative_prompt, *prompts]))
+        negative, text = told.split([1, len(prompts)])
         latents = torch.cat(starts)
         steps = editing.generate(
-            reusing(self.video, settings.feature_reuse), sampler, latents, text, negative.expand_as(text),
+            reusing(self.video, settings.feature_reuse), sampler, latents, text, negative.expand(len(prompts)),
             settings.guidance_scale, batch_guidance=settings.batch_guidance,
             guidance_interval=settings.guidance_interval, source=self._followed(way, settings),
             generator=generators if len(generators) > 1 else generators[0],
@@ -214,7 +219,7 @@ class _Studio:
             return self.recent[file]
         if self.keep_inversions and (kept := cache.read(file)):
             return kept["latents"].to(self._clean())
-        way, empty = [self._clean()], models.embed(self.pipe, [""])
+        way, empty = [self._clean()], self.style.told(models.embed(self.pipe, [""]))
         for step in inversion.invert(self.video, levels, way[-1], empty, timesteps):
             way = [*way, step.latents] if settings.attention_injection else [step.latents]
             yield Progress("invert", step.number, step.total)
@@ -227,14 +232,15 @@ class _Studio:
     def _followed(self, way: Tensor, settings: Sampling) -> editing.Source | None:
         if not settings.attention_injection:
             return None
-        caption = models.embed(self.pipe, [self.run.read_settings().prompt])
+        caption = self.style.told(models.embed(self.pipe, [self.run.read_settings().prompt]))
         return editing.Source(way.split(1), caption, settings.attention_injection)
 
     def inversion_file(self, sampler: Sampler, settings: Sampling) -> Path:
         levels = Levels.of(self.pipe.scheduler)
         timesteps = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
         whole = ["whole"] if settings.attention_injection else []
-        return self.run.inversion(cache.key(timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *whole))
+        parts = (timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *whole, *self.style.marks)
+        return self.run.inversion(cache.key(*parts))
 
     def _clean(self) -> Tensor:
         return self.moments["mean"].to(self.pipe._execution_device)
@@ -293,7 +299,7 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
     return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
 
 
-def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline) -> Video:
+def _clip(settings: TuneSettings, pipe: Pipeline) -> Video:
     """The frames to learn from, at a size the model takes."""
 
     def near(width: int, height: int) -> tuple[int, int]:
@@ -390,14 +396,16 @@ def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder)
         accelerator.init_trackers("tuneavideo", config=plain)
 
 
-def _moments(pipe: StableDiffusionPipeline, clip: Video) -> dict[str, Tensor]:
+def _moments(pipe: Pipeline, clip: Video) -> dict[str, Tensor]:
     name = cache.key("moments", clip.frames_THWC, pipe.vae.config.scaling_factor, pipe.vae)
     return cache.cached(name, lambda: models.encode(pipe, clip))
 
 
-def _text(pipe: StableDiffusionPipeline, prompt: str) -> Tensor:
-    name = cache.key("text", pipe.tokenizer(prompt).input_ids, pipe.text_encoder)
-    return cache.cached(name, lambda: {"text": models.embed(pipe, [prompt])})["text"]
+def _text(pipe: Pipeline, prompt: str) -> Conditions:
+    encoders = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
+    name = cache.key("text", pipe.tokenizer(prompt).input_ids, *encoders)
+    tensors = cache.cached(name, lambda: models.embed(pipe, [prompt]).tensors())
+    return Conditions(**tensors, stride=models.stride(pipe))
 
 
 def _reopened(settings: EditSettings) -> _Studio:
@@ -407,15 +415,17 @@ def _reopened(settings: EditSettings) -> _Studio:
     if not run.is_tuned:
         raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.quoted}")
     dtype = models.PRECISIONS[models.precision(own.mixed_precision)]
-    pipe = models.open(own.base, adapter=run.adapter, dtype=dtype)
+    pipe = models.open_image_model(settings.edit_model or own.base, dtype=dtype)
     source = videos.read(run.source)
+    style = styles.load(pipe, settings, source)
+    video = Adapter.load(run.adapter).attach(pipe.unet, any_base=settings.edit_model is not None).video
     _refuse_fast_gif(settings, source)
     moments = cache.read(run.latents)
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
         moments = _moments(pipe, source)
         cache.write(run.latents, moments)
-    return _Studio(run, pipe, video_unet(pipe.unet), moments, source)
+    return _Studio(run, pipe, style.controlled(video), moments, source, style=style)
 
 
 def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int, video: Video) -> Path:
@@ -430,7 +440,7 @@ def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int,
     return folder
 
 
-def _warn_of_cuts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> None:
+def _warn_of_cuts(pipe: Pipeline, prompts: Iterable[str]) -> None:
     for prompt in prompts:
         if cut := models.cut(pipe, prompt):
             logger.warning("the prompt %r is longer than the text encoder takes; left out: %r", prompt, cut)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionXLPipeline
 from einops import rearrange
-from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from torch import Tensor
 
-from tuneavideo import machine
+from tuneavideo import machine, opening
 from tuneavideo.adapter import Adapter
-from tuneavideo.bases import BASES
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError, SettingsError
 from tuneavideo.inflate import inflate
+from tuneavideo.opening import Pipeline
 from tuneavideo.settings import Inflation
 from tuneavideo.video import Video
 
@@ -41,7 +40,7 @@ def open(
     inflation: Inflation | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> StableDiffusionPipeline:
+) -> Pipeline:
     """Open a base as a stock diffusers pipeline whose UNet is inflated in place.
 
     Args:
@@ -65,41 +64,31 @@ def open(
 
 def open_image_model(
     base: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-) -> StableDiffusionPipeline:
+) -> Pipeline:
     """Like `open`, with the UNet still an image UNet."""
-    place = source(base)
-    try:
-        if Path(place).is_file():
-            pipe: Any = StableDiffusionPipeline.from_single_file(place, dtype=dtype or torch.float32)
-        else:
-            pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype or torch.float32, **without_checker(place))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(missing(base, error)) from error
-    if not isinstance(pipe, StableDiffusionPipeline) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+    pipe = opening.opened(base, dtype=dtype or torch.float32)
+    if not isinstance(pipe, Pipeline) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(
-            f"{base}: found a {type(pipe).__name__}; a Stable Diffusion 1.x or 2.x text-to-image model is needed"
+            f"{base}: found a {type(pipe).__name__}; a Stable Diffusion 1.x, 2.x or XL text-to-image model is needed"
         )
+    if isinstance(pipe, StableDiffusionXLPipeline) and pipe.vae.config.force_upcast and dtype == torch.float16:
+        pipe.vae.to(dtype=torch.float32)  # its activations are beyond what half precision holds
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or PartialState().device)
 
 
-def source(base: str) -> str:
-    """Hub id, folder or file that a base is opened from."""
-    return BASES[base].source if base in BASES else base
-
-
-def default_size(pipe: StableDiffusionPipeline) -> int:
+def default_size(pipe: Pipeline) -> int:
     """Side in pixels that the base was trained at."""
     return pipe.unet.config.sample_size * stride(pipe)
 
 
-def stride(pipe: StableDiffusionPipeline) -> int:
+def stride(pipe: Pipeline) -> int:
     """Pixels per latent along each side."""
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()
-def encode(pipe: StableDiffusionPipeline, video: Video) -> dict[str, Tensor]:
+def encode(pipe: Pipeline, video: Video) -> dict[str, Tensor]:
     """Moments of the clip's latents: `mean` and `std`, each `1 C T H W`, scaled as the UNet expects them.
 
     Frames go through the VAE one by one, so memory does not grow with the clip.
@@ -116,7 +105,7 @@ def encode(pipe: StableDiffusionPipeline, video: Video) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def decode(pipe: StableDiffusionPipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
+def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
     """Latents to clips, one per entry of the batch, frame by frame."""
     vae, device = pipe.vae, pipe._execution_device
     videos = []
@@ -130,12 +119,20 @@ def decode(pipe: StableDiffusionPipeline, latents_BCTHW: Tensor, fps: float) -> 
 
 
 @torch.no_grad()
-def embed(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
-    """Text embeddings of prompts, `B L D`, without what is `cut`."""
-    return pipe.encode_prompt(prompts, pipe._execution_device, 1, False)[0]
+def embed(pipe: Pipeline, prompts: list[str]) -> Conditions:
+    """Text conditions of prompts, without what is `cut`; Stable Diffusion XL learned the empty prompt as zeros."""
+    device = pipe._execution_device
+    if not isinstance(pipe, StableDiffusionXLPipeline):
+        return Conditions(pipe.encode_prompt(prompts, device, 1, False)[0])
+    xl: Any = pipe  # diffusers' annotations know one prompt only
+    text, _, pooled, _ = xl.encode_prompt(prompts, None, device, 1, False)
+    told = torch.tensor([bool(prompt) for prompt in prompts], device=text.device)
+    if xl.config.force_zeros_for_empty_prompt:
+        text, pooled = text * told[:, None, None], pooled * told[:, None]
+    return Conditions(text, pooled, stride=stride(pipe))
 
 
-def cut(pipe: StableDiffusionPipeline, prompt: str) -> str:
+def cut(pipe: Pipeline, prompt: str) -> str:
     """The words at the end of a prompt that the text encoder does not take whole; empty if it takes all."""
     places = pipe.tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
     most = pipe.tokenizer.model_max_length
@@ -161,26 +158,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says, in one of the ways that torch, numpy and the system have, that memory is at its end."""
     told = ("out of memory", "not enough memory", "allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)
-
-
-def without_checker(source: str) -> dict[str, Any]:
-    """What keeps diffusers from loading the safety checker, which sees single images only, where there is one."""
-    index = Path(source) / "model_index.json"
-    has_checker = not index.is_file() or "safety_checker" in index.read_text(encoding="utf-8")
-    return {"safety_checker": None, "requires_safety_checker": False} if has_checker else {}
-
-
-def missing(base: str, error: Exception) -> str:
-    """What to do about a base that cannot be opened, in one line."""
-    place, first = source(base), " ".join(str(error).split())[:300]
-    if Path(place).exists():
-        return f"{place}: cannot be opened as a Stable Diffusion model: {first}"
-    if "/" not in place:
-        near = difflib.get_close_matches(base, BASES, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else "'tuneavideo models' lists the names"
-        return f"base {base!r} is no name that is known, no hub id and no file or folder; {advice}"
-    return (
-        f"base {base!r} is not there: no such folder, and not in the hub's cache ({HF_HUB_CACHE}). Download it with "
-        f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases"
-        + ("" if HF_HUB_OFFLINE else f". ({first})")
-    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import SettingsError
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.losses import squared_error
@@ -24,14 +25,14 @@ class Prior:
         tuned: Its tuned parameters, by name.
         image: Their values in the image model; nothing comes out of attention along time.
         alphas: Level of every timestep.
-        empty: Embedding of the empty prompt, `1 L D`.
+        empty: Conditions of the empty prompt.
     """
 
     video: VideoUNet
     tuned: Mapping[str, nn.Parameter]
     image: Mapping[str, Tensor]
     alphas: Tensor
-    empty: Tensor
+    empty: Conditions
 
     @classmethod
     def of(
@@ -39,7 +40,7 @@ class Prior:
         video: VideoUNet,
         tuned: Mapping[str, nn.Parameter],
         levels: Levels,
-        empty: Tensor | None,
+        empty: Conditions | Tensor | None,
         device: torch.device,
     ) -> Prior:
         """Remember the weights at hand. Raises SettingsError without an `empty` prompt."""
@@ -47,7 +48,7 @@ class Prior:
             raise SettingsError("prior_weight: the embedding of the empty prompt is missing; give it, or weight 0")
         silent = ".attn_temp.to_out."  # the official start is not
         image = {n: torch.zeros_like(p) if silent in n else p.detach().clone() for n, p in tuned.items()}
-        return cls(video, tuned, image, levels.alphas.to(device), empty.to(device))
+        return cls(video, tuned, image, levels.alphas.to(device), Conditions.of(empty).to(device))
 
     def loss(self, clean_BCTHW: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared distance to the image model's predictions for a noisy frame of each clip, without a prompt."""
@@ -55,7 +56,7 @@ class Prior:
         frame_B, t_B = (torch.randint(n, (count,), generator=generator).to(device) for n in (frames, len(self.alphas)))
         still_BC1HW = clean_BCTHW[torch.arange(count), :, frame_B, None]
         noise = torch.randn(still_BC1HW.shape, generator=generator).to(device)
-        noisy, text = add_noise(still_BC1HW, noise, self.alphas[t_B]), self.empty.expand(count, -1, -1)
+        noisy, text = add_noise(still_BC1HW, noise, self.alphas[t_B]), self.empty.expand(count)
         with torch.no_grad(), self.untuned():
             wanted = self.video(noisy, t_B, text).float()
         return squared_error(self.video(noisy, t_B, text).float(), wanted)

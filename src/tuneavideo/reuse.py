@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet
 
 # Layers of the last up block, and one less of the first down block, that run at every step.
@@ -37,20 +38,20 @@ class ReusingUNet(VideoUNet):
     """
 
     def __init__(self, video: VideoUNet, every: int) -> None:
-        super().__init__(video.unet, video.clip)
+        super().__init__(video.unet, video.clip, video.control)
         object.__setattr__(self, "every", every)
         object.__setattr__(self, "known", [])
 
     every: int
     known: list[Features]
 
-    def __call__(self, x_BCTHW: Tensor, t: Tensor, text_BLD: Tensor, added: dict[str, Tensor] | None = None) -> Tensor:
+    def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
         """As `VideoUNet`, nearly."""
-        features = self._features(text_BLD)
+        features = self._features(Conditions.of(text).text_BLD)
         fresh = features.calls % self.every == 0
         features.calls += 1
         with remembering(self.unet, features.outputs, fresh):
-            return super().__call__(x_BCTHW, t, text_BLD, added)
+            return super().__call__(x_BCTHW, t, text)
 
     def _features(self, text_BLD: Tensor) -> Features:
         for features in self.known:

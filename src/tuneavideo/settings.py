@@ -143,7 +143,7 @@ class TuneSettings(Sampling):
     edit: tuple[str, ...] = ()
     """New prompts to edit the clip with when it is tuned; also used for previews."""
     base: str = "miniature"
-    """Text-to-image model: a name of `tuneavideo models`, a hub id, a folder or a single file."""
+    """Text-to-image model: a name of `tuneavideo models`, a hub id, a folder, or a .safetensors or .ckpt file."""
     preset: Literal["default", "official", "fast"] = "default"
     """`default`: corrected and improved; `official`: the published code's arithmetic, faults included; `fast`: edits in
     a third of the time."""
@@ -263,7 +263,38 @@ class TuneSettings(Sampling):
         return Inflation(self.references, self.clip_norm, self.temporal_init)
 
 
-class EditSettings(Sampling):
+class Styling(Settings):
+    """What an edit has besides its prompt."""
+
+    edit_model: str | None = None
+    """Another base of the same shape to edit with, such as a DreamBooth model; none: the one that was tuned."""
+    lora: tuple[str, ...] = ()
+    """LoRA files of diffusers or kohya, or hub ids, each with a weight if need be: style.safetensors:0.8."""
+    embedding: tuple[str, ...] = ()
+    """Files of textual inversions; prompts name them by their token, or by the file's name if they have none."""
+    controlnet: str | None = None
+    """ControlNet that holds the edits to the clip's maps: a folder, a file or a hub id."""
+    control: str = "canny"
+    """Its maps: canny or depth, found in the clip, or a video or folder of maps, one per frame."""
+    control_scale: NonNegativeFloat = 1.0
+    """Strength of the ControlNet."""
+    ip_adapter: str | None = None
+    """IP-Adapter file with its image_encoder folder beside it, or OWNER/REPOSITORY/FOLDER/FILE on the hub."""
+    ip_image: str | None = None
+    """Picture that the edits should resemble, for the IP-Adapter."""
+    ip_scale: NonNegativeFloat = 0.6
+    """Strength of the IP-Adapter."""
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Styling:
+        if (self.ip_adapter is None) != (self.ip_image is None):
+            raise ValueError("ip_adapter and ip_image go together: give both, or none")
+        if self.controlnet is None and self.control != "canny":
+            raise ValueError(f"control {self.control!r} needs a controlnet that reads such maps")
+        return self
+
+
+class EditSettings(Styling, Sampling):
     """New prompts for a clip that has been tuned."""
 
     run: str

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tuneavideo import losses
 from tuneavideo.adapter import tuned_parameters
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import RunError
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.lora import LowRank
@@ -41,10 +42,10 @@ class Tuning:
         video: The inflated UNet, changed in place.
         levels: Noise levels of the base.
         moments: `mean` and `std` of the clip's latents, `1 C T H W` each.
-        text: Embedding of the caption, `1 L D`.
+        text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
         settings: See `TuneSettings`.
         accelerator: Owns devices, precision and processes.
-        empty: Embedding of the empty prompt, `1 L D`; needed with `prior_weight`.
+        empty: The same of the empty prompt; needed with `prior_weight`.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class Tuning:
         video: VideoUNet,
         levels: Levels,
         moments: dict[str, Tensor],
-        text: Tensor,
+        text: Conditions | Tensor,
         settings: TuneSettings,
         accelerator: Accelerator,
-        empty: Tensor | None = None,
+        empty: Conditions | Tensor | None = None,
     ) -> None:
         self.settings, self.accelerator = settings, accelerator
         self.parameters = self._choose(video)
@@ -74,7 +75,8 @@ class Tuning:
         self.ema = EMAModel(self.parameters.values(), decay=settings.ema_decay) if settings.use_ema else None
         device = accelerator.device
         self.alphas, self.prediction_type = levels.alphas.to(device), levels.prediction_type
-        self.mean, self.std, self.text = moments["mean"].to(device), moments["std"].to(device), text.to(device)
+        self.mean, self.std = moments["mean"].to(device), moments["std"].to(device)
+        self.text = Conditions.of(text).to(device)
         self.prior = Prior.of(self.video, self.parameters, levels, empty, device) if settings.prior_weight else None
         self.number, self.measured = 0, list[float]()
 
@@ -101,7 +103,7 @@ class Tuning:
         """Error of the prediction at timesteps `t_B`, in float32; `generator` chooses the frame of `debias_weight`."""
         settings, alpha_B = self.settings, self.alphas[t_B]
         noisy = add_noise(clean_BCTHW, noise_BCTHW, alpha_B)
-        prediction = self.video(noisy, t_B, self.text.expand(len(t_B), -1, -1)).float()
+        prediction = self.video(noisy, t_B, self.text.expand(len(t_B))).float()
         wanted = target(clean_BCTHW, noise_BCTHW, alpha_B, self.prediction_type)
         weight_B = losses.min_snr(alpha_B, settings.snr_gamma, self.prediction_type) if settings.snr_gamma else None
         loss = losses.squared_error(prediction, wanted, weight_B)

@@ -160,7 +160,7 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     source = editing.Source(way[::-1], caption, settings.attention_injection)
     with _noted(stages, "edit", video) as counted:
         steps = editing.generate(
-            counted, sampler, start.expand(count, -1, -1, -1, -1), text, empty.expand(count, -1, -1),
+            counted, sampler, start.expand(count, -1, -1, -1, -1), text, empty.expand(count),
             settings.guidance_scale, batch_guidance=settings.batch_guidance,
             guidance_interval=settings.guidance_interval, source=source, generator=generator,
         )  # fmt: skip
