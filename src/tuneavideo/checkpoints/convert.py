@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ class Report:
     different: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     error: float | None = None
+
+    def lines(self) -> list[str]:
+        """What a person wants to know."""
+        counts = Counter(self.unused.values())
+        told = [f"{self.kind}: {self.used} tensors used, {len(self.missing)} missing, {len(self.unused)} left over"]
+        told += [f"left over: {count}, {why}" for why, count in counts.items()]
+        if self.error is not None:
+            told.append(f"the LoRA is {self.error:.2%} of the change's norm away from it")
+        return told + self.notices
 
 
 def convert(

@@ -55,7 +55,7 @@ def stacked(parts: Sequence[Lazy]) -> Lazy:
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, little-endian and in C order, without a copy where it is so already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def cut_out(path: Path, pieces: Sequence[tuple[int, int]], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -6,7 +6,8 @@ A file is a row of protobuf messages without header (`mindspore/train/checkpoint
     Value       { required string tag = 1;  TensorProto tensor = 2  or  MapTensorProto maptensor = 3 }
     TensorProto { repeated int64 dims = 1;  required string tensor_type = 2;  required bytes tensor_content = 3 }
 
-and perhaps a trailer with a CRC32. A tensor above `SLICE` bytes is cut into entries of the same tag, all with its whole dims.
+and perhaps a trailer with a CRC32. A tensor above `SLICE` bytes is cut into entries of the same tag, all with the
+whole dims.
 """
 
 from __future__ import annotations

@@ -132,8 +132,9 @@ def _file(path: Path) -> Checkpoint:
     tensors, left = contents(path)
     kind, ours, more = in_our_names(tensors)
     if not ours:
+        first = next(iter(tensors), "no names")[:80]
         raise CheckpointError(
-            f"{path} holds {len(tensors)} tensors, none of a Stable Diffusion ({next(iter(tensors), 'no names')[:80]!r}); "
+            f"{path} holds {len(tensors)} tensors, none of a Stable Diffusion ({first!r}); "
             "known are diffusers, MindONE, the published code and single files"
         )
     return Checkpoint(kind, ours, left | more)

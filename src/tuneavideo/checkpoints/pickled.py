@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _rebuild_tensor_v2
 
 from tuneavideo import files
 from tuneavideo.checkpoints.lazy import Lazy, Tensors, raw
@@ -112,7 +113,7 @@ class _Planned:
 
     def __reduce__(self) -> tuple[Any, ...]:
         strides = tuple(accumulate(self.shape[:0:-1], lambda a, b: a * b, initial=1))[::-1] if self.shape else ()
-        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, strides, False, OrderedDict())
+        return _rebuild_tensor_v2, (self.storage, 0, self.shape, strides, False, OrderedDict())
 
 
 class _Pickler(pickle.Pickler):

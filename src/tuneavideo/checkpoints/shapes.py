@@ -100,7 +100,7 @@ def ours(name: str) -> str:
     return f"{TEXT}text_model.{rest}" if rest != name and not rest.startswith(("text_model.", "text_proj")) else name
 
 
-_BUILD: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+_BUILD: dict[str, Callable[[dict[str, Any]], Any]] = {
     "unet": lambda config: UNet2DConditionModel.from_config(config),
     "vae": lambda config: AutoencoderKL.from_config(config),
     "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
