@@ -294,7 +294,7 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     if name == "mixed_precision" and value is False:
         value = "no"
     if get_origin(field.annotation) is tuple:
-        value = tuple(value) if isinstance(value, list) else (value,)
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
     try:
         kind_of_value: Any = Annotated[field.annotation, Field(), *field.metadata]
         return TypeAdapter(kind_of_value).validate_python(value)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tuneavideo.checkpoints.lazy import Lazy, Tensors
 from tuneavideo.checkpoints.names import UNET
@@ -51,10 +52,14 @@ def factored(tuned: Mapping[str, Lazy], base: Mapping[str, Lazy], rank: int, sty
 
 
 def _product(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`down` (rank x in) and `up` (out x rank) whose product is nearest to `change`."""
+    """`down` (rank x in) and `up` (out x rank) whose product is nearest to `change`.
+
+    A layer narrower than `rank` is filled up with zeros: programs read alphas wrongly when ranks differ.
+    """
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     root = s[:rank].sqrt()
-    return (root[:, None] * v[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+    more = rank - len(root)
+    return pad(root[:, None] * v[:rank], (0, 0, 0, more)).contiguous(), pad(u[:, :rank] * root, (0, more)).contiguous()
 
 
 def _named(layer: str, down: Tensor, up: Tensor, style: Style) -> dict[str, Tensor]:

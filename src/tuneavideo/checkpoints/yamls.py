@@ -245,7 +245,7 @@ def _renamed(values: Mapping[str, Any], table: Mapping[str, str], where: str) ->
 
 
 def _row(table: Mapping[str, str], key: Any, what: str, where: str) -> str:
-    if key not in table:
+    if not isinstance(key, str) or key not in table:
         near = difflib.get_close_matches(str(key), table, n=1)
         advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(list(table)[:8])}, ..."
         raise SettingsError(f"{where}: unknown {what} {str(key)[:80]!r}; {advice}")
