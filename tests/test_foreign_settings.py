@@ -242,6 +242,30 @@ def test_their_yaml_tunes_here(base: Path, clip: Path, tmp_path: Path, monkeypat
     assert run.edited() == {("a blue square", 0)}
 
 
+def test_mindones_commands_do_what_they_say(base: Path, clip: Path, tmp_path: Path, capsys) -> None:
+    out, path = tmp_path / "run", written(tmp_path, MINDONE)
+    theirs = ["--base", str(base), "--video_path", str(clip), "--sample_interval", "1", "--num_frames", "2"]
+    cli.main(
+        ["mindone", "train", "--train_config", str(path), "--output_path", str(out), "--max_train_steps", "1", *theirs]
+    )
+    assert RunFolder.open(out).is_tuned
+    api.convert(out, tmp_path / "sd-1.ckpt", to="mindone")
+    steps = ["--sampling_steps", "2", "--inv_sampling_steps", "2", "--H", "16", "--W", "16"]
+    words = [
+        "--ckpt_path",
+        str(tmp_path / "sd-1.ckpt"),
+        "--prompt",
+        "a blue square",
+        "--output_path",
+        str(tmp_path / "edited"),
+    ]
+    cli.main(["mindone", "infer", *theirs, *words, *steps])
+    edit = next((tmp_path / "edited" / "edits").iterdir())
+    assert (edit / "edit.gif").is_file()
+    assert len(list((edit / "frames").iterdir())) == 2
+    assert "tuneavideo adopt" in capsys.readouterr().err
+
+
 def test_what_another_program_tuned_is_edited_here(base: Path, clip: Path, tmp_path: Path) -> None:
     layers = load_file(adapter_on(base, tmp_path / "adapter") / "adapter.safetensors")
     torch.save(layers, tmp_path / "tuneavideo-500.pth")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,7 +87,7 @@ def convert(
 def place(base: str) -> Path:
     """Where a base lies on this machine. Raises CheckpointError when it does not."""
     source = BASES[base].source if base in BASES else base
-    if Path(source).exists():
+    if os.path.exists(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 

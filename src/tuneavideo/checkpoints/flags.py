@@ -41,9 +41,8 @@ def train(argv: Sequence[str]) -> Config:
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given.pop("debug", None)
     own = given.pop("dry_run", None)
-    path = given.pop("train_config", None)
-    config = mindone({**(parse_yaml(path) if path else {}), **given}, path or "mindone train")
-    config.settings = stated_values(TuneSettings, config.settings, path or "mindone train")
+    path, base = given.pop("train_config", None), given.pop("base", None)
+    config = mindone({**(parse_yaml(path) if path else {}), **given}, path or "mindone train", base)
     config.notices.insert(0, as_command("tune", config.settings, out=config.out))
     return _marked(config, own)
 
@@ -62,7 +61,7 @@ def infer(argv: Sequence[str]) -> tuple[Config, str]:
     if version not in VERSIONS:
         raise SettingsError(f"mindone infer: --version {version}: known are {', '.join(VERSIONS)}")
     own: dict[str, Any] = {
-        "prompt": "the source", "base": VERSIONS[version], "edit": (str(given.prompt),), "fit": "stretch",
+        "prompt": "the source", "base": given.base or VERSIONS[version], "edit": (str(given.prompt),), "fit": "stretch",
         "num_frames": 12, "stride": 2, "num_inference_steps": 20, "num_inv_steps": 50, "fps": 8.0,
         "sampler": next((ours for name, ours in SAMPLERS.items() if getattr(given, name)), "dpm++"),
         "guidance_scale": GUIDANCE[version[0]], "formats": ("gif", "frames"),
@@ -72,8 +71,9 @@ def infer(argv: Sequence[str]) -> tuple[Config, str]:
         own["fresh_noise"] = 1.0
     if given.seed is not None:
         own["seeds"] = (given.seed,)
-    config = Config(stated_values(TuneSettings, own, "mindone infer"), given.output_path, frames_told(own))
-    repeated = [name for name in ("n_iter", "n_samples") if (getattr(given, name) or 1) > 1]
+    own = stated_values(TuneSettings, own, "mindone infer")
+    config = Config(own, given.output_path, frames_told(own))
+    repeated = [name for name in ("n_iter", "n_samples") if getattr(given, name) not in (None, 1)]
     if repeated:
         config.notices.append(f"{', '.join(repeated)}: edits from one inversion are alike; --fresh-noise varies them")
     if given.dpm_solver:
@@ -86,6 +86,7 @@ def infer(argv: Sequence[str]) -> tuple[Config, str]:
 
 def _parser(name: str, about: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"tuneavideo mindone {name}", description=about)
+    parser.add_argument("--base", help="the base to take instead of the version's: a folder, file or name")
     parser.add_argument("--dry_run", action="store_true", default=None, help="only say what to type here")
     parser.add_argument("--debug", action="store_true", default=None, help="show the traceback of an error")
     return parser

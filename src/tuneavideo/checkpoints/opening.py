@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def opened_at(path: Path | str) -> Checkpoint:
         CheckpointError: It is no checkpoint that is known, damaged or refused.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{path} is not there; give a file or folder of weights")
     try:
         return _file(path) if path.is_file() else _folder(path)

@@ -12,16 +12,18 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._utils import _rebuild_tensor_v2
 
 from tuneavideo import files
-from tuneavideo.checkpoints.lazy import Lazy, Tensors, raw
+from tuneavideo.checkpoints.lazy import Lazy, Tensors, cut_out, raw
 from tuneavideo.errors import CheckpointError
 
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02"
@@ -39,19 +41,41 @@ def read(path: Path) -> tuple[Tensors, list[str]]:
     if zipped:
         _refuse_packed(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        # Within the fake mode PyTorch notes where a tensor's numbers lie, and leaves them there.
+        with FakeTensorMode() if zipped else nullcontext():
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from None
     except Exception as error:  # of a damaged file it raises nearly everything
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise CheckpointError(f"{path}: no sound PyTorch file ({told}); copy it again") from None
     found, others = _flat(loaded)
-    for name, tensor in found.items():
-        if tensor.layout != torch.strided or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name} claims more numbers than the file has; it is damaged or malicious")
     if not found:
         raise CheckpointError(f"{path} holds no named tensors; give the weights of a model")
-    return {name: Lazy.of(tensor.detach()) for name, tensor in found.items()}, others
+    return {name: _lazy(path, name, tensor.detach()) for name, tensor in found.items()}, others
+
+
+def _lazy(path: Path, name: str, tensor: Tensor) -> Lazy:
+    storage = tensor.untyped_storage()
+    begin: int | None = getattr(storage, "_checkpoint_offset", None)
+    if (
+        tensor.layout != torch.strided
+        or max(tensor.numel(), _reach(tensor)) * tensor.itemsize > storage.nbytes()
+        or (begin or 0) + storage.nbytes() > path.stat().st_size
+    ):
+        raise CheckpointError(f"{path}: {name} claims more numbers than the file has; it is damaged or malicious")
+    if begin is None:
+        return Lazy.of(tensor)
+    count, view = storage.nbytes() // tensor.itemsize, (tensor.shape, tensor.stride(), tensor.storage_offset())
+    pieces = [(begin, count * tensor.itemsize)]
+    read = lambda: cut_out(path, pieces, tensor.dtype, (count,)).as_strided(*view)  # noqa: E731
+    return Lazy(tensor.dtype, tuple(tensor.shape), read)
+
+
+def _reach(tensor: Tensor) -> int:
+    """One more than the place of the last number that a tensor shows of its storage."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.storage_offset() + sum((size - 1) * step for size, step in steps) + 1 if tensor.numel() else 0
 
 
 def write(path: Path, tensors: Mapping[str, Lazy]) -> None:
@@ -69,11 +93,19 @@ def _refuse_packed(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [each for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
+            order = [archive.read(each) for each in archive.infolist() if _tells_order(each)]
             total = sum(each.file_size for each in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: no sound PyTorch file ({error}); copy it again") from None
+    if order not in ([], [b"little"]):
+        raise CheckpointError(f"{path}: its numbers are written big end first; save it on a usual machine")
     if packed or total > path.stat().st_size:
         raise CheckpointError(f"{path}: its contents are packed or overlap, which PyTorch never does; not opened")
+
+
+def _tells_order(entry: zipfile.ZipInfo) -> bool:
+    small = entry.compress_type == zipfile.ZIP_STORED and entry.file_size < 16
+    return small and entry.filename.endswith("/byteorder")
 
 
 def _refused(path: Path, error: Exception) -> CheckpointError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
-from tuneavideo.settings import Settings, parse_yaml, stated_values
+from tuneavideo.settings import Settings, TuneSettings, parse_yaml, stated_values
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +108,17 @@ MINDONE: dict[str, str] = {
         f"{NOT} of MindSpore and its machines",
     ),
 }  # fmt: skip
-OFFICIAL_DEFAULTS = {"preset": "official", "num_frames": 8, "width": 512, "height": 512, "num_inference_steps": 50}
+OFFICIAL_DEFAULTS = {
+    "preset": "official",
+    "learning_rate": 3e-5,
+    "num_frames": 8,
+    "width": 512,
+    "height": 512,
+    "num_inference_steps": 50,
+}
 MINDONE_DEFAULTS = {
-    "num_frames": 12, "stride": 2, "resolution": 512, "fit": "stretch", "base": "sd1.5", "adam_beta1": 0.9,
-    "adam_beta2": 0.98, "adam_epsilon": 1e-6, "adam_weight_decay": 0.01, "seed": 3407,
+    "base": "sd1.5", "num_frames": 12, "start": 0, "stride": 2, "resolution": 512, "fit": "stretch",
+    "adam_epsilon": 1e-6, "adam_weight_decay": 0.01, "seed": 3407,
 }  # fmt: skip
 VERSIONS = {"1.5": "sd1.5", "2.0": "sd2.0-base", "2.1": "sd2.1-base", "2.0-v": "sd2.0", "2.1-v": "sd2.1"}
 SCHEDULES = {"constant": "constant", "cosine_decay": "cosine", "polynomial_decay": "polynomial"}
@@ -150,7 +158,7 @@ def read_config(path: Path | str, kind: type[Settings]) -> Config:
     else:
         return Config(stated_values(kind, values, str(path)))
     config.tell(str(path))
-    return Config(stated_values(kind, config.settings, str(path)), config.out)
+    return config
 
 
 def official(values: Mapping[str, Any], where: str) -> Config:
@@ -164,24 +172,24 @@ def official(values: Mapping[str, Any], where: str) -> Config:
         own["fresh_noise"] = 1.0
     if own.pop("optimizer", False):
         own["optimizer"] = "adamw8bit"
-    if own.pop("scale_lr", False):
-        factor = own.get("train_batch_size", 1) * own.get("gradient_accumulation_steps", 1)
-        own["learning_rate"] = float(own.get("learning_rate", 3e-5)) * factor
-        config.notices.append(f"scale_lr: learning_rate is {own['learning_rate']:g}; several processes do not raise it")
+    scaled = own.pop("scale_lr", False)
     if "base" in own:
         own["base"] = _base(str(own["base"]), config)
-    if own.get("seed", 0) is None:
-        del own["seed"]
-    config.settings = {**OFFICIAL_DEFAULTS, **own}
+    own = config.settings = stated_values(TuneSettings, {**OFFICIAL_DEFAULTS, **own}, where)
+    if scaled:
+        own["learning_rate"] *= own.get("train_batch_size", 1) * own.get("gradient_accumulation_steps", 1)
+        config.notices.append(f"scale_lr: learning_rate is {own['learning_rate']:g}; several processes do not raise it")
     return config
 
 
-def mindone(values: Mapping[str, Any], where: str) -> Config:
-    """MindONE's settings in ours."""
+def mindone(values: Mapping[str, Any], where: str, base: str | None = None) -> Config:
+    """MindONE's settings in ours; `base` is taken instead of the version's."""
     config = _renamed(values, MINDONE, where)
     own = config.settings
     if "base" in own:
         own["base"] = _row(VERSIONS, str(own["base"]), "version", where)
+    if base:
+        own["base"] = base
     if own.get("lr_scheduler") == "multi_step_decay":
         config.notices.append("scheduler multi_step_decay: not offered, constant is taken")
         own["lr_scheduler"] = "constant"
@@ -190,19 +198,20 @@ def mindone(values: Mapping[str, Any], where: str) -> Config:
     if own.get("lr_warmup_steps") and own.get("lr_scheduler", "constant") == "constant":
         own["lr_scheduler"] = "constant_with_warmup"
     own["optimizer"] = _row(OPTIMIZERS, own.get("optimizer", "adamw"), "optim", where)
-    betas = own.pop("betas", None)
-    if isinstance(betas, list | tuple) and len(betas) == 2:
-        own["adam_beta1"], own["adam_beta2"] = betas
+    betas = own.pop("betas", (0.9, 0.98))
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise SettingsError(f"{where}: betas: expected two numbers, found {str(betas)[:80]!r}")
+    own["adam_beta1"], own["adam_beta2"] = betas
     if own.pop("clip_grad", None) is False:
         own["max_grad_norm"] = NO_CLIPPING
-    config.settings = {**MINDONE_DEFAULTS, **own}
+    config.settings = stated_values(TuneSettings, {**MINDONE_DEFAULTS, **own}, where)
     config.notices += frames_told(config.settings)
     return config
 
 
 def frames_told(own: Mapping[str, Any]) -> list[str]:
     """What is different about the frames; MindONE reads `stride` frames for every one it keeps, and keeps the last."""
-    start, stride = int(own.get("start") or 0), int(own.get("stride") or 1)
+    start, stride = own.get("start", 0), own.get("stride", 1)
     here = ", ".join(str(start + n * stride) for n in range(3))
     there = ", ".join(str(stride - 1 + n * stride) for n in range(3))
     if here == there:
@@ -276,7 +285,7 @@ def _prompts(value: Any, where: str) -> list[str]:
 
 def _base(named: str, config: Config) -> str:
     """The base a path or hub id means: the path if it is there, else the base of that name."""
-    if Path(named).exists():
+    if os.path.exists(named):
         return named
     last = named.rstrip("/").split("/")[-1]
     for name, base in BASES.items():
