@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import numpy as np
 import pytest
@@ -30,12 +30,6 @@ TINY = {
     "attention_head_dim": 4,
     "norm_num_groups": 8,
 }
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: a copy of a process whose other threads hold locks waits for ever."""
-    forking = ("test_kill.py", "test_fuzz.py")
-    items.sort(key=lambda item: forking.index(item.path.name) if item.path.name in forking else len(forking))
 
 
 @pytest.fixture(autouse=True)

@@ -21,4 +21,5 @@ def test_a_damaged_checkpoint_is_read_or_refused() -> None:
     ends = json.loads(done.stdout.splitlines()[-1])
     assert set(ends) <= {"read", "refused"}, ends
     assert sum(ends.values()) == copies
-    assert min(ends["refused"], ends["read"]) > copies / 8, "damage is seen, and not everything is refused"
+    assert ends["refused"] > copies / 3, "damage is seen"
+    assert ends["read"], "and not everything is refused"

@@ -25,8 +25,8 @@ def tuning(**changes) -> Tuning:
     settings = TuneSettings(**({"video": "-", "prompt": "-", "learning_rate": 1e-2, "max_train_steps": 4} | changes))
     moments = {"mean": torch.randn(1, 4, 3, 8, 8), "std": torch.full((1, 4, 3, 8, 8), 0.1)}
     video = inflate(image_unet(), settings.inflation)
-    text = torch.randn(1, 5, 24)
-    return Tuning(video, Levels.of(DDIMScheduler(**STABLE)), moments, text, settings, Accelerator(cpu=True))
+    text, empty = torch.randn(1, 5, 24), torch.randn(1, 5, 24)
+    return Tuning(video, Levels.of(DDIMScheduler(**STABLE)), moments, text, settings, Accelerator(cpu=True), empty)
 
 
 def weights(work: Tuning) -> dict[str, torch.Tensor]:
@@ -75,6 +75,13 @@ VARIANTS = {
     "average": {"use_ema": True},
     "adafactor": {"optimizer": "adafactor"},
     "other": {"optimizer": "torch.optim.RMSprop"},
+    "stratified": {"timestep_sampling": "stratified", "noise_shared": 0.5},
+    "antithetic": {"timestep_sampling": "antithetic", "snr_gamma": 5.0, "gradient_accumulation_steps": 2},
+    "debiased": {"debias_weight": 1.0, "references": ("first", "middle")},
+    "prior": {"prior_weight": 1.0, "gradient_accumulation_steps": 2},
+    "low rank": {"lora_rank": 2},
+    "low rank, average": {"lora_rank": 2, "use_ema": True, "prior_weight": 1.0},
+    "stopping": {"early_stopping": 1.0, "early_stopping_steps": 1, "use_ema": True},
 }
 
 

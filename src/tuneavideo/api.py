@@ -149,6 +149,31 @@ def convert(
     )
 
 
+def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = None) -> Path:
+    """Show runs on one page: clips in step, prompts, scores, the loss, settings, time and memory.
+
+    Args:
+        runs: Run folders; several are compared, with the first as the measure.
+        out: HTML file to write, which needs nothing else to be opened; by default `report.html` in the run folder, or
+            in the current folder when there are several.
+
+    Returns:
+        The file.
+
+    Raises:
+        TuneAVideoError: A folder that is no run, a place that cannot be written. What is damaged or missing within a
+            run is said on its page.
+    """
+    from tuneavideo.report import write
+
+    folders = [RunFolder.open(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    if not folders:
+        raise SettingsError("no run to report; give one or more run folders")
+    path = Path(out or (folders[0].report if len(folders) == 1 else RunFolder(Path()).report))
+    write(folders, path)
+    return path
+
+
 def tune_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> TuneSettings:
     """Settings of a tuning: what is stated, over the YAML file, the preset, the base and the built-in values."""
     merged = layers(stated, read_config(config).settings if config else {})

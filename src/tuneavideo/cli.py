@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,6 +155,16 @@ def mindone(argv: Sequence[str]) -> None:
     _report(False, _Show(False).run(job))
 
 
+def report(argv: Sequence[str]) -> None:
+    """Show runs on one page that opens anywhere: clips in step, scores, the loss, settings."""
+    from tuneavideo import api
+
+    meanings = {"runs": "run folders; several are compared", "out": "HTML file to write; by default report.html"}
+    options = _options("report", report.__doc__, argv, **meanings)
+    page = api.report(options.runs, options.out)
+    print(json.dumps({"report": str(page), "runs": options.runs}) if options.json else f"report: {page}")
+
+
 def models(argv: Sequence[str]) -> None:
     """List the base models known by name, and which of them are on this machine."""
     from tuneavideo import api
@@ -190,6 +204,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "adopt": adopt,
     "convert": convert,
     "mindone": mindone,
+    "report": report,
     "models": models,
     "doctor": doctor,
 }
@@ -201,7 +216,7 @@ class _Show:
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
-        self.interrupted = False
+        self.interrupted = self.broken_off = False
         self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
         self.tasks: dict[str, Any] = {}
         self.at = ("", "")
@@ -221,14 +236,18 @@ class _Show:
                         break
         except KeyboardInterrupt:
             job.close()
-        finally:
-            signal.signal(signal.SIGINT, before)
+        except Exception:
+            if not self.broken_off:
+                raise
+        finally:  # a late press must not hide how to go on
+            signal.signal(signal.SIGINT, signal.SIG_IGN if self.interrupted else before)
         if self.interrupted:
             _stopped(self.done["run"])
         return self.done | {"seconds": round(time.perf_counter() - self.began, 1)}
 
     def _interrupt(self, *_: Any) -> None:
         if self.interrupted:
+            self.broken_off = True  # libraries make errors of their own of it: torch, of a file not written to its end
             raise KeyboardInterrupt
         self.interrupted = True
         os.write(2, b"stopping after the step at hand; Ctrl-C again stops at once\n")  # print cannot be used in here
@@ -303,7 +322,7 @@ def _report(as_json: bool, done: Mapping[str, Any], **more: Any) -> None:
 
 def _stopped(run: str | None = None) -> None:
     """Exit code 130: stopped by Ctrl-C."""
-    how = f"tuneavideo tune --resume {run}" if run else "the same command"
+    how = f"tuneavideo tune --resume {shlex.quote(run)}" if run else "the same command"
     print(f"tuneavideo: stopped; go on with: {how}", file=sys.stderr)
     raise SystemExit(130)
 
@@ -336,16 +355,23 @@ def _help() -> str:
 
 
 def _options(name: str, about: str | None, argv: Sequence[str], **more: str) -> argparse.Namespace:
-    """Parse a command that has no settings; `more` options and their meanings, all flags but `out`."""
+    """Parse a command that has no settings; `more` options and their meanings, flags but for `runs` and `out`."""
     parser = argparse.ArgumentParser(f"tuneavideo {name}", description=about)
+    known = ["--json", "--debug", *(f"--{option}" for option in more)]
     for option, meaning in more.items():
-        if option == "out":
+        if option == "runs":
+            parser.add_argument("runs", nargs="+", metavar="RUN", help=meaning)
+        elif option == "out":
             parser.add_argument("--out", metavar="PATH", help=meaning)
         else:
             parser.add_argument(f"--{option}", action="store_true", help=meaning)
     parser.add_argument("--json", action="store_true", help="print the result for machines")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+    with _one_line(f"tuneavideo {name}"):
+        options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise SettingsError(_left_over(unknown, f"tuneavideo {name}", known))
+    return options
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:
@@ -406,8 +432,39 @@ def _parse(
         fields.append((key, described, dataclasses.field(default=False)))
     command = dataclasses.make_dataclass(name.title(), fields)
     command.__doc__ = about
-    parsed = tyro.cli(command, prog=f"tuneavideo {name}", description=about, args=list(argv))
+    with _one_line(f"tuneavideo {name}"):
+        parsed, unknown = tyro.cli(
+            command, prog=f"tuneavideo {name}", description=about, args=list(argv), return_unknown_args=True
+        )
+    if unknown:
+        known = [key.replace("_", "-") for key in (*kind.model_fields, *(field[0] for field in fields[1:]))]
+        raise SettingsError(_left_over(unknown, f"tuneavideo {name}", [f"--{key}" for key in known]))
     return vars(parsed.settings), parsed
+
+
+@contextlib.contextmanager
+def _one_line(command: str) -> Generator[None, None, None]:
+    """Make one line of what tyro, in a box, or argparse, below its usage, says of words they cannot parse."""
+    with contextlib.redirect_stderr(io.StringIO()) as box:
+        try:
+            yield
+        except SystemExit as stopped:
+            if not stopped.code:  # of --help
+                raise
+            plain = re.sub("\x1b\\[[0-9;]*m", "", box.getvalue())
+            lines = [line.strip("│╭╰╮╯─ ") for line in plain.splitlines()[1:]]
+            told = " ".join(line for line in lines if line.strip("-")).rpartition(": error: ")[2]
+            told = re.split(" For full helptext| Argument helptext", told)[0].rstrip(".")
+            raise SettingsError(f"{told}; '{command} --help' tells more") from None
+
+
+def _left_over(words: Sequence[str], command: str, known: Sequence[str]) -> str:
+    """What to do about words of a command line that mean nothing."""
+    flag = next((word.split("=")[0] for word in words if word.startswith("-")), None)
+    if flag is None:
+        return f"{words[0]!r} is one word too many; put words that belong together in quotes"
+    near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1)
+    return f"unknown option {flag!r}; " + (f"did you mean {near[0]!r}?" if near else f"'{command} --help' lists them")
 
 
 def _arguments(kind: Any, values: Mapping[str, Any], positional: str, repeated: tuple[str, ...]) -> tuple[Any, Any]:

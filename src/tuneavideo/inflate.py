@@ -17,11 +17,23 @@ from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import Tensor, nn
 
-from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock
+from tuneavideo.attention import (
+    Clip,
+    ClipGroupNorm,
+    PromptAttention,
+    SparseCausalAttention,
+    TemporalAttention,
+    VideoBlock,
+)
 from tuneavideo.errors import ModelError
 from tuneavideo.settings import Inflation
 
-_IMAGE_CLASS = {VideoBlock: BasicTransformerBlock, SparseCausalAttention: Attention, ClipGroupNorm: nn.GroupNorm}
+_IMAGE_CLASS = {
+    VideoBlock: BasicTransformerBlock,
+    SparseCausalAttention: Attention,
+    PromptAttention: Attention,
+    ClipGroupNorm: nn.GroupNorm,
+}
 _ADDED = ("norm_temp", "attn_temp")
 
 
@@ -41,7 +53,8 @@ class VideoUNet:
             text_BLD: Text embedding of each clip, shared by its frames.
             added: Further conditions with a batch axis (Stable Diffusion XL's `text_embeds` and `time_ids`).
         """
-        frames = self.clip.frames = x_BCTHW.shape[2]
+        self.clip.clips, frames = len(x_BCTHW), x_BCTHW.shape[2]
+        self.clip.frames = frames
         dtype = next(self.unet.parameters()).dtype
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").to(dtype)
         t_N = t.repeat_interleave(frames) if t.ndim else t
@@ -111,11 +124,14 @@ def _see_time(block: BasicTransformerBlock, clip: Clip, init: str, generator: to
     like = block.attn1.to_q.weight
     width = like.shape[1]
     block.norm_temp = nn.LayerNorm(width)
-    block.attn_temp = Attention(width, heads=block.attn1.heads, dim_head=like.shape[0] // block.attn1.heads)
+    block.attn_temp = TemporalAttention(width, heads=block.attn1.heads, dim_head=like.shape[0] // block.attn1.heads)
+    block.attn_temp.clip = clip
     _initialise(block.attn_temp, init, generator)
     for name in _ADDED:
         getattr(block, name).to(like.device, like.dtype).train(block.training)
     _become(block.attn1, SparseCausalAttention, clip)
+    if block.attn2 is not None:
+        _become(block.attn2, PromptAttention, clip)
     _become(block, VideoBlock, clip)
 
 

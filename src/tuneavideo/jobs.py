@@ -73,9 +73,9 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
         moments = kept or moments_of(pipe, clip)
-        text = _text(pipe, settings.prompt)
+        text, empty = _text(pipe, settings.prompt), _text(pipe, "")
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator)
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, empty)
     keeper = Keeper(run, tuning, accelerator)
     if accelerator.is_main_process:
         keeper.check_room(clip)
@@ -172,13 +172,15 @@ class _Studio:
     def edited(self, prompt: str, settings: Sampling, seed: int) -> Generator[Progress, None, Video]:
         """Invert, denoise towards the prompt, decode."""
         sampler = self.sampler(settings)
-        start = yield from self.inverted(sampler, settings)
+        way = yield from self.inverted(sampler, settings)
+        source = self._followed(way, settings)
         generator = torch.Generator().manual_seed(seed)
-        start = editing.mix_noise(start, self._clean(), sampler.start_alpha, settings.fresh_noise, generator)
+        start = editing.mix_noise(way[:1], self._clean(), sampler.start_alpha, settings.fresh_noise, generator)
         negative, text = models.embed(self.pipe, [settings.negative_prompt, prompt]).split(1)
         steps = editing.generate(
             self.video, sampler, start, text, negative, settings.guidance_scale,
-            batch_guidance=settings.batch_guidance, generator=generator,
+            batch_guidance=settings.batch_guidance, guidance_interval=settings.guidance_interval, source=source,
+            generator=generator,
         )  # fmt: skip
         latents = start
         for step in steps:
@@ -192,7 +194,10 @@ class _Studio:
         return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 
     def inverted(self, sampler: Sampler, settings: Sampling) -> Generator[Progress, None, Tensor]:
-        """The clip's noise at the level where the sampler starts; computed once and kept in the run folder."""
+        """The clip's noise at the level where the sampler starts, `1 C T H W`; computed once, kept in the run folder.
+
+        If edits follow the clip, what it is at the following levels comes after it.
+        """
         levels = Levels.of(self.pipe.scheduler)
         timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
         file = self.inversion_file(sampler, settings)
@@ -200,19 +205,27 @@ class _Studio:
             return self.recent[file]
         if self.keep_inversions and (kept := cache.read(file)):
             return kept["latents"].to(self._clean())
-        latents, empty = self._clean(), models.embed(self.pipe, [""])
-        for step in inversion.invert(self.video, levels, latents, empty, timesteps):
-            latents = step.latents
+        way, empty = [self._clean()], models.embed(self.pipe, [""])
+        for step in inversion.invert(self.video, levels, way[-1], empty, timesteps):
+            way = [*way, step.latents] if settings.attention_injection else [step.latents]
             yield Progress("invert", step.number, step.total)
+        latents = torch.cat(way[::-1])
         if self.keep_inversions:
             cache.write(file, {"latents": latents})
         self.recent[file] = latents
         return latents
 
+    def _followed(self, way: Tensor, settings: Sampling) -> editing.Source | None:
+        if not settings.attention_injection:
+            return None
+        caption = models.embed(self.pipe, [self.run.read_settings().prompt])
+        return editing.Source(way.split(1), caption, settings.attention_injection)
+
     def inversion_file(self, sampler: Sampler, settings: Sampling) -> Path:
         levels = Levels.of(self.pipe.scheduler)
         timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
-        return self.run.inversion(cache.key(timesteps, self.moments["mean"], str(self.pipe.unet.dtype)))
+        whole = ["whole"] if settings.attention_injection else []
+        return self.run.inversion(cache.key(timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *whole))
 
     def _clean(self) -> Tensor:
         return self.moments["mean"].to(self.pipe._execution_device)
@@ -328,7 +341,7 @@ def _claimed(
             yield run
         except Exception as error:
             if run.source.is_file():
-                error.add_note(f"go on with: tuneavideo tune --resume {run.path}")
+                error.add_note(f"go on with: tuneavideo tune --resume {run.quoted}")
             elif accelerator.is_main_process and not resume:
                 run.remove()
             raise
@@ -383,7 +396,7 @@ def _reopened(settings: EditSettings) -> _Studio:
     run = RunFolder.open(settings.run)
     own = run.read_settings()
     if not run.is_tuned:
-        raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.path}")
+        raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.quoted}")
     dtype = models.PRECISIONS[models.precision(own.mixed_precision)]
     pipe = models.open(own.base, adapter=run.adapter, dtype=dtype)
     source = videos.read(run.source)

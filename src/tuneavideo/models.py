@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from einops import rearrange
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from torch import Tensor
 
 from tuneavideo import machine
@@ -174,8 +175,12 @@ def missing(base: str, error: Exception) -> str:
     place, first = source(base), " ".join(str(error).split())[:300]
     if Path(place).exists():
         return f"{place}: cannot be opened as a Stable Diffusion model: {first}"
+    if "/" not in place:
+        near = difflib.get_close_matches(base, BASES, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else "'tuneavideo models' lists the names"
+        return f"base {base!r} is no name that is known, no hub id and no file or folder; {advice}"
     return (
         f"base {base!r} is not there: no such folder, and not in the hub's cache ({HF_HUB_CACHE}). Download it with "
-        f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases. "
-        f"({first})"
+        f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases"
+        + ("" if HF_HUB_OFFLINE else f". ({first})")
     )

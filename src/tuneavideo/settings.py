@@ -72,6 +72,10 @@ class Sampling(Settings):
     """Classifier-free guidance; 1 turns it off."""
     negative_prompt: str = ""
     """What the edits should not show."""
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    """Guidance only between these shares of the steps; elsewhere a step costs half."""
+    attention_injection: Share = 0.0
+    """Share of the first steps in which edits look where the clip does: keeps its motion and layout, resists change."""
     sampler: Literal["ddim", "dpm++", "dpm++-karras", "unipc", "deis", "plms", "euler", "heun", "euler-ancestral"] = (
         "ddim"
     )
@@ -90,6 +94,16 @@ class Sampling(Settings):
     """Frame rate of the edits, without sound; none: that of the frames taken, with the source's sound."""
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
     """Files to write of each edit."""
+
+    @model_validator(mode="after")
+    def _the_way_back_is_known(self) -> Sampling:
+        if self.attention_injection and (self.sampler == "heun" or self.num_inv_steps != self.num_inference_steps):
+            raise ValueError(
+                "attention_injection needs the inversion at every level of the sampling: set num_inv_steps "
+                f"{self.num_inv_steps} and num_inference_steps {self.num_inference_steps} alike, and a sampler other "
+                f"than heun (now {self.sampler})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _seeds_matter(self) -> Sampling:
@@ -134,7 +148,7 @@ class TuneSettings(Sampling):
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """`crop` keeps the clip's aspect; `pad` its edges too, between black bars; `stretch` makes a square of it."""
 
-    references: tuple[Literal["first", "previous", "own"], ...] = ("first", "previous")
+    references: tuple[Literal["first", "middle", "previous", "own"], ...] = ("first", "previous")
     """Frames that sparse-causal attention looks at."""
     clip_norm: bool = True
     """Group norms of the residual blocks span all frames."""
@@ -161,6 +175,26 @@ class TuneSettings(Sampling):
     """Batches per optimiser step."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
+
+    timestep_sampling: Literal["uniform", "stratified", "antithetic"] = "uniform"
+    """`stratified`: any stretch of steps covers all noise levels evenly; `antithetic`: each second one mirrored."""
+    noise_shared: Share = 0.0
+    """Share of the noise's variance that all frames have in common."""
+    snr_gamma: PositiveFloat | None = None
+    """Signal-to-noise ratio above which noise levels count less (min-SNR; 5 is usual); none: all count alike."""
+    debias_weight: NonNegativeFloat = 0.0
+    """Weight of the loss on differences to one frame, which looks at motion more than at appearance (1 is usual)."""
+    prior_weight: NonNegativeFloat = 0.0
+    """Weight of staying with the image model's predictions for single frames without a prompt."""
+    lora_rank: PositiveInt | None = None
+    """Rank of what is added to each tuned matrix; none: the matrices themselves are tuned."""
+    early_stopping: Share | None = None
+    """Stop when a fixed measure of the loss falls by less than this share; none: make all steps."""
+    early_stopping_steps: PositiveInt = 25
+    """Steps from one such measurement to the next."""
+    early_stopping_patience: PositiveInt = 2
+    """Measurements that may bring too little before tuning stops."""
+
     optimizer: str = "adamw"
     """`adamw`, `adamw8bit`, `adafactor`, or any `package.Class`."""
     adam_beta1: Share = 0.9
@@ -233,6 +267,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_scheduler": "constant",
         "use_ema": False,
         "train_batch_size": 1,
+        "timestep_sampling": "uniform",
+        "noise_shared": 0.0,
+        "snr_gamma": None,
+        "debias_weight": 0.0,
+        "prior_weight": 0.0,
+        "lora_rank": None,
+        "early_stopping": None,
         "sampler": "ddim",
         "timestep_spacing": "leading",
         "num_inference_steps": 50,
@@ -266,7 +307,9 @@ def parse_yaml(path: Path | str) -> dict[str, Any]:
     """Names and values of a YAML file. Raises SettingsError when it is no mapping of names to values."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # a date may have a month 13
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # a date may have a month 13
         raise SettingsError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"{path}: expected lines like 'learning_rate: 3e-5'; found {type(values).__name__}")

@@ -75,7 +75,11 @@ def _lazy(path: Path, name: str, tensor: Tensor) -> Lazy:
 def _reach(tensor: Tensor) -> int:
     """One more than the place of the last number that a tensor shows of its storage."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.storage_offset() + sum((size - 1) * step for size, step in steps) + 1 if tensor.numel() else 0
+    return (
+        int(tensor.storage_offset()) + sum((int(size) - 1) * int(step) for size, step in steps) + 1
+        if tensor.numel()
+        else 0
+    )
 
 
 def write(path: Path, tensors: Mapping[str, Lazy]) -> None:

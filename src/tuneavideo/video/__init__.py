@@ -12,7 +12,7 @@ Axes: T frames, H rows, W columns, C = 3 channels (red, green, blue), pixels uin
 
 from tuneavideo.video.clip import Fit, Frames, Video, area_size, fitted
 from tuneavideo.video.reading import read
-from tuneavideo.video.writing import FASTEST_GIF, write, write_frames, write_image
+from tuneavideo.video.writing import FASTEST_GIF, for_page, write, write_frames, write_image
 
 __all__ = [
     "FASTEST_GIF",
@@ -21,6 +21,7 @@ __all__ = [
     "Video",
     "area_size",
     "fitted",
+    "for_page",
     "read",
     "write",
     "write_frames",
