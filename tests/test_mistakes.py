@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import base_folder, image_unet
+from tests.conftest import Said, base_folder, image_unet
 from tests.test_job import BRIEF
 from tuneavideo import api, cli
 from tuneavideo.settings import TuneSettings
-
-Said = Callable[[list[str]], str]
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture) -> Said:
-    """The one line that a command is refused with."""
-
-    def said(words: list[str], code: int = 2) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(words)
-        *_, line = [line for line in capsys.readouterr().err.splitlines() if "[transformers]" not in line]
-        assert stopped.value.code == code
-        assert line.startswith("tuneavideo: "), line
-        return line.removeprefix("tuneavideo: ")
-
-    return said
 
 
 @pytest.fixture

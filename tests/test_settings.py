@@ -51,7 +51,7 @@ def test_official_is_the_arithmetic_of_the_published_code() -> None:
     assert (settings.adam_beta1, settings.adam_beta2, settings.adam_weight_decay, settings.adam_epsilon) == (
         0.9, 0.999, 1e-2, 1e-8,
     )  # fmt: skip
-    assert (settings.guidance_scale, settings.num_inference_steps, settings.num_inv_steps) == (12.5, 50, 50)
+    assert (settings.guidance_scale, settings.num_inference_steps, settings.inversion_steps) == (12.5, 50, 50)
     assert (settings.sampler, settings.timestep_spacing, settings.fit) == ("ddim", "leading", "stretch")
     assert settings.inflation == (("first", "previous"), True, "official")
     assert settings.frozen_modules == ("down_blocks",)

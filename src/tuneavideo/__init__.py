@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tuneavideo.adapter import Adapter
-    from tuneavideo.api import edit, invert, tune
+    from tuneavideo.api import edit, evaluate, invert, tune
     from tuneavideo.errors import TuneAVideoError
     from tuneavideo.inflate import deflate, inflate
     from tuneavideo.pipeline import TuneAVideoPipeline
@@ -28,6 +28,7 @@ _HOMES = {
     "Video": "video",
     "deflate": "inflate",
     "edit": "api",
+    "evaluate": "api",
     "inflate": "inflate",
     "invert": "api",
     "tune": "api",
@@ -42,6 +43,7 @@ __all__ = [
     "Video",
     "deflate",
     "edit",
+    "evaluate",
     "inflate",
     "invert",
     "tune",

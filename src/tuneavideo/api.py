@@ -16,7 +16,7 @@ from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
 from tuneavideo.progress import Job, Progress
 from tuneavideo.runs import RunFolder
-from tuneavideo.settings import EditSettings, Sampling, TuneSettings, checked, layers, read_yaml
+from tuneavideo.settings import PRESETS, EditSettings, Sampling, TuneSettings, checked, layers, read_yaml
 
 if TYPE_CHECKING:
     from tuneavideo.checkpoints.convert import Report
@@ -149,6 +149,33 @@ def convert(
     )
 
 
+def evaluate(
+    runs: str | Path | Iterable[str | Path],
+    *,
+    metrics: Iterable[str] = (),
+    mask: str | Path | None = None,
+    clip: str | None = None,
+    pick: str | None = None,
+    progress: Listener | None = None,
+) -> list[Path]:
+    """Measure the edits of runs, and keep the scores in the run folders.
+
+    Args:
+        runs: Run folders, or folders of single edits.
+        metrics: Names of the metrics (docs/evaluation.md); by default all that suit the run's base.
+        mask: Picture, clip or folder of pictures, bright where edits may change the picture.
+        clip: Hub id or folder of CLIP, instead of ViT-L/14.
+        pick: Hub id or folder of PickScore.
+        progress: Called with a `Progress` after every edit.
+
+    Returns:
+        The `scores.json` of every run. What could not be measured is in there too, with the reason.
+    """
+    places = [runs] if isinstance(runs, str | Path) else [*runs]
+    job = evaluating(places, metrics=metrics, mask=mask, clip=clip, pick=pick)
+    return [each.path for each in _listened(job, progress) if each.path]
+
+
 def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = None) -> Path:
     """Show runs on one page: clips in step, prompts, scores, the loss, settings, time and memory.
 
@@ -241,6 +268,81 @@ def adopting(
     from tuneavideo import adopting
 
     yield from adopting.adopt(settings, Path(checkpoint), out=out, own_base=own_base)
+
+
+def evaluating(
+    places: Iterable[str | Path],
+    *,
+    metrics: Iterable[str] = (),
+    mask: str | Path | None = None,
+    clip: str | None = None,
+    pick: str | None = None,
+) -> Job:
+    """Measure edits; see `evaluate`."""
+    from tuneavideo.evaluation import scoring
+
+    wish = scoring.Wish(tuple(metrics), Path(mask) if mask else None, clip, pick)
+    yield from scoring.evaluate([*places], wish)
+
+
+def benchmarking_tgve(
+    data: str | Path,
+    *,
+    out: str | Path = "runs/tgve",
+    clips: int | None = None,
+    config: str | Path | None = None,
+    clip: str | None = None,
+    pick: str | None = None,
+    **settings: Any,
+) -> Job:
+    """Tune, edit and measure the clips of LOVEU-TGVE-2023; goes on where it was stopped. Ends with `results.json`.
+
+    Args:
+        data: Folder of the benchmark: its frames, and its configs or its table.
+        out: Folder for runs, submission and results.
+        clips: How many clips, evenly spread; all if None.
+        config: YAML file of settings; it and `settings` beat what the benchmark's configs say.
+        clip: Hub id or folder of CLIP, instead of ViT-L/14.
+        pick: Hub id or folder of PickScore.
+        **settings: Any field of `TuneSettings`, such as `base` (`sd1.4` if none is given) or `preset`.
+    """
+    from tuneavideo import jobs
+    from tuneavideo.evaluation import scoring, tgve
+
+    further = {"base": "sd1.4", **(read_yaml(config, TuneSettings) if config else {}), **settings}
+    yield from tgve.run(
+        Path(data), Path(out), tune=jobs.tune, settle=lambda stated: tune_settings({**stated, **further}),
+        clips=clips, wish=scoring.Wish(clip=clip, pick=pick),
+    )  # fmt: skip
+
+
+def benchmarking_miniature(
+    variants: Iterable[str] = ("untuned", "official", "default"),
+    *,
+    out: str | Path = "runs/miniature-benchmark",
+    quick: bool = False,
+    seeds: int = 1,
+    part: str = "development",
+    processes: int | None = None,
+) -> Job:
+    """Compare presets on the bundled clips, which the bundled judge reads; ends with `results.json`.
+
+    Args:
+        variants: Presets, or `untuned`; differences are taken from the first.
+        out: Folder for the rows, which are not computed again, and the results.
+        quick: 4 clips instead of 12.
+        seeds: How many seeds.
+        part: `development` clips or `report` clips.
+        processes: Clips computed at a time; by default one for each core.
+    """
+    names = tuple(dict.fromkeys(variants))
+    for name in names:
+        if name not in (known := ("untuned", *PRESETS)):
+            raise SettingsError(f"unknown variant {name!r}; known are {', '.join(known)}")
+    from tuneavideo.evaluation import summary
+
+    count = processes or os.cpu_count() or 1
+    yield from summary.summarised(names, Path(out), seeds=seeds, part=part, quick=quick, processes=count)
 
 
 def demoing(out: str | Path | None = None, quick: bool = False) -> Job:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import difflib
-import io
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from tuneavideo import __version__
+from tuneavideo import __version__, flags
 from tuneavideo.errors import SettingsError, TuneAVideoError
 from tuneavideo.progress import Job, Progress
 
@@ -51,7 +47,7 @@ def demo(argv: Sequence[str]) -> None:
     """Tune the bundled miniature model on a bundled clip and make four edits."""
     from tuneavideo import api
 
-    options = _options(
+    options = flags.options(
         "demo", demo.__doc__, argv, out="run folder to make", quick="a few steps only, to see that it runs"
     )
     done = _Show(options.json).run(api.demoing(out=options.out, quick=options.quick))
@@ -63,7 +59,7 @@ def tune(argv: Sequence[str]) -> None:
     from tuneavideo import api
     from tuneavideo.settings import TuneSettings
 
-    early, folder = _early(argv), None
+    early, folder = flags.early(argv), None
     if early.resume and {word.split("=")[0] for word in argv} & {"--config", "--out"}:
         raise SettingsError(
             f"--resume {early.resume} keeps that run's folder and settings; leave out --config and --out"
@@ -72,7 +68,7 @@ def tune(argv: Sequence[str]) -> None:
         stated = api.resumed_settings(early.resume, {}).model_dump()
     else:
         stated, folder = _stated(early)
-    settings, options = _parse("tune", tune.__doc__, argv, TuneSettings, stated, "video", ("edit",), RESUMABLE)
+    settings, options = flags.parse("tune", tune.__doc__, argv, TuneSettings, stated, "video", ("edit",), RESUMABLE)
     if options.resume:
         job = api.tuning(api.resumed_settings(options.resume, settings), resume=options.resume)
     else:
@@ -101,10 +97,10 @@ def adopt(argv: Sequence[str]) -> None:
     from tuneavideo import api
     from tuneavideo.settings import TuneSettings
 
-    early = _early(argv)
+    early = flags.early(argv)
     stated, folder = _stated(early)
     paths = {"out": "run folder to make", "checkpoint": "what the other program tuned"}
-    settings, options = _parse("adopt", adopt.__doc__, argv, TuneSettings, stated, "video", ("edit",), paths)
+    settings, options = flags.parse("adopt", adopt.__doc__, argv, TuneSettings, stated, "video", ("edit",), paths)
     if not options.checkpoint:
         raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of what was tuned")
     own = options.checkpoint.is_dir() and not (early.base or "base" in stated)
@@ -116,19 +112,7 @@ def convert(argv: Sequence[str]) -> None:
     """Turn weights of one program into files of another, tensor by tensor."""
     from tuneavideo import api
 
-    parser = argparse.ArgumentParser("tuneavideo convert", description=convert.__doc__)
-    parser.add_argument("source", help="a run, adapter, diffusers folder, .ckpt, .pth, .bin or .safetensors")
-    parser.add_argument("out", help="new folder; a file for mindone (.ckpt), ldm and lora (.safetensors)")
-    parser.add_argument("--to", required=True, choices=("diffusers", "official", "mindone", "ldm", "lora", "adapter"))
-    parser.add_argument("--base", help="model that tuned layers were tuned on; by default the one an adapter names")
-    parser.add_argument("--like", help="model to take configs, tokenizer and scheduler from, where there are none")
-    parser.add_argument("--rank", type=int, default=64, help="of a LoRA (64)")
-    parser.add_argument("--style", choices=("diffusers", "kohya"), default="diffusers", help="names of a LoRA")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision; by default that of each tensor")
-    parser.add_argument("--no-binary", action="store_true", help="official as safetensors instead of .bin")
-    parser.add_argument("--json", action="store_true", help="print the result for machines")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    asked = vars(parser.parse_args(argv))
+    asked = vars(flags.read(flags.of_convert(convert.__doc__), argv))
     as_json, _, binary = asked.pop("json"), asked.pop("debug"), not asked.pop("no_binary")
     _hush()
     report = api.convert(asked.pop("source"), asked["out"], binary=binary, **{k: asked[k] for k in asked if k != "out"})
@@ -138,15 +122,15 @@ def convert(argv: Sequence[str]) -> None:
 def mindone(argv: Sequence[str]) -> None:
     """MindONE's two commands (train, infer) with its flags; says what to type here, and does it."""
     from tuneavideo import api
-    from tuneavideo.checkpoints import flags
+    from tuneavideo.checkpoints import flags as theirs
 
     if argv[:1] not in (["train"], ["infer"]):
         raise SettingsError("mindone: say 'mindone train' or 'mindone infer', and MindONE's flags")
     checkpoint = ""
     if argv[0] == "train":
-        config = flags.train(argv[1:])
+        config = theirs.train(argv[1:])
     else:
-        config, checkpoint = flags.infer(argv[1:])
+        config, checkpoint = theirs.infer(argv[1:])
     print("\n".join(config.notices), file=sys.stderr)
     if config.dry_run:
         return
@@ -155,12 +139,46 @@ def mindone(argv: Sequence[str]) -> None:
     _report(False, _Show(False).run(job))
 
 
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure the edits of a tuned clip, and keep the scores in the run folder."""
+    from tuneavideo import api, tables
+
+    options = flags.read(flags.of_evaluate(evaluate.__doc__), argv)
+    job = api.evaluating(
+        options.places, metrics=options.metrics, mask=options.mask, clip=options.clip, pick=options.pick
+    )
+    files = _Show(options.json).run(job)["files"]
+    scores = {file: json.loads(Path(file).read_text(encoding="utf-8")) for file in files}
+    if options.json:
+        print(json.dumps(scores))
+        return
+    for file, told in scores.items():
+        tables.show_scores(file, told)
+
+
+def benchmark(argv: Sequence[str]) -> None:
+    """Tune, edit and measure the clips of a benchmark, and print the results."""
+    from tuneavideo import api, tables
+
+    options = vars(flags.read(flags.of_benchmark(benchmark.__doc__), argv))
+    name, as_json, _ = (options.pop(key) for key in ("name", "json", "debug"))
+    given = {key: value for key, value in options.items() if value}
+    job = (api.benchmarking_tgve if name == "tgve" else api.benchmarking_miniature)(**given)
+    file = Path(_Show(as_json, resumable=False).run(job)["files"][-1])
+    if as_json:
+        print(file.read_text(encoding="utf-8"))
+    elif name == "tgve":
+        print(file.with_suffix(".md").read_text(encoding="utf-8"))
+    else:
+        tables.show_variants(json.loads(file.read_text(encoding="utf-8")))
+
+
 def report(argv: Sequence[str]) -> None:
     """Show runs on one page that opens anywhere: clips in step, scores, the loss, settings."""
     from tuneavideo import api
 
     meanings = {"runs": "run folders; several are compared", "out": "HTML file to write; by default report.html"}
-    options = _options("report", report.__doc__, argv, **meanings)
+    options = flags.options("report", report.__doc__, argv, **meanings)
     page = api.report(options.runs, options.out)
     print(json.dumps({"report": str(page), "runs": options.runs}) if options.json else f"report: {page}")
 
@@ -169,7 +187,7 @@ def models(argv: Sequence[str]) -> None:
     """List the base models known by name, and which of them are on this machine."""
     from tuneavideo import api
 
-    options = _options("models", models.__doc__, argv)
+    options = flags.options("models", models.__doc__, argv)
     known = api.models()
     if options.json:
         print(json.dumps(known, indent=1))
@@ -189,7 +207,7 @@ def doctor(argv: Sequence[str]) -> None:
     """Say what this machine has and what is missing, for you and for a bug report."""
     from tuneavideo.doctor import examined, lines
 
-    options = _options("doctor", doctor.__doc__, argv)
+    options = flags.options("doctor", doctor.__doc__, argv)
     found = examined()
     print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
     if any(each["impossible"] for each in found["missing"]):
@@ -204,6 +222,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "adopt": adopt,
     "convert": convert,
     "mindone": mindone,
+    "evaluate": evaluate,
+    "benchmark": benchmark,
     "report": report,
     "models": models,
     "doctor": doctor,
@@ -214,7 +234,8 @@ RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tun
 class _Show:
     """Progress of a job on the terminal; the first Ctrl-C ends the job after the step at hand."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, resumable: bool = True) -> None:
+        self.resumable = resumable
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
         self.interrupted = self.broken_off = False
         self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
@@ -242,7 +263,7 @@ class _Show:
         finally:  # a late press must not hide how to go on
             signal.signal(signal.SIGINT, signal.SIG_IGN if self.interrupted else before)
         if self.interrupted:
-            _stopped(self.done["run"])
+            _stopped(self.done["run"] if self.resumable else None)
         return self.done | {"seconds": round(time.perf_counter() - self.began, 1)}
 
     def _interrupt(self, *_: Any) -> None:
@@ -300,6 +321,8 @@ _MADE = {
     "invert": "inversion",
     "edit": "edit",
     "picture": "picture",
+    "evaluate": "scores",
+    "results": "results",
 }
 
 
@@ -354,35 +377,7 @@ def _help() -> str:
     )
 
 
-def _options(name: str, about: str | None, argv: Sequence[str], **more: str) -> argparse.Namespace:
-    """Parse a command that has no settings; `more` options and their meanings, flags but for `runs` and `out`."""
-    parser = argparse.ArgumentParser(f"tuneavideo {name}", description=about)
-    known = ["--json", "--debug", *(f"--{option}" for option in more)]
-    for option, meaning in more.items():
-        if option == "runs":
-            parser.add_argument("runs", nargs="+", metavar="RUN", help=meaning)
-        elif option == "out":
-            parser.add_argument("--out", metavar="PATH", help=meaning)
-        else:
-            parser.add_argument(f"--{option}", action="store_true", help=meaning)
-    parser.add_argument("--json", action="store_true", help="print the result for machines")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    with _one_line(f"tuneavideo {name}"):
-        options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise SettingsError(_left_over(unknown, f"tuneavideo {name}", known))
-    return options
-
-
-def _early(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags that other flags' defaults hang on."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
-    for name in ("base", "preset", "config", "resume"):
-        parser.add_argument(f"--{name}", nargs="?")
-    return parser.parse_known_args(argv)[0]
-
-
-def _stated(early: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
+def _stated(early: Any) -> tuple[dict[str, Any], str | None]:
     """Settings by default of a tuning: what its base, preset and file say; and the run folder the file asks for."""
     from tuneavideo import api
     from tuneavideo.settings import layers
@@ -397,93 +392,14 @@ def _edit_settings(name: str, about: str | None, argv: Sequence[str]) -> tuple[A
     from tuneavideo.runs import RunFolder
     from tuneavideo.settings import EditSettings, Sampling, read_yaml
 
-    early = _early(argv)
+    early = flags.early(argv)
     stated = read_yaml(early.config, EditSettings) if early.config else {}
     runs = [word for word in (*argv, str(stated.get("run", ""))) if os.path.isfile(os.path.join(word, "settings.yaml"))]
     if runs:
         own = RunFolder.open(runs[0]).read_settings()
         stated = own.model_dump(include=set(Sampling.model_fields)) | stated
-    settings, options = _parse(name, about, argv, EditSettings, stated, "run", ("prompt",), {})
+    settings, options = flags.parse(name, about, argv, EditSettings, stated, "run", ("prompt",), {})
     return api.edit_settings(settings), options
-
-
-def _parse(
-    name: str,
-    about: str | None,
-    argv: Sequence[str],
-    kind: Any,
-    stated: Mapping[str, Any],
-    positional: str,
-    repeated: tuple[str, ...],
-    paths: Mapping[str, str],
-) -> tuple[dict[str, Any], Any]:
-    """Read flags over `stated` values: every field of the settings `kind`, and options of the command itself."""
-    import tyro
-
-    given = {word.split("=")[0] for word in argv}
-    values = {key: value for key, value in stated.items() if not (key in repeated and f"--{key}" in given)}
-    arguments, default = _arguments(kind, values, positional, repeated)
-    fields: list[Any] = [("settings", tyro.conf.OmitArgPrefixes[arguments], dataclasses.field(default=default))]
-    for key, meaning in {"config": "YAML file of settings; flags go before it", **paths}.items():
-        described = Annotated[Path | None, tyro.conf.arg(help=meaning, metavar="PATH")]
-        fields.append((key, described, dataclasses.field(default=None)))
-    for key, meaning in {"json": "print the result for machines", "debug": "show the traceback of an error"}.items():
-        described = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=meaning)]
-        fields.append((key, described, dataclasses.field(default=False)))
-    command = dataclasses.make_dataclass(name.title(), fields)
-    command.__doc__ = about
-    with _one_line(f"tuneavideo {name}"):
-        parsed, unknown = tyro.cli(
-            command, prog=f"tuneavideo {name}", description=about, args=list(argv), return_unknown_args=True
-        )
-    if unknown:
-        known = [key.replace("_", "-") for key in (*kind.model_fields, *(field[0] for field in fields[1:]))]
-        raise SettingsError(_left_over(unknown, f"tuneavideo {name}", [f"--{key}" for key in known]))
-    return vars(parsed.settings), parsed
-
-
-@contextlib.contextmanager
-def _one_line(command: str) -> Generator[None, None, None]:
-    """Make one line of what tyro, in a box, or argparse, below its usage, says of words they cannot parse."""
-    with contextlib.redirect_stderr(io.StringIO()) as box:
-        try:
-            yield
-        except SystemExit as stopped:
-            if not stopped.code:  # of --help
-                raise
-            plain = re.sub("\x1b\\[[0-9;]*m", "", box.getvalue())
-            lines = [line.strip("│╭╰╮╯─ ") for line in plain.splitlines()[1:]]
-            told = " ".join(line for line in lines if line.strip("-")).rpartition(": error: ")[2]
-            told = re.split(" For full helptext| Argument helptext", told)[0].rstrip(".")
-            raise SettingsError(f"{told}; '{command} --help' tells more") from None
-
-
-def _left_over(words: Sequence[str], command: str, known: Sequence[str]) -> str:
-    """What to do about words of a command line that mean nothing."""
-    flag = next((word.split("=")[0] for word in words if word.startswith("-")), None)
-    if flag is None:
-        return f"{words[0]!r} is one word too many; put words that belong together in quotes"
-    near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1)
-    return f"unknown option {flag!r}; " + (f"did you mean {near[0]!r}?" if near else f"'{command} --help' lists them")
-
-
-def _arguments(kind: Any, values: Mapping[str, Any], positional: str, repeated: tuple[str, ...]) -> tuple[Any, Any]:
-    """Settings as tyro wants them: a plain class, so that checking (and its one-line errors) stays ours."""
-    import tyro
-
-    fields, defaults = [], {}
-    for key, field in kind.model_fields.items():
-        hint: Any = field.annotation
-        if key == positional:
-            hint = tyro.conf.Positional[hint]
-        if key in repeated:
-            hint = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-        hint = Annotated[hint, tyro.conf.arg(help=field.description)]
-        missing = () if key in repeated else tyro.MISSING
-        defaults[key] = values.get(key, missing if field.is_required() else field.default)
-        fields.append((key, hint, dataclasses.field(default=defaults[key])))
-    arguments = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
-    return arguments, arguments(**defaults)
 
 
 def _hush() -> None:

@@ -199,7 +199,7 @@ class _Studio:
         If edits follow the clip, what it is at the following levels comes after it.
         """
         levels = Levels.of(self.pipe.scheduler)
-        timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
+        timesteps = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
         file = self.inversion_file(sampler, settings)
         if file in self.recent:
             return self.recent[file]
@@ -223,7 +223,7 @@ class _Studio:
 
     def inversion_file(self, sampler: Sampler, settings: Sampling) -> Path:
         levels = Levels.of(self.pipe.scheduler)
-        timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
+        timesteps = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
         whole = ["whole"] if settings.attention_injection else []
         return self.run.inversion(cache.key(timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *whole))
 

@@ -135,16 +135,39 @@ class RunFolder:
 
     def edited(self) -> set[tuple[str, int]]:
         """Prompt and seed of the edits that are there."""
-        made = (json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("edits/*/edit.json"))
+        made = map(self.read_edit, self.whole_edits())
         return {(edit["prompt"], edit["seed"]) for edit in made}
 
     def edits(self) -> list[Path]:
         """Folders of the edits, oldest first; one whose `edit.json` is not there yet is unfinished."""
         return sorted(path for path in self.path.glob("edits/[0-9][0-9][0-9]-*") if path.is_dir())
 
+    def whole_edits(self) -> list[Path]:
+        """Folders of the edits that are finished, oldest first."""
+        return [edit for edit in self.edits() if (edit / "edit.json").is_file()]
+
+    @staticmethod
+    def read_edit(edit: Path) -> dict[str, Any]:
+        """Prompt, seed and settings of an edit."""
+        return json.loads((edit / "edit.json").read_text(encoding="utf-8"))
+
+    @staticmethod
+    def clip_of(edit: Path) -> Path:
+        """An edit's clip in the form that lost least."""
+        forms = (edit / "frames", edit / "edit.mp4", edit / "edit.gif")
+        return next((form for form in forms if form.exists()), forms[1])
+
     @property
     def scores(self) -> Path:
         return self.path / "scores.json"
+
+    def read_scores(self) -> dict[str, Any] | None:
+        """What `tuneavideo evaluate` wrote; None if it has not."""
+        return json.loads(self.scores.read_text(encoding="utf-8")) if self.scores.is_file() else None
+
+    def is_newer(self, edit: Path) -> bool:
+        """Whether an edit was made after the scores were written."""
+        return (edit / "edit.json").stat().st_mtime > self.scores.stat().st_mtime
 
     @property
     def report(self) -> Path:

@@ -44,6 +44,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "heun": ("HeunDiscreteScheduler", {"clip_sample": False, **_PLAIN}),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
 }
+# Samplers whose steps are not those of a DDIM inversion of as many steps.
+OTHER_LEVELS = {"dpm++-karras", "plms", "heun"}
 STOCHASTIC_SAMPLERS = {"euler-ancestral"}
 
 
@@ -66,15 +68,15 @@ class Sampling(Settings):
 
     num_inference_steps: PositiveInt = 50
     """Denoising steps of an edit."""
-    num_inv_steps: PositiveInt = 50
-    """Steps of the DDIM inversion that finds the noise the clip came from."""
+    num_inv_steps: PositiveInt | None = None
+    """Steps of the DDIM inversion that finds the noise the clip came from; none: as many as denoising steps."""
     guidance_scale: NonNegativeFloat = 12.5
     """Classifier-free guidance; 1 turns it off."""
     negative_prompt: str = ""
     """What the edits should not show."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     """Guidance only between these shares of the steps; elsewhere a step costs half."""
-    attention_injection: Share = 0.0
+    attention_injection: Share = 0.6
     """Share of the first steps in which edits look where the clip does: keeps its motion and layout, resists change."""
     sampler: Literal["ddim", "dpm++", "dpm++-karras", "unipc", "deis", "plms", "euler", "heun", "euler-ancestral"] = (
         "ddim"
@@ -95,13 +97,25 @@ class Sampling(Settings):
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
     """Files to write of each edit."""
 
+    @property
+    def inversion_steps(self) -> int:
+        """Steps of the inversion."""
+        return self.num_inv_steps or self.num_inference_steps
+
     @model_validator(mode="after")
     def _the_way_back_is_known(self) -> Sampling:
-        if self.attention_injection and (self.sampler == "heun" or self.num_inv_steps != self.num_inference_steps):
+        if self.attention_injection and self.inversion_steps != self.num_inference_steps:
             raise ValueError(
-                "attention_injection needs the inversion at every level of the sampling: set num_inv_steps "
-                f"{self.num_inv_steps} and num_inference_steps {self.num_inference_steps} alike, and a sampler other "
-                f"than heun (now {self.sampler})"
+                f"attention_injection needs the clip at every level of the sampling: set num_inv_steps (now "
+                f"{self.inversion_steps}) to num_inference_steps ({self.num_inference_steps}), or attention_injection "
+                "to 0"
+            )
+        if self.attention_injection and self.sampler in OTHER_LEVELS:
+            raise ValueError(f"attention_injection does not go with sampler {self.sampler}: take ddim, or set it to 0")
+        if self.attention_injection and self.sampler != "ddim" and self.timestep_spacing != "trailing":
+            raise ValueError(
+                f"attention_injection with sampler {self.sampler} needs timestep_spacing trailing (now "
+                f"{self.timestep_spacing}), or set it to 0"
             )
         return self
 
@@ -278,6 +292,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "timestep_spacing": "leading",
         "num_inference_steps": 50,
         "num_inv_steps": 50,
+        "attention_injection": 0.0,
+        "guidance_interval": (0.0, 1.0),
     },
 }
 

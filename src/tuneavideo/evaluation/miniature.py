@@ -147,7 +147,7 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
         spacing=settings.timestep_spacing,
         strength=settings.strength,
     )
-    path = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
+    path = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
     way = [moments["mean"]]
     with _noted(stages, "invert", video) as counted:
         way += [step.latents for step in inversion.invert(counted, levels, way[0], empty, path)]
