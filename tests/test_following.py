@@ -42,7 +42,13 @@ def test_in_a_led_batch_every_clip_looks_where_the_first_does_and_sees_its_own(k
     frames, width = 3, layer.to_q.in_features
     x = torch.randn(2 * 6, 4, width)  # two clips, of two sets of three frames or of six sites
     layer.clip.clips, layer.clip.frames, layer.clip.led = 2, frames, True
-    seen = (lambda y: referred(y, frames, ("first", "previous"))) if kind is SparseCausalAttention else lambda y: y
+    references = ("first", "previous")
+
+    def seen(y: torch.Tensor) -> torch.Tensor:
+        if kind is TemporalAttention:
+            return y
+        return referred(rearrange(y, "(b t) l c -> b t l c", t=frames), 0, frames, references).flatten(0, 1)
+
     try:
         made = layer(x)
     finally:

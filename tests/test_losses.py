@@ -261,7 +261,7 @@ def test_measuring_changes_nothing() -> None:
 
 def test_the_first_and_middle_frame_are_seen_by_all() -> None:
     x_BTLC = torch.arange(5.0).view(1, 5, 1, 1)
-    seen = referred(x_BTLC.flatten(0, 1), 5, ("first", "middle", "previous", "own"))
+    seen = referred(x_BTLC, 0, 5, ("first", "middle", "previous", "own")).flatten(0, 1)
     assert seen[:, :, 0].tolist() == [[0, 2, max(t - 1, 0), t] for t in range(5)]
 
 

@@ -70,10 +70,10 @@ def test_a_changed_number_is_seen(one_layer, capsys):
 
 
 def test_a_fault_of_the_method_is_seen(one_layer, capsys, monkeypatch):
-    def own_frame_only(x_NLC, frames, references):
-        return x_NLC
+    def previous_frame_only(x_BTLC, start, frames, references):
+        return x_BTLC[:, start - 1 :]
 
-    monkeypatch.setattr(attention, "referred", own_frame_only)
+    monkeypatch.setattr(attention, "referred", previous_frame_only)
     status, last = outcome(one_layer, capsys)
     assert status == 1
     assert BLOCK in last

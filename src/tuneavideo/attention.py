@@ -1,4 +1,4 @@
-"""The three layers that make an image UNet see a clip.
+"""The layers that make an image UNet see a clip.
 
 Shape letters: B clips, T frames, N = B*T images, L tokens of an image, M tokens looked at, H heads, D head channels,
 C channels. Each layer is a subclass of the image layer it takes the place of, and shares one `Clip` that says how
@@ -30,9 +30,9 @@ class Clip:
     one does: attention takes queries and keys of that one, and values of its own (Plug-and-Play, section 4).
     """
 
-    clips: int = 1
     frames: int = 1
     references: tuple[str, ...] = ("first", "previous")
+    clips: int = 1
     led: bool = False
 
     def leaders(self, x: Tensor) -> Tensor:
@@ -41,33 +41,45 @@ class Clip:
 
     def followed(self, x: Tensor) -> Tensor:
         """What was made of the leaders, for the whole batch."""
-        return x.repeat(self.clips, 1, 1) if self.led else x
+        return x.repeat(self.clips, *(1,) * (x.ndim - 1)) if self.led else x
 
 
-# Frames that a frame may refer to: from the tokens of all frames, B T L C, to those seen by each.
-REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
-    "first": lambda x_BTLC: x_BTLC[:, :1].expand_as(x_BTLC),
-    "middle": lambda x_BTLC: x_BTLC[:, x_BTLC.shape[1] // 2, None].expand_as(x_BTLC),
-    "previous": lambda x_BTLC: torch.cat([x_BTLC[:, :1], x_BTLC[:, :-1]], dim=1),
-    "own": lambda x_BTLC: x_BTLC,
+def previous(x_BTLC: Tensor, start: int, frames: int) -> Tensor:
+    """Frame max(t-1, 0) of each."""
+    before = x_BTLC[:, max(start - 1, 0) : frames - 1]
+    return before if start else torch.cat([x_BTLC[:, :1], before], dim=1)
+
+
+# Frames that a frame may refer to: of tokens B T L C, those that frames `start`, `start` + 1, ... (of T) look at.
+REFERENCES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "first": lambda x_BTLC, start, frames: x_BTLC[:, :1].expand(-1, frames - start, -1, -1),
+    "middle": lambda x_BTLC, start, frames: x_BTLC[:, frames // 2, None].expand(-1, frames - start, -1, -1),
+    "previous": previous,
+    "own": lambda x_BTLC, start, frames: x_BTLC[:, start:],
 }
+# How many frames of a clip find nothing but frame 0 there; `first` never finds anything else.
+ONLY_FIRST = {"previous": 2, "own": 1, "middle": 0}
 
 
-def referred(x_NLC: Tensor, frames: int, references: Sequence[str]) -> Tensor:
-    """For every frame, the tokens of the frames it refers to, one after the other: `N L C` to `N M C`.
+def only_first(frames: int, references: Sequence[str]) -> int:
+    """How many frames at the start of a clip look at nothing but frame 0, however often."""
+    return min([frames, *(ONLY_FIRST[name] for name in references if name in ONLY_FIRST)])
+
+
+def referred(x_BTLC: Tensor, start: int, frames: int, references: Sequence[str]) -> Tensor:
+    """For frames `start`, `start` + 1, ..., the tokens of the frames they refer to, one after the other: `B T M C`.
 
     Tune-A-Video, eq. 4: the first frame and the one before (frame max(t-1, 0)).
     """
-    x_BTLC = rearrange(x_NLC, "(b t) l c -> b t l c", t=frames)
-    x_BTMC = torch.cat([REFERENCES[name](x_BTLC) for name in references], dim=2)
-    return rearrange(x_BTMC, "b t m c -> (b t) m c")
+    return torch.cat([REFERENCES[name](x_BTLC, start, frames) for name in references], dim=2)
 
 
 class SparseCausalAttention(Attention):
     """Self-attention of an image UNet that looks at the first and the previous frame (Tune-A-Video, eq. 4).
 
-    Keys and values are projected once per token and then gathered. It computes for itself instead of through a
-    processor: diffusers replaces processors when slicing, fusing or loading IP-Adapters.
+    Keys and values are projected once per token that is looked at, and then gathered. Frames that would see frame 0
+    twice see it once: attention to equal keys is the same. It computes for itself instead of through a processor:
+    diffusers replaces processors when slicing, fusing or loading IP-Adapters.
     """
 
     clip: Clip
@@ -78,11 +90,26 @@ class SparseCausalAttention(Attention):
     def forward(self, hidden_states: Tensor, *_, **__) -> Tensor:
         """`N L C` to `N L C`."""
         frames, references = self.clip.frames, self.clip.references
-        leaders = self.clip.leaders(hidden_states)
-        q_NLC = self.clip.followed(self.to_q(leaders))
-        k_NMC = self.clip.followed(referred(self.to_k(leaders), frames, references))
-        v_NMC = referred(self.to_v(hidden_states), frames, references)
-        return attend(self, q_NLC, k_NMC, v_NMC)
+        x_BTLC = rearrange(hidden_states, "(b t) l c -> b t l c", t=frames)
+        start = only_first(frames, references)
+        last = frames if {"own", "middle"} & {*references} else max(frames - 1, 1)  # nobody looks at the last frame
+        leaders_BTLC = self.clip.leaders(x_BTLC)
+        q_BTLC = self.clip.followed(self.to_q(leaders_BTLC))
+        k_BTLC, v_BTLC = self.clip.followed(self.to_k(leaders_BTLC[:, :last])), self.to_v(x_BTLC[:, :last])
+        parts = []
+        if start:
+            q_B1XC = rearrange(q_BTLC[:, :start], "b t l c -> b 1 (t l) c")
+            y_B1XC = self._attend(q_B1XC, k_BTLC[:, :1], v_BTLC[:, :1])
+            parts.append(rearrange(y_B1XC, "b 1 (t l) c -> b t l c", t=start))
+        if start < frames:
+            k_BTMC, v_BTMC = (referred(x, start, frames, references) for x in (k_BTLC, v_BTLC))
+            parts.append(self._attend(q_BTLC[:, start:], k_BTMC, v_BTMC))
+        return self.to_out[1](self.to_out[0](rearrange(torch.cat(parts, dim=1), "b t l c -> (b t) l c")))
+
+    def _attend(self, q_BTLC: Tensor, k_BTMC: Tensor, v_BTMC: Tensor) -> Tensor:
+        """Every entry of `T` looks at the keys of the same entry."""
+        y_NLC = attend(self, q_BTLC.flatten(0, 1), k_BTMC.flatten(0, 1), v_BTMC.flatten(0, 1))
+        return rearrange(y_NLC, "(b t) l c -> b t l c", b=len(q_BTLC))
 
 
 class TemporalAttention(Attention):
@@ -98,28 +125,37 @@ class TemporalAttention(Attention):
         leaders = self.clip.leaders(hidden_states)
         q_STC, k_STC = self.clip.followed(self.to_q(leaders)), self.clip.followed(self.to_k(leaders))
         parts = (x.split(MAX_SITES) for x in (q_STC, k_STC, self.to_v(hidden_states)))
-        return torch.cat([attend(self, *part) for part in zip(*parts, strict=True)])
+        y_STC = torch.cat([attend(self, *part) for part in zip(*parts, strict=True)])
+        return self.to_out[1](self.to_out[0](y_STC))
 
 
-class PromptAttention(Attention):
-    """Cross-attention of an image UNet, which in a led clip asks the prompt what the leader asks its own.
+class TextAttention(Attention):
+    """Cross-attention of an image UNet that takes the text of a clip once instead of once per frame.
 
-    A new subject so appears where the old one was (Prompt-to-Prompt, section 3, with queries in place of maps).
+    In a led batch every clip asks its prompt what the leader asks its own, so that a new subject appears where the old
+    one was (Prompt-to-Prompt, section 3, with queries in place of maps).
     """
 
     clip: Clip
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """`N L C` to `N L C`."""
-        return super().forward(self.clip.followed(self.clip.leaders(hidden_states)), *args, **kwargs)
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """`N L C` to `N L C`; a text `B L D`, of clips instead of images, is one that their frames share."""
+        text: Any = encoder_hidden_states
+        frames, x_NLC = self.clip.frames, self.clip.followed(self.clip.leaders(hidden_states))
+        if isinstance(text, tuple):  # an IP-Adapter adds something for each image
+            words, pictures = text
+            text = (words.repeat_interleave(len(x_NLC) // len(words), dim=0), pictures)
+        if not isinstance(text, Tensor) or len(text) == len(x_NLC):
+            return super().forward(x_NLC, text, *args, **kwargs)
+        x_BLC = rearrange(x_NLC, "(b t) l c -> b (t l) c", t=frames)
+        return rearrange(super().forward(x_BLC, text, *args, **kwargs), "b (t l) c -> (b t) l c", t=frames)
 
 
 def attend(attn: Attention, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor) -> Tensor:
-    """Scaled-dot-product attention with the heads and the output projection of `attn`: `N L C`."""
+    """Scaled-dot-product attention with the heads of `attn`: `N L C`."""
     q_NHLD, k_NHMD, v_NHMD = (rearrange(x, "n l (h d) -> n h l d", h=attn.heads) for x in (q_NLC, k_NMC, v_NMC))
     y_NHLD = scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=attn.scale)
-    out: Any = attn.to_out
-    return out[1](out[0](rearrange(y_NHLD, "n h l d -> n l (h d)")))
+    return rearrange(y_NHLD, "n h l d -> n l (h d)")
 
 
 class VideoBlock(BasicTransformerBlock):

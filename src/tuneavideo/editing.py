@@ -69,7 +69,7 @@ def generate(
     batch_guidance: bool = True,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     source: Source | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Iterator[EditStep]:
     """Denoise `start_BCTHW`, at the level where `sampler` starts, towards the text; yields after every step.
 
@@ -83,7 +83,7 @@ def generate(
         batch_guidance: Both predictions in one batch, or one after the other.
         guidance_interval: Shares of the steps between which there is guidance (Kynkaanniemi et al. 2024).
         source: The clip, for edits that follow it.
-        generator: For samplers that add noise.
+        generator: For samplers that add noise; a list has one for each clip.
     """
     x = sampler.enter(start_BCTHW)
     timesteps = sampler.timesteps.to(x.device)

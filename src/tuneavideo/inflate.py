@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from tuneavideo.attention import (
     Clip,
     ClipGroupNorm,
-    PromptAttention,
     SparseCausalAttention,
     TemporalAttention,
+    TextAttention,
     VideoBlock,
 )
 from tuneavideo.errors import ModelError
@@ -31,7 +31,7 @@ from tuneavideo.settings import Inflation
 _IMAGE_CLASS = {
     VideoBlock: BasicTransformerBlock,
     SparseCausalAttention: Attention,
-    PromptAttention: Attention,
+    TextAttention: Attention,
     ClipGroupNorm: nn.GroupNorm,
 }
 _ADDED = ("norm_temp", "attn_temp")
@@ -58,9 +58,9 @@ class VideoUNet:
         dtype = next(self.unet.parameters()).dtype
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").to(dtype)
         t_N = t.repeat_interleave(frames) if t.ndim else t
-        text_NLD = text_BLD.repeat_interleave(frames, dim=0).to(dtype)
+        text_BLD = text_BLD.to(dtype)  # once per clip is enough: see TextAttention
         added_N = {name: value.repeat_interleave(frames, dim=0) for name, value in (added or {}).items()}
-        y_NCHW = self.unet(x_NCHW, t_N, text_NLD, added_cond_kwargs=added_N or None, return_dict=False)[0]
+        y_NCHW = self.unet(x_NCHW, t_N, text_BLD, added_cond_kwargs=added_N or None, return_dict=False)[0]
         return rearrange(y_NCHW, "(b t) c h w -> b c t h w", t=frames)
 
 
@@ -124,14 +124,16 @@ def _see_time(block: BasicTransformerBlock, clip: Clip, init: str, generator: to
     like = block.attn1.to_q.weight
     width = like.shape[1]
     block.norm_temp = nn.LayerNorm(width)
-    block.attn_temp = TemporalAttention(width, heads=block.attn1.heads, dim_head=like.shape[0] // block.attn1.heads)
+    with torch.device("meta"):  # torch's own random numbers would be drawn for nothing
+        attention = TemporalAttention(width, heads=block.attn1.heads, dim_head=like.shape[0] // block.attn1.heads)
+    block.attn_temp = attention.to_empty(device="meta" if like.is_meta else "cpu")
     block.attn_temp.clip = clip
     _initialise(block.attn_temp, init, generator)
     for name in _ADDED:
         getattr(block, name).to(like.device, like.dtype).train(block.training)
     _become(block.attn1, SparseCausalAttention, clip)
-    if block.attn2 is not None:
-        _become(block.attn2, PromptAttention, clip)
+    if type(block.attn2) is Attention:
+        _become(block.attn2, TextAttention, clip)
     _become(block, VideoBlock, clip)
 
 

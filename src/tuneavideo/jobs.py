@@ -8,7 +8,7 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Generator, Iterable, Set
+from collections.abc import Generator, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from itertools import product
@@ -31,6 +31,7 @@ from tuneavideo.keeping import Keeper
 from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.noise import Levels, Sampler
 from tuneavideo.progress import Job, Progress
+from tuneavideo.reuse import reusing
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.tuning import Tuning
@@ -131,11 +132,17 @@ def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset()) ->
     yield Progress("open", about=settings.run)
     studio = _reopened(settings)
     _warn_of_cuts(studio.pipe, (*settings.prompt, settings.negative_prompt))
-    for prompt, seed in product(settings.prompt, settings.seeds):
-        if (prompt, seed) not in done:
-            video = yield from studio.edited(prompt, settings, seed)
+    due = [each for each in product(settings.prompt, settings.seeds) if each not in done]
+    for batch in batched(due, settings.batch_prompts):
+        clips = yield from studio.edited(batch, settings)
+        for (prompt, seed), video in zip(batch, clips, strict=True):
             folder = _write_edit(studio, settings, prompt, seed, video)
             yield Progress("edit", path=folder, about=prompt)
+
+
+def batched(wishes: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[tuple[str, int]]]:
+    """One part of `size` after the other; the last may be smaller."""
+    return (wishes[at : at + size] for at in range(0, len(wishes), size))
 
 
 def invert(settings: EditSettings) -> Job:
@@ -169,24 +176,26 @@ class _Studio:
             strength=settings.strength,
         )
 
-    def edited(self, prompt: str, settings: Sampling, seed: int) -> Generator[Progress, None, Video]:
-        """Invert, denoise towards the prompt, decode."""
+    def edited(self, wishes: Sequence[tuple[str, int]], settings: Sampling) -> Generator[Progress, None, list[Video]]:
+        """Invert, denoise towards each prompt (with its seed) in one batch, decode."""
         sampler = self.sampler(settings)
         way = yield from self.inverted(sampler, settings)
-        source = self._followed(way, settings)
-        generator = torch.Generator().manual_seed(seed)
-        start = editing.mix_noise(way[:1], self._clean(), sampler.start_alpha, settings.fresh_noise, generator)
-        negative, text = models.embed(self.pipe, [settings.negative_prompt, prompt]).split(1)
+        generators = [torch.Generator().manual_seed(seed) for _, seed in wishes]
+        share, clean = settings.fresh_noise, self._clean()
+        starts = [editing.mix_noise(way[:1], clean, sampler.start_alpha, share, each) for each in generators]
+        prompts = [prompt for prompt, _ in wishes]
+        negative, text = models.embed(self.pipe, [settings.negative_prompt, *prompts]).split([1, len(prompts)])
+        latents = torch.cat(starts)
         steps = editing.generate(
-            self.video, sampler, start, text, negative, settings.guidance_scale,
-            batch_guidance=settings.batch_guidance, guidance_interval=settings.guidance_interval, source=source,
-            generator=generator,
+            reusing(self.video, settings.feature_reuse), sampler, latents, text, negative.expand_as(text),
+            settings.guidance_scale, batch_guidance=settings.batch_guidance,
+            guidance_interval=settings.guidance_interval, source=self._followed(way, settings),
+            generator=generators if len(generators) > 1 else generators[0],
         )  # fmt: skip
-        latents = start
         for step in steps:
             latents = step.latents
-            yield Progress("edit", step.number, step.total, about=prompt)
-        return self._timed(models.decode(self.pipe, latents, settings.fps or self.source.fps)[0])
+            yield Progress("edit", step.number, step.total, about=" | ".join(prompts))
+        return [self._timed(clip) for clip in models.decode(self.pipe, latents, settings.fps or self.source.fps)]
 
     def _timed(self, edit: Video) -> Video:
         """An edit with the source's sound, if it plays as fast as the source."""
@@ -259,14 +268,14 @@ def _previewed(keeper: Keeper, studio: _Studio) -> Job:
         path = keeper.run.sample(tuning.number, prompt)
         if path.is_file():
             continue
-        for_preview = studio.edited(prompt, settings, settings.seeds[0])
+        for_preview = studio.edited([(prompt, settings.seeds[0])], settings)
         with tuning.averaged():
-            video = yield from _relabelled(for_preview, "preview")
+            [video] = yield from _relabelled(for_preview, "preview")
         videos.write(side_by_side([studio.source, video], labels=[settings.prompt, prompt]), path)
         yield Progress("preview", path=path, about=prompt)
 
 
-def _relabelled(work: Generator[Progress, None, Video], stage: str) -> Generator[Progress, None, Video]:
+def _relabelled(work: Generator[Progress, None, list[Video]], stage: str) -> Generator[Progress, None, list[Video]]:
     while True:
         try:
             yield dataclasses.replace(next(work), stage=stage)
