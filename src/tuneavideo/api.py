@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tuneavideo import miniature
 from tuneavideo.bases import BASES
@@ -17,6 +17,10 @@ from tuneavideo.errors import SettingsError
 from tuneavideo.progress import Job, Progress
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import PRESETS, EditSettings, Sampling, TuneSettings, checked, layers, read_yaml
+
+if TYPE_CHECKING:
+    from tuneavideo.checkpoints.convert import Report
+    from tuneavideo.checkpoints.yamls import Config
 
 RESUMED_ANEW = {"edit", "max_train_steps", "learning_rate", "mixed_precision"} | {
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to",
@@ -106,6 +110,45 @@ def invert(run: str | Path, *, progress: Listener | None = None, **settings: Any
     return next(each.path for each in reversed(done) if each.path)
 
 
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    base: str | None = None,
+    like: str | None = None,
+    rank: int = 64,
+    style: Literal["diffusers", "kohya"] = "diffusers",
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None,
+    binary: bool = True,
+) -> Report:
+    """Turn weights of one program into files of another, tensor by tensor.
+
+    Args:
+        source: A run, an adapter, a diffusers folder, the published code's output, tuned layers alone, a MindONE
+            `.ckpt` or a single-file checkpoint.
+        out: New folder, or file for `mindone`, `ldm` and `lora`.
+        to: `diffusers`, `official`, `mindone`, `ldm`, `lora` or `adapter`.
+        base: The model that tuned layers were tuned on; by default the one an adapter names.
+        like: A model whose configs, tokenizer and scheduler are taken, where the source has none.
+        rank: Of a LoRA.
+        style: Names of a LoRA.
+        dtype: Precision to write in; by default that of each tensor.
+        binary: `official` as `.bin`, which the published code reads, or as safetensors.
+
+    Returns:
+        What was used, missing and left over.
+
+    Raises:
+        CheckpointError: It is damaged, refused, not understood or no whole model; nothing is left half-written.
+    """
+    from tuneavideo.checkpoints import convert
+
+    return convert.convert(
+        Path(source), Path(out), to, base=base, like=like, rank=rank, style=style, dtype=dtype, binary=binary
+    )
+
+
 def evaluate(
     runs: str | Path | Iterable[str | Path],
     *,
@@ -160,12 +203,18 @@ def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = Non
 
 def tune_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> TuneSettings:
     """Settings of a tuning: what is stated, over the YAML file, the preset, the base and the built-in values."""
-    from_file = read_yaml(config, TuneSettings) if config else {}
-    merged = layers(stated, from_file)
+    merged = layers(stated, read_config(config).settings if config else {})
     for name in {"video", "base"} & merged.keys():  # a run folder is to be understood from anywhere
         if merged[name] not in BASES and os.path.exists(merged[name]):
             merged[name] = os.path.abspath(merged[name])
     return checked(TuneSettings, merged, str(config or "settings"))
+
+
+def read_config(path: str | Path) -> Config:
+    """Settings of a tuning in a YAML file of ours, of the published code or of MindONE; tells what is idle."""
+    from tuneavideo.checkpoints import yamls
+
+    return yamls.read_config(path, TuneSettings)
 
 
 def edit_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> EditSettings:
@@ -207,6 +256,18 @@ def inverting(settings: EditSettings) -> Job:
     from tuneavideo import jobs
 
     yield from jobs.invert(settings)
+
+
+def adopting(
+    settings: TuneSettings, checkpoint: str | Path, *, out: str | Path | None = None, own_base: bool = False
+) -> Job:
+    """Make a run of what another program tuned on the clip, and the edits `settings` name.
+
+    `own_base` converts the image model in `checkpoint` too, into the run; otherwise `settings.base` is taken.
+    """
+    from tuneavideo import adopting
+
+    yield from adopting.adopt(settings, Path(checkpoint), out=out, own_base=own_base)
 
 
 def evaluating(

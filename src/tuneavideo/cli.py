@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import logging
@@ -56,9 +57,9 @@ def demo(argv: Sequence[str]) -> None:
 def tune(argv: Sequence[str]) -> None:
     """Teach a text-to-image model the motion of one clip, and edit the clip."""
     from tuneavideo import api
-    from tuneavideo.settings import TuneSettings, layers, read_yaml
+    from tuneavideo.settings import TuneSettings
 
-    early = flags.early(argv)
+    early, folder = flags.early(argv), None
     if early.resume and {word.split("=")[0] for word in argv} & {"--config", "--out"}:
         raise SettingsError(
             f"--resume {early.resume} keeps that run's folder and settings; leave out --config and --out"
@@ -66,13 +67,12 @@ def tune(argv: Sequence[str]) -> None:
     if early.resume:
         stated = api.resumed_settings(early.resume, {}).model_dump()
     else:
-        given = {name: value for name, value in (("base", early.base), ("preset", early.preset)) if value}
-        stated = layers(given, read_yaml(early.config, TuneSettings) if early.config else {})
+        stated, folder = _stated(early)
     settings, options = flags.parse("tune", tune.__doc__, argv, TuneSettings, stated, "video", ("edit",), RESUMABLE)
     if options.resume:
         job = api.tuning(api.resumed_settings(options.resume, settings), resume=options.resume)
     else:
-        job = api.tuning(api.tune_settings(settings), out=options.out)
+        job = api.tuning(api.tune_settings(settings), out=options.out or folder)
     _report(options.json, _Show(options.json).run(job))
 
 
@@ -90,6 +90,53 @@ def invert(argv: Sequence[str]) -> None:
     from tuneavideo import api
 
     _report(options.json, _Show(options.json).run(api.inverting(settings)))
+
+
+def adopt(argv: Sequence[str]) -> None:
+    """Make a run of what another program tuned on a clip, to edit it here."""
+    from tuneavideo import api
+    from tuneavideo.settings import TuneSettings
+
+    early = flags.early(argv)
+    stated, folder = _stated(early)
+    paths = {"out": "run folder to make", "checkpoint": "what the other program tuned"}
+    settings, options = flags.parse("adopt", adopt.__doc__, argv, TuneSettings, stated, "video", ("edit",), paths)
+    if not options.checkpoint:
+        raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of what was tuned")
+    own = options.checkpoint.is_dir() and not (early.base or "base" in stated)
+    job = api.adopting(api.tune_settings(settings), options.checkpoint, out=options.out or folder, own_base=own)
+    _report(options.json, _Show(options.json).run(job))
+
+
+def convert(argv: Sequence[str]) -> None:
+    """Turn weights of one program into files of another, tensor by tensor."""
+    from tuneavideo import api
+
+    asked = vars(flags.read(flags.of_convert(convert.__doc__), argv))
+    as_json, _, binary = asked.pop("json"), asked.pop("debug"), not asked.pop("no_binary")
+    _hush()
+    report = api.convert(asked.pop("source"), asked["out"], binary=binary, **{k: asked[k] for k in asked if k != "out"})
+    print(json.dumps(dataclasses.asdict(report)) if as_json else "\n".join([*report.lines(), f"done: {asked['out']}"]))
+
+
+def mindone(argv: Sequence[str]) -> None:
+    """MindONE's two commands (train, infer) with its flags; says what to type here, and does it."""
+    from tuneavideo import api
+    from tuneavideo.checkpoints import flags as theirs
+
+    if argv[:1] not in (["train"], ["infer"]):
+        raise SettingsError("mindone: say 'mindone train' or 'mindone infer', and MindONE's flags")
+    checkpoint = ""
+    if argv[0] == "train":
+        config = theirs.train(argv[1:])
+    else:
+        config, checkpoint = theirs.infer(argv[1:])
+    print("\n".join(config.notices), file=sys.stderr)
+    if config.dry_run:
+        return
+    settings = api.tune_settings(config.settings)
+    job = api.adopting(settings, checkpoint, out=config.out) if checkpoint else api.tuning(settings, out=config.out)
+    _report(False, _Show(False).run(job))
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -177,6 +224,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "tune": tune,
     "edit": edit,
     "invert": invert,
+    "adopt": adopt,
+    "convert": convert,
+    "mindone": mindone,
     "evaluate": evaluate,
     "benchmark": benchmark,
     "report": report,
@@ -330,6 +380,16 @@ def _help() -> str:
             "tuneavideo COMMAND --help says more; tuneavideo --version which this is.",
         ]
     )
+
+
+def _stated(early: Any) -> tuple[dict[str, Any], str | None]:
+    """Settings by default of a tuning: what its base, preset and file say; and the run folder the file asks for."""
+    from tuneavideo import api
+    from tuneavideo.settings import layers
+
+    given = {name: value for name, value in (("base", early.base), ("preset", early.preset)) if value}
+    config = api.read_config(early.config) if early.config else None
+    return layers(given, config.settings if config else {}), config and config.out
 
 
 def _edit_settings(name: str, about: str | None, argv: Sequence[str]) -> tuple[Any, Any]:

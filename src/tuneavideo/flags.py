@@ -58,6 +58,21 @@ def of_benchmark(about: str | None) -> argparse.ArgumentParser:
     return whole
 
 
+def of_convert(about: str | None) -> argparse.ArgumentParser:
+    """What `convert` takes."""
+    made = parser("convert", about)
+    made.add_argument("source", help="a run, adapter, diffusers folder, .ckpt, .pth, .bin or .safetensors")
+    made.add_argument("out", help="new folder; a file for mindone (.ckpt), ldm and lora (.safetensors)")
+    made.add_argument("--to", required=True, choices=("diffusers", "official", "mindone", "ldm", "lora", "adapter"))
+    made.add_argument("--base", help="model that tuned layers were tuned on; by default the one an adapter names")
+    made.add_argument("--like", help="model to take configs, tokenizer and scheduler from, where there are none")
+    made.add_argument("--rank", type=_count, default=64, help="of a LoRA (64)")
+    made.add_argument("--style", choices=("diffusers", "kohya"), default="diffusers", help="names of a LoRA")
+    made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision; by default that of each tensor")
+    made.add_argument("--no-binary", action="store_true", help="official as safetensors instead of .bin")
+    return made
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 1:

@@ -72,11 +72,11 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     pipe = models.open_image_model(settings.base, dtype=models.PRECISIONS[accelerator.mixed_precision])
     _warn_of_cuts(pipe, (settings.prompt, *settings.edit))
     kept = cache.read(run.latents)
-    clip = videos.read(run.source) if kept and run.source.is_file() else _clip(settings, pipe)
+    clip = videos.read(run.source) if kept and run.source.is_file() else clip_of(settings, pipe)
     marks = fingerprint(pipe.unet)
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
-        moments = kept or _moments(pipe, clip)
+        moments = kept or moments_of(pipe, clip)
         text, empty = _text(pipe, settings.prompt), _text(pipe, "")
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
     tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, empty)
@@ -299,7 +299,7 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
     return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
 
 
-def _clip(settings: TuneSettings, pipe: Pipeline) -> Video:
+def clip_of(settings: TuneSettings, pipe: Pipeline) -> Video:
     """The frames to learn from, at a size the model takes."""
 
     def near(width: int, height: int) -> tuple[int, int]:
@@ -396,7 +396,7 @@ def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder)
         accelerator.init_trackers("tuneavideo", config=plain)
 
 
-def _moments(pipe: Pipeline, clip: Video) -> dict[str, Tensor]:
+def moments_of(pipe: Pipeline, clip: Video) -> dict[str, Tensor]:
     name = cache.key("moments", clip.frames_THWC, pipe.vae.config.scaling_factor, pipe.vae)
     return cache.cached(name, lambda: models.encode(pipe, clip))
 
@@ -423,7 +423,7 @@ def _reopened(settings: EditSettings) -> _Studio:
     moments = cache.read(run.latents)
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
-        moments = _moments(pipe, source)
+        moments = moments_of(pipe, source)
         cache.write(run.latents, moments)
     return _Studio(run, pipe, style.controlled(video), moments, source, style=style)
 

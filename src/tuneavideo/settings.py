@@ -352,11 +352,16 @@ def layers(flags: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> dict[str
 
 
 def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:
-    """Settings of a YAML file, by name; values are not checked yet.
+    """Settings of a YAML file, by name; together they are not checked yet.
 
     Raises:
         SettingsError: It is no mapping of names to values, or a name is not one of `kind`'s.
     """
+    return stated_values(kind, parse_yaml(path), str(path))
+
+
+def parse_yaml(path: Path | str) -> dict[str, Any]:
+    """Names and values of a YAML file. Raises SettingsError when it is no mapping of names to values."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -365,8 +370,13 @@ def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:
         raise SettingsError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"{path}: expected lines like 'learning_rate: 3e-5'; found {type(values).__name__}")
-    _refuse_unknown(kind, values, str(path))
-    return {name: _read_value(kind, name, value, str(path)) for name, value in values.items()}
+    return values
+
+
+def stated_values(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values as the settings of `kind` want them, each by itself. Raises SettingsError for unknown names and values."""
+    _refuse_unknown(kind, values, where)
+    return {name: _read_value(kind, name, value, where) for name, value in values.items()}
 
 
 def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings") -> Kind:
@@ -384,7 +394,7 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     if name == "mixed_precision" and value is False:
         value = "no"
     if get_origin(field.annotation) is tuple:
-        value = tuple(value) if isinstance(value, list) else (value,)
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
     try:
         kind_of_value: Any = Annotated[field.annotation, Field(), *field.metadata]
         return TypeAdapter(kind_of_value).validate_python(value)
