@@ -62,6 +62,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "ours, injected 0.75": _OURS | {"attention_injection": 0.75},
     "ours, 40 steps, injected 0.75": _OURS | {"max_train_steps": 40, "attention_injection": 0.75},
     "ours, dpm++ in 12 steps": _OURS | {"sampler": "dpm++", "num_inference_steps": 12, "num_inv_steps": 12},
+    "fast": {"preset": "fast"},
     "ours, not tuned": _OURS | {"max_train_steps": 1, "learning_rate": 1e-9},
 }
 """What survived, together."""

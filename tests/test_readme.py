@@ -56,6 +56,13 @@ def test_its_figures_are_those_of_the_committed_results() -> None:
 def test_every_option_it_names_exists() -> None:
     named = set(re.findall(r"--([a-z][a-z-]+)", README.read_text(encoding="utf-8")))
     elsewhere = {"multi", "num", "goldens", "config", "resume", "help"}  # of accelerate, the scripts and the command
-    elsewhere |= {"train", "output", "ckpt", "video", "checkpoint", "commands"}  # of MindONE's commands and the benchmarks'
+    elsewhere |= {
+        "train",
+        "output",
+        "ckpt",
+        "video",
+        "checkpoint",
+        "commands",
+    }  # of MindONE's commands and the benchmarks'
     known = {name.replace("_", "-") for kind in (TuneSettings, EditSettings) for name in kind.model_fields}
     assert {name.removeprefix("no-") for name in named} - elsewhere <= known

@@ -29,6 +29,7 @@ from tuneavideo import video as videos
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.metrics.judge import Judge, Reading
 from tuneavideo.noise import Levels
+from tuneavideo.reuse import reusing
 from tuneavideo.settings import Sampling, TuneSettings, checked, layers
 from tuneavideo.tuning import Tuning
 from tuneavideo.video import Video
@@ -158,7 +159,7 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     text, count = models.embed(pipe, list(prompts)), len(prompts)
     caption = models.embed(pipe, [settings.prompt])
     source = editing.Source(way[::-1], caption, settings.attention_injection)
-    with _noted(stages, "edit", video) as counted:
+    with _noted(stages, "edit", video, settings.feature_reuse) as counted:
         steps = editing.generate(
             counted, sampler, start.expand(count, -1, -1, -1, -1), text, empty.expand(count),
             settings.guidance_scale, batch_guidance=settings.batch_guidance,
@@ -237,24 +238,31 @@ def background_psnr(source: Video, made: Video, *centres_TD: torch.Tensor) -> fl
 
 
 class _Counted:
-    """A video UNet that counts the operations of its calls, each shape and way of calling looked at once."""
+    """A video UNet that counts the operations of its calls.
 
-    def __init__(self, video: VideoUNet) -> None:
-        self.video, self.clip, self.total = video, video.clip, 0
+    Each shape and way of calling is looked at once; where features are used again calls differ, and all are.
+    """
+
+    def __init__(self, video: VideoUNet, reuse: int) -> None:
+        self.video, self.clip, self.total, self.alike = reusing(video, reuse), video.clip, 0, reuse == 1
         self.each: dict[tuple, int] = {}
 
-    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
-        kind = (tuple(x.shape), self.clip.led)
+    def __call__(self, *given: Any) -> Tensor:
+        if not self.alike:
+            made: list[Tensor] = []
+            self.total += _operations(lambda: made.append(self.video(*given)))
+            return made[0]
+        kind = (tuple(given[0].shape), self.clip.led)
         if kind not in self.each:
-            self.each[kind] = _operations(lambda: self.video(x, *rest))
+            self.each[kind] = _operations(lambda: self.video(*given))
         self.total += self.each[kind]
-        return self.video(x, *rest)
+        return self.video(*given)
 
 
 @contextmanager
-def _noted(stages: dict[str, Any], name: str, video: VideoUNet) -> Iterator[Any]:
+def _noted(stages: dict[str, Any], name: str, video: VideoUNet, reuse: int = 1) -> Iterator[Any]:
     """Note the seconds of a stage and the operations of the UNet, which it calls through what is yielded."""
-    began, counted = time.perf_counter(), _Counted(video)
+    began, counted = time.perf_counter(), _Counted(video, reuse)
     yield counted
     stages[name] = {"tflop": round(counted.total / 1e12, 4), "seconds": round(time.perf_counter() - began, 2)}
 
