@@ -91,12 +91,26 @@ class Sampling(Settings):
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
     """Files to write of each edit."""
 
+    window: Annotated[int, Field(ge=2)] | None = None
+    """Frames that the model sees at once, in tuning and in editing; none: all, or as many as `memory` allows."""
+    window_overlap: NonNegativeInt | None = None
+    """Frames that neighbouring windows of a longer clip share; none: a third of the window."""
+
     @model_validator(mode="after")
     def _seeds_matter(self) -> Sampling:
         if len(self.seeds) > 1 and not self.fresh_noise and self.sampler not in STOCHASTIC_SAMPLERS:
             raise ValueError(
                 f"{len(self.seeds)} seeds would give the same edit {len(self.seeds)} times: set fresh_noise above 0 "
                 "(say 0.3) or sampler to euler-ancestral, or give one seed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_advance(self) -> Sampling:
+        if self.window and (self.window_overlap or 0) > self.window - 2:
+            raise ValueError(
+                f"window_overlap {self.window_overlap}: windows of {self.window} frames, the clip's first among them, "
+                f"can share at most {self.window - 2}"
             )
         return self
 

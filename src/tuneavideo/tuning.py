@@ -25,6 +25,7 @@ from tuneavideo.models import memory
 from tuneavideo.noise import Levels, add_noise, target
 from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
+from tuneavideo.windows import Windows
 
 OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
@@ -181,15 +182,29 @@ class Tuning:
             self.ema.step(self.parameters.values())
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents from the posterior, noise of every frame, and one timestep a clip."""
+        """Latents from the posterior, noise of every frame, and one timestep a clip; of a long clip a random window."""
+        generator = self.generator(batch)
+        frames = self._window(generator)
+        mean, std = self.mean[:, :, frames], self.std[:, :, frames]
+        shape = (self.settings.train_batch_size, *mean.shape[1:])
+        sample, noise = (torch.randn(shape, generator=generator).to(mean.device) for _ in range(2))
+        t_B = torch.randint(len(self.alphas), shape[:1], generator=generator).to(mean.device)
+        return mean + std * sample, noise, t_B
+
+    def generator(self, batch: int) -> torch.Generator:
+        """Random numbers of a batch of the step at hand."""
         place = (self.settings.seed, self.accelerator.process_index, self.number, batch)
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1)
-        )
-        shape = (self.settings.train_batch_size, *self.mean.shape[1:])
-        sample, noise = (torch.randn(shape, generator=generator).to(self.mean.device) for _ in range(2))
-        t_B = torch.randint(len(self.alphas), shape[:1], generator=generator).to(self.mean.device)
-        return self.mean + self.std * sample, noise, t_B
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+
+    def _window(self, generator: torch.Generator) -> slice | list[int]:
+        """All frames, or those of a random window as they lie in the clip, with its first frame in front."""
+        frames = self.mean.shape[2]
+        windows = Windows.of(self.settings, frames)
+        if windows.holds(frames):
+            return slice(None)
+        length = windows.size - 1
+        begin = int(torch.randint(1, frames - length + 1, (), generator=generator))
+        return [0, *range(begin, begin + length)]
 
 
 def _optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Optimizer:
