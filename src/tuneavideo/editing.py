@@ -62,14 +62,15 @@ def generate(
     timesteps = sampler.timesteps.to(x.device)
     for number, t in enumerate(timesteps, start=1):
         seen = sampler.scaled(x, t)
-        output = _guided(video, seen, t, text_BLD, negative_BLD, guidance_scale, batch_guidance).to(x.dtype)
+        output = guided(video, seen, t, text_BLD, negative_BLD, guidance_scale, batch_guidance).to(x.dtype)
         x = sampler.step(output, t, x, generator)
         yield EditStep(number, len(timesteps), x)
 
 
-def _guided(
+def guided(
     video: VideoUNet, x: Tensor, t: Tensor, text: Tensor, negative: Tensor, scale: float, batched: bool
 ) -> Tensor:
+    """The prediction for latents `x`, scaled as the UNet wants them, guided from `negative` to `text`."""
     if scale == 1:
         return video(x, t, text)
     if batched:

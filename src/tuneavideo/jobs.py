@@ -8,8 +8,9 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Generator, Iterable, Set
+from collections.abc import Generator, Iterable, Mapping, Set
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -22,7 +23,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from tuneavideo import cache, editing, files, inversion, models
+from tuneavideo import cache, editing, files, inversion, models, streaming
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
 from tuneavideo.errors import MemoryShort, MissingExtra, RunError, SettingsError
@@ -31,11 +32,15 @@ from tuneavideo.keeping import Keeper
 from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.noise import Levels, Sampler
 from tuneavideo.progress import Job, Progress
+from tuneavideo.reels import Reel
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.tuning import Tuning
-from tuneavideo.video import Video
+from tuneavideo.video import Spool, Video
+from tuneavideo.windows import WindowedUNet, Windows
 
+Footage = Video | Spool
+Moments = Mapping[str, Tensor | Reel]
 PACKAGES = ("tuneavideo", "torch", "diffusers", "transformers", "accelerate", "av")
 
 logger = logging.getLogger(__name__)
@@ -67,12 +72,12 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     """Tune and save."""
     pipe = models.open_image_model(settings.base, dtype=models.PRECISIONS[accelerator.mixed_precision])
     _warn_of_cuts(pipe, (settings.prompt, *settings.edit))
-    kept = cache.read(run.latents)
-    clip = videos.read(run.source) if kept and run.source.is_file() else _clip(settings, pipe)
+    kept = _kept(run)
+    clip, moments = kept or (_clip(settings, pipe, run.path), None)
     marks = fingerprint(pipe.unet)
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
-        moments = kept or _moments(pipe, clip)
+        moments = moments or _moments(pipe, clip, run)
         text = _text(pipe, settings.prompt)
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
     tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator)
@@ -80,7 +85,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     if accelerator.is_main_process:
         keeper.check_room(clip)
         run.write_settings(settings, _versions() | {"base fingerprint": cache.key(marks)})
-        if not kept:
+        if not kept and isinstance(clip, Video):
             cache.write(run.latents, moments)
         if not run.source.is_file():
             videos.write(clip, run.source)
@@ -156,10 +161,10 @@ class _Studio:
     run: RunFolder
     pipe: StableDiffusionPipeline
     video: VideoUNet
-    moments: dict[str, Tensor]
-    source: Video
+    moments: Moments
+    source: Footage
     keep_inversions: bool = True
-    recent: dict[Path, Tensor] = dataclasses.field(default_factory=dict)
+    recent: dict[Path, Tensor | Reel] = dataclasses.field(default_factory=dict)
 
     def sampler(self, settings: Sampling) -> Sampler:
         return Levels.of(self.pipe.scheduler).sampler(
@@ -169,39 +174,41 @@ class _Studio:
             strength=settings.strength,
         )
 
-    def edited(self, prompt: str, settings: Sampling, seed: int) -> Generator[Progress, None, Video]:
+    def edited(self, prompt: str, settings: Sampling, seed: int) -> Generator[Progress, None, Footage]:
         """Invert, denoise towards the prompt, decode."""
-        sampler = self.sampler(settings)
+        sampler, (_, mix_noise, generate) = self.sampler(settings), self._ways()
         start = yield from self.inverted(sampler, settings)
         generator = torch.Generator().manual_seed(seed)
-        start = editing.mix_noise(start, self._clean(), sampler.start_alpha, settings.fresh_noise, generator)
+        start = mix_noise(start, self._clean(), sampler.start_alpha, settings.fresh_noise, generator)
         negative, text = models.embed(self.pipe, [settings.negative_prompt, prompt]).split(1)
-        steps = editing.generate(
-            self.video, sampler, start, text, negative, settings.guidance_scale,
+        steps = generate(
+            self._windowed(settings), sampler, start, text, negative, settings.guidance_scale,
             batch_guidance=settings.batch_guidance, generator=generator,
         )  # fmt: skip
         latents = start
         for step in steps:
             latents = step.latents
             yield Progress("edit", step.number, step.total, about=prompt)
-        return self._timed(models.decode(self.pipe, latents, settings.fps or self.source.fps)[0])
+        images = models.decoded(self.pipe, latents)
+        return self._timed(videos.shelved(images, settings.fps or self.source.fps, self.run.path))
 
-    def _timed(self, edit: Video) -> Video:
+    def _timed(self, edit: Footage) -> Footage:
         """An edit with the source's sound, if it plays as fast as the source."""
         same = math.isclose(edit.fps, self.source.fps, rel_tol=1e-4)
         return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 
-    def inverted(self, sampler: Sampler, settings: Sampling) -> Generator[Progress, None, Tensor]:
+    def inverted(self, sampler: Sampler, settings: Sampling) -> Generator[Progress, None, Tensor | Reel]:
         """The clip's noise at the level where the sampler starts; computed once and kept in the run folder."""
         levels = Levels.of(self.pipe.scheduler)
         timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
         file = self.inversion_file(sampler, settings)
         if file in self.recent:
             return self.recent[file]
-        if self.keep_inversions and (kept := cache.read(file)):
-            return kept["latents"].to(self._clean())
-        latents, empty = self._clean(), models.embed(self.pipe, [""])
-        for step in inversion.invert(self.video, levels, latents, empty, timesteps):
+        latents, (invert, _, _) = self._clean(), self._ways()
+        if self.keep_inversions and (kept := cache.read(file, by_frames=isinstance(latents, Reel))):
+            return kept["latents"].to(latents.device)
+        empty = models.embed(self.pipe, [""])
+        for step in invert(self._windowed(settings), levels, latents, empty, timesteps):
             latents = step.latents
             yield Progress("invert", step.number, step.total)
         if self.keep_inversions:
@@ -212,9 +219,28 @@ class _Studio:
     def inversion_file(self, sampler: Sampler, settings: Sampling) -> Path:
         levels = Levels.of(self.pipe.scheduler)
         timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
-        return self.run.inversion(cache.key(timesteps, self.moments["mean"], str(self.pipe.unet.dtype)))
+        windows = Windows.of(settings, self.source.frames)
+        cut = [] if windows.holds(self.source.frames) else [dataclasses.astuple(windows)]
+        return self.run.inversion(cache.key(timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *cut))
 
-    def _clean(self) -> Tensor:
+    def _ways(self) -> tuple[Any, Any, Any]:
+        """How to invert, mix noise and generate: in memory, or with latents on the disk."""
+        if isinstance(self.moments["mean"], Tensor):
+            return inversion.invert, editing.mix_noise, editing.generate
+        invert, mix, generate = streaming.invert, streaming.mix_noise, streaming.generate
+        return (
+            partial(invert, folder=self.run.path),
+            partial(mix, folder=self.run.path),
+            partial(generate, folder=self.run.path),
+        )
+
+    def _windowed(self, settings: Sampling) -> Any:
+        """The UNet, called in windows if one does not hold the clip."""
+        windows = Windows.of(settings, self.source.frames)
+        in_one = windows.holds(self.source.frames) and isinstance(self.moments["mean"], Tensor)
+        return self.video if in_one else WindowedUNet(self.video, windows)
+
+    def _clean(self) -> Any:
         return self.moments["mean"].to(self.pipe._execution_device)
 
 
@@ -253,7 +279,7 @@ def _previewed(keeper: Keeper, studio: _Studio) -> Job:
         yield Progress("preview", path=path, about=prompt)
 
 
-def _relabelled(work: Generator[Progress, None, Video], stage: str) -> Generator[Progress, None, Video]:
+def _relabelled(work: Generator[Progress, None, Footage], stage: str) -> Generator[Progress, None, Footage]:
     while True:
         try:
             yield dataclasses.replace(next(work), stage=stage)
@@ -271,7 +297,16 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
     return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
 
 
-def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline) -> Video:
+def _kept(run: RunFolder) -> tuple[Footage, Moments] | None:
+    """Clip and latents of a run that was begun; None if one is missing or damaged."""
+    if not (run.latents.is_file() and run.source.is_file()):
+        return None
+    clip = videos.footage(run.source, run.path)
+    moments = cache.read(run.latents, by_frames=isinstance(clip, Spool))
+    return (clip, moments) if moments else None
+
+
+def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline, folder: Path) -> Footage:
     """The frames to learn from, at a size the model takes."""
 
     def near(width: int, height: int) -> tuple[int, int]:
@@ -282,15 +317,15 @@ def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline) -> Video:
     size = near
     if settings.width and settings.height:
         size = _taken(settings.width, settings.height, models.stride(pipe))
-    clip = videos.read(
-        settings.video, start=settings.start, stride=settings.stride, count=settings.num_frames,
+    clip = videos.footage(
+        settings.video, folder, start=settings.start, stride=settings.stride, count=settings.num_frames,
         start_time=settings.start_time, sample_fps=settings.sample_fps, size=size, fit=settings.fit,
     )  # fmt: skip
     _refuse_fast_gif(settings, clip)
     return clip
 
 
-def _refuse_fast_gif(settings: Sampling, source: Video) -> None:
+def _refuse_fast_gif(settings: Sampling, source: Footage) -> None:
     fps = settings.fps or source.fps
     if "gif" in settings.formats and fps > videos.FASTEST_GIF:
         raise SettingsError(
@@ -368,7 +403,12 @@ def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder)
         accelerator.init_trackers("tuneavideo", config=plain)
 
 
-def _moments(pipe: StableDiffusionPipeline, clip: Video) -> dict[str, Tensor]:
+def _moments(pipe: StableDiffusionPipeline, clip: Footage, run: RunFolder) -> Moments:
+    """Latents of a clip, from the cache; those of a clip on the disk lie in the run folder and nowhere else."""
+    if isinstance(clip, Spool):
+        if not cache.read(run.latents, by_frames=True):  # another process may have been first
+            streaming.encode(pipe, clip, run.latents)
+        return cache.read(run.latents, by_frames=True) or {}
     name = cache.key("moments", clip.frames_THWC, pipe.vae.config.scaling_factor, pipe.vae)
     return cache.cached(name, lambda: models.encode(pipe, clip))
 
@@ -386,17 +426,18 @@ def _reopened(settings: EditSettings) -> _Studio:
         raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.path}")
     dtype = models.PRECISIONS[models.precision(own.mixed_precision)]
     pipe = models.open(own.base, adapter=run.adapter, dtype=dtype)
-    source = videos.read(run.source)
+    kept = _kept(run)
+    source, moments = kept or (videos.footage(run.source, run.path), {})
     _refuse_fast_gif(settings, source)
-    moments = cache.read(run.latents)
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
-        moments = _moments(pipe, source)
-        cache.write(run.latents, moments)
+        moments = _moments(pipe, source, run)
+        if isinstance(source, Video):
+            cache.write(run.latents, moments)
     return _Studio(run, pipe, video_unet(pipe.unet), moments, source)
 
 
-def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int, video: Video) -> Path:
+def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int, video: Footage) -> Path:
     folder = studio.run.new_edit(prompt)
     for kind in settings.formats:
         videos.write(video, folder / ("frames" if kind == "frames" else f"edit.{kind}"))

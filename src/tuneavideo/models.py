@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate import PartialState
@@ -18,8 +20,9 @@ from tuneavideo.adapter import Adapter
 from tuneavideo.bases import BASES
 from tuneavideo.errors import ModelError, SettingsError
 from tuneavideo.inflate import inflate
+from tuneavideo.reels import Reel
 from tuneavideo.settings import Inflation
-from tuneavideo.video import Video
+from tuneavideo.video import Spool, Video
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -97,35 +100,39 @@ def stride(pipe: StableDiffusionPipeline) -> int:
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
 
-@torch.no_grad()
 def encode(pipe: StableDiffusionPipeline, video: Video) -> dict[str, Tensor]:
     """Moments of the clip's latents: `mean` and `std`, each `1 C T H W`, scaled as the UNet expects them.
 
     Frames go through the VAE one by one, so memory does not grow with the clip.
     """
-    vae, device = pipe.vae, pipe._execution_device
-    means, stds = [], []
-    for frame_HWC in video.frames_THWC:
-        pixels = torch.from_numpy(frame_HWC).to(device, vae.dtype) / 127.5 - 1
-        moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w")).latent_dist
-        means.append(moments.mean.float())
-        stds.append(moments.std.float())
-    scale = vae.config.scaling_factor
-    return {"mean": torch.stack(means, dim=2) * scale, "std": torch.stack(stds, dim=2) * scale}
+    means, stds = zip(*encoded(pipe, video), strict=True)
+    return {"mean": torch.stack(means, dim=2), "std": torch.stack(stds, dim=2)}
 
 
 @torch.no_grad()
+def encoded(pipe: StableDiffusionPipeline, video: Video | Spool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of each frame's latents, `1 C H W`."""
+    vae, device = pipe.vae, pipe._execution_device
+    for frame_HWC in video.images:
+        pixels = torch.tensor(frame_HWC).to(device, vae.dtype) / 127.5 - 1
+        moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w")).latent_dist
+        yield moments.mean.float() * vae.config.scaling_factor, moments.std.float() * vae.config.scaling_factor
+
+
 def decode(pipe: StableDiffusionPipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
     """Latents to clips, one per entry of the batch, frame by frame."""
+    return [Video(np.stack(list(decoded(pipe, latents[None]))), fps) for latents in latents_BCTHW]
+
+
+@torch.no_grad()
+def decoded(pipe: StableDiffusionPipeline, latents_1CTHW: Tensor | Reel) -> Iterator[np.ndarray]:
+    """The frames of a clip's latents, `H W C`, one at a time."""
     vae, device = pipe.vae, pipe._execution_device
-    videos = []
-    for latents_CTHW in latents_BCTHW / vae.config.scaling_factor:
-        frames = []
-        for latents_CHW in latents_CTHW.unbind(1):
-            pixels_CHW = vae.decode(latents_CHW[None].to(device, vae.dtype)).sample[0].float()
-            frames.append(((pixels_CHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-        videos.append(Video(rearrange(torch.stack(frames), "t c h w -> t h w c").numpy(), fps))
-    return videos
+    for number in range(latents_1CTHW.shape[2]):
+        latents_NCHW = latents_1CTHW[:, :, [number]][:, :, 0] / vae.config.scaling_factor
+        pixels_CHW = vae.decode(latents_NCHW.to(device, vae.dtype)).sample[0].float()
+        pixels_CHW = ((pixels_CHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        yield rearrange(pixels_CHW, "c h w -> h w c").numpy()
 
 
 @torch.no_grad()

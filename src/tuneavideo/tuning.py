@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from tuneavideo.inflate import VideoUNet
 from tuneavideo.models import memory
 from tuneavideo.noise import Levels, add_noise, target
 from tuneavideo.progress import Step
+from tuneavideo.reels import Reel
 from tuneavideo.settings import TuneSettings
 from tuneavideo.windows import Windows
 
@@ -43,7 +44,7 @@ class Tuning:
     Args:
         video: The inflated UNet, changed in place.
         levels: Noise levels of the base.
-        moments: `mean` and `std` of the clip's latents, `1 C T H W` each.
+        moments: `mean` and `std` of the clip's latents, `1 C T H W` each; those of a long clip stay on the disk.
         text: Embedding of the caption, `1 L D`.
         settings: See `TuneSettings`.
         accelerator: Owns devices, precision and processes.
@@ -53,7 +54,7 @@ class Tuning:
         self,
         video: VideoUNet,
         levels: Levels,
-        moments: dict[str, Tensor],
+        moments: Mapping[str, Tensor | Reel],
         text: Tensor,
         settings: TuneSettings,
         accelerator: Accelerator,

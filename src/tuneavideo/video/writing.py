@@ -21,7 +21,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image
 
 from tuneavideo.errors import VideoError
-from tuneavideo.video.clip import Frames, Video
+from tuneavideo.video.clip import Frames, Spool, Video
 from tuneavideo.video.display import pulled
 from tuneavideo.video.sound import RATE, sounds
 
@@ -38,7 +38,7 @@ class _Format(NamedTuple):
     sound: str | None
 
 
-def write(video: Video | Frames, path: str | Path) -> None:
+def write(video: Video | Spool | Frames, path: str | Path) -> None:
     """A clip as .mp4, .webm or .gif; without an extension or with a final "/", as a folder of PNGs.
 
     Appears whole or not at all. In .mp4 and .webm an odd side grows by one pixel, since they need even ones, and the
@@ -62,7 +62,7 @@ def write(video: Video | Frames, path: str | Path) -> None:
         _encode(video, draft, suffix)
 
 
-def write_frames(video: Video | Frames, folder: str | Path) -> None:
+def write_frames(video: Video | Spool | Frames, folder: str | Path) -> None:
     """A clip as 00000.png, 00001.png, …; appears whole or not at all, in place of an older folder of frames.
 
     Raises:
@@ -108,7 +108,7 @@ def _replacing(path: Path) -> Generator[Path, None, None]:
         raise VideoError(f"{path} cannot be written: {reason}; free this place or choose another") from error
 
 
-def _encode(video: Video | Frames, file: Path, suffix: str) -> None:
+def _encode(video: Video | Spool | Frames, file: Path, suffix: str) -> None:
     kind = FORMATS[suffix]
     rate = Fraction(video.fps).limit_denominator(10_000)  # 29.97002997… becomes 30000/1001
     frames = kind.frames(video.images, rate)
