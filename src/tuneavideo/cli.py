@@ -203,6 +203,8 @@ class _Show:
     def _note(self, bar: Any, each: Progress) -> None:
         if each.step:
             self.done |= {"steps": each.step.number, "loss": each.step.loss}
+        if each.stage == "memory":
+            self._say(bar, each.about)
         if not each.path:
             return
         if each.stage in ("open", "encode", "tune"):
@@ -336,7 +338,10 @@ def _parse(
     command = dataclasses.make_dataclass(name.title(), fields)
     command.__doc__ = about
     parsed = tyro.cli(command, prog=f"tuneavideo {name}", description=about, args=list(argv))
-    return vars(parsed.settings), parsed
+    flags = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in given}
+    stays = {key for key, field in kind.model_fields.items() if getattr(parsed.settings, key) == field.default}
+    left_alone = stays - flags - values.keys()
+    return {key: value for key, value in vars(parsed.settings).items() if key not in left_alone}, parsed
 
 
 def _arguments(kind: Any, values: Mapping[str, Any], positional: str, repeated: tuple[str, ...]) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from tuneavideo import cache, editing, files, inversion, models, streaming
+from tuneavideo import budget, cache, editing, files, inversion, models, streaming
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
 from tuneavideo.errors import MemoryShort, MissingExtra, RunError, SettingsError
@@ -56,7 +56,7 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
             yield from _learned(settings, accelerator, run)
         gc.collect()  # accelerate's wrapper for half precision is part of a cycle
         if settings.edit and accelerator.is_main_process:
-            sampling = settings.model_dump(include=set(Sampling.model_fields))
+            sampling = run.read_settings().model_dump(include=set(Sampling.model_fields))
             yield from _edited(EditSettings(run=str(run.path), prompt=settings.edit, **sampling), done)
 
 
@@ -75,6 +75,11 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     kept = _kept(run)
     clip, moments = kept or (_clip(settings, pipe, run.path), None)
     marks = fingerprint(pipe.unet)
+    settings, line = _budgeted(settings, accelerator, pipe, clip)
+    if line:
+        yield Progress("memory", about=line)
+    if settings.offload:
+        models.offload(pipe)
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
         moments = moments or _moments(pipe, clip, run)
@@ -294,7 +299,7 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
         options |= {"log_with": settings.report_to, "project_config": ProjectConfiguration(logging_dir="logs")}
         if not importlib.util.find_spec(settings.report_to):
             raise MissingExtra(f"report_to={settings.report_to}", settings.report_to)
-    return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
+    return Accelerator(mixed_precision=_precision(settings), **options)
 
 
 def _kept(run: RunFolder) -> tuple[Footage, Moments] | None:
@@ -304,6 +309,10 @@ def _kept(run: RunFolder) -> tuple[Footage, Moments] | None:
     clip = videos.footage(run.source, run.path)
     moments = cache.read(run.latents, by_frames=isinstance(clip, Spool))
     return (clip, moments) if moments else None
+
+
+def _precision(settings: TuneSettings) -> str:
+    return models.precision(settings.mixed_precision, low=settings.memory is not None)
 
 
 def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline, folder: Path) -> Footage:
@@ -395,6 +404,26 @@ def _memory_told(own: TuneSettings, edits: Sampling | None = None) -> Generator[
         ) from error
 
 
+def _budgeted(
+    settings: TuneSettings, accelerator: Accelerator, pipe: StableDiffusionPipeline, clip: Footage
+) -> tuple[TuneSettings, str]:
+    """Settings that fit into the memory given, or that of the GPU, and what there is to tell of them."""
+    on_gpu = accelerator.device.type == "cuda"
+    if not (settings.memory or on_gpu):
+        return settings, ""
+    room = settings.memory * budget.GB if settings.memory else float(models.memory_left(accelerator.device)[1])
+    width = models.PRECISIONS[accelerator.mixed_precision].itemsize
+    model, size, stride = (
+        budget.Model.of(pipe, settings, width),
+        (clip.frames, clip.height, clip.width),
+        models.stride(pipe),
+    )
+    plan = budget.chosen(settings, model, room, size, stride)
+    if settings.memory and not settings.mixed_precision:
+        plan = plan.model_copy(update={"mixed_precision": accelerator.mixed_precision})
+    return plan, budget.told(settings, plan, model, room, size, stride)
+
+
 def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> None:
     if settings.report_to:
         options = settings.model_dump(mode="json")
@@ -424,8 +453,10 @@ def _reopened(settings: EditSettings) -> _Studio:
     own = run.read_settings()
     if not run.is_tuned:
         raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.path}")
-    dtype = models.PRECISIONS[models.precision(own.mixed_precision)]
+    dtype = models.PRECISIONS[_precision(own)]
     pipe = models.open(own.base, adapter=run.adapter, dtype=dtype)
+    if own.offload:
+        models.offload(pipe)
     kept = _kept(run)
     source, moments = kept or (videos.footage(run.source, run.path), {})
     _refuse_fast_gif(settings, source)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from tuneavideo import files
+from tuneavideo.budget import REMEMBERED
 from tuneavideo.errors import DiskError
 from tuneavideo.inflate import added_parameters
 from tuneavideo.progress import Step
@@ -22,8 +23,6 @@ from tuneavideo.runs import RunFolder
 from tuneavideo.tuning import Tuning
 from tuneavideo.video import Spool, Video
 
-# What an optimiser remembers of each number that learns, in numbers of 4 bytes; the others remember two.
-REMEMBERED = {"adamw8bit": 0.5, "adafactor": 0.1}
 # Of their raw size, clips take less than this when written.
 COMPRESSED = 0.25
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, cpu_offload_with_hook
+from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from einops import rearrange
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -27,12 +28,17 @@ from tuneavideo.video import Spool, Video
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def precision(wish: str | None) -> str:
-    """`no`, `fp16` or `bf16`: as wished, or bf16 on a GPU that has it and full precision elsewhere."""
+def precision(wish: str | None, *, low: bool = False) -> str:
+    """`no`, `fp16` or `bf16`: as wished, or bf16 on a GPU that has it and full precision elsewhere.
+
+    Where memory is `low`, a GPU that has no bf16 takes fp16.
+    """
     if wish == "fp16" and not torch.accelerator.is_available():
         raise SettingsError("mixed_precision fp16 needs a GPU; take bf16, or no")
     if wish is None:
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        if not torch.cuda.is_available():
+            return "no"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16" if low else "no"
     return wish
 
 
@@ -109,6 +115,18 @@ def encode(pipe: StableDiffusionPipeline, video: Video) -> dict[str, Tensor]:
     return {"mean": torch.stack(means, dim=2), "std": torch.stack(stds, dim=2)}
 
 
+def offload(pipe: StableDiffusionPipeline) -> None:
+    """Keep VAE and text encoder in the computer's memory but for the moments in which they work."""
+    for part in (pipe.vae, pipe.text_encoder):
+        cpu_offload_with_hook(part, pipe._execution_device)
+
+
+def _rest(part: Any) -> None:
+    """Put a part that is offloaded away again."""
+    if isinstance(getattr(part, "_hf_hook", None), CpuOffload):
+        part.to("cpu")
+
+
 @torch.no_grad()
 def encoded(pipe: StableDiffusionPipeline, video: Video | Spool) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and standard deviation of each frame's latents, `1 C H W`."""
@@ -117,6 +135,7 @@ def encoded(pipe: StableDiffusionPipeline, video: Video | Spool) -> Iterator[tup
         pixels = torch.tensor(frame_HWC).to(device, vae.dtype) / 127.5 - 1
         moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w")).latent_dist
         yield moments.mean.float() * vae.config.scaling_factor, moments.std.float() * vae.config.scaling_factor
+    _rest(vae)
 
 
 def decode(pipe: StableDiffusionPipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
@@ -133,12 +152,15 @@ def decoded(pipe: StableDiffusionPipeline, latents_1CTHW: Tensor | Reel) -> Iter
         pixels_CHW = vae.decode(latents_NCHW.to(device, vae.dtype)).sample[0].float()
         pixels_CHW = ((pixels_CHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
         yield rearrange(pixels_CHW, "c h w -> h w c").numpy()
+    _rest(vae)
 
 
 @torch.no_grad()
 def embed(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
     """Text embeddings of prompts, `B L D`, without what is `cut`."""
-    return pipe.encode_prompt(prompts, pipe._execution_device, 1, False)[0]
+    embedding = pipe.encode_prompt(prompts, pipe._execution_device, 1, False)[0]
+    _rest(pipe.text_encoder)
+    return embedding
 
 
 def cut(pipe: StableDiffusionPipeline, prompt: str) -> str:

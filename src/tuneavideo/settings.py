@@ -205,6 +205,12 @@ class TuneSettings(Sampling):
     report_to: Literal["tensorboard", "trackio"] | None = None
     """Tracker that receives loss and learning rate."""
 
+    memory: Literal[8, 12, 16, 24] | None = None
+    """GB of the card that tuning and edits must fit into: settings that you leave alone are chosen so. None: what the
+    GPU has."""
+    offload: bool = False
+    """Text encoder and VAE wait in the computer's memory, not the GPU's, while they are not needed."""
+
     @model_validator(mode="after")
     def _sides_go_together(self) -> TuneSettings:
         if (self.width is None) != (self.height is None):
