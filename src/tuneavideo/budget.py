@@ -147,7 +147,8 @@ def told(
     named = ("gradient_checkpointing", "offload", "optimizer", "batch_guidance", "window")
     values = [f"{name} {_word(getattr(plan, name))}" for name in named if name not in before.model_fields_set]
     tuning, editing = model.tuning(plan, window, sites) / GB, model.editing(plan, window, sites) / GB
-    needs = f"tuning {window} of {frames} frames of {size[2]}x{size[1]} needs {tuning:.1f} GB, editing {editing:.1f} GB, with {model.width} bytes a frozen weight"
+    shown = f"{window} of {frames} frames of {size[2]}x{size[1]}, frozen weights of {model.width} bytes"
+    needs = f"tuning needs {tuning:.1f} GB, editing {editing:.1f} GB ({shown})"
     return f"for {room / GB:.3g} GB: {', '.join(values) or 'all as set'}; {needs}"
 
 
