@@ -9,94 +9,20 @@ counted: what a kernel needs while it runs, casts of autocast, and what the allo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from tuneavideo import attention
+from tuneavideo import counting
 from tuneavideo.adapter import tuned_parameters
 from tuneavideo.bases import BASES, Base
-from tuneavideo.conditions import Conditions
-from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.opening import CONFIGS, FAMILIES
-from tuneavideo.settings import TuneSettings
+from tuneavideo.settings import Inflation, TuneSettings
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 FRAMES = (4, 8, 12, 16, 24)
-
-
-class Attention(torch.autograd.Function):
-    """Saves what the fast kernels save; torch's meta device would keep whole attention maps."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-    return Attention.apply(q, k, v)
-
-
-class Saved:
-    """Tensors saved for the backward pass, each storage counted once."""
-
-    def __init__(self) -> None:
-        self.storages: dict[int, Any] = {}
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            self.storages[storage._cdata] = storage  # held, so that its number is not given to another
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        with saved_tensors_hooks(self.keep, lambda tensor: tensor):
-            yield
-
-
-def checkpointed(outer: Saved, peak: list[int]) -> Callable[..., Any]:
-    """Stands in for checkpointing: keeps a block's inputs, notes how much its recomputation will save."""
-
-    def run(block: Callable[..., Any], *inputs: Any) -> Any:
-        inner = Saved()
-        for value in inputs:
-            if isinstance(value, Tensor):
-                outer.keep(value)
-        with inner.counting():
-            result = block(*inputs)
-        peak.append(inner.bytes)
-        return result
-
-    return run
-
-
-def activations(video: VideoUNet, frames: int, side: int, checkpointing: bool) -> int:
-    """Bytes of activations at the worst moment of a step with one clip of `side` x `side` latents."""
-    saved, peak = Saved(), [0]
-    if checkpointing:
-        video.unet._set_gradient_checkpointing(True, checkpointed(saved, peak))
-    else:
-        video.unet.disable_gradient_checkpointing()
-    like = {"device": "meta", "dtype": torch.bfloat16}
-    pooled = torch.empty(1, 1280, **like) if video.unet.config.addition_embed_type else None
-    told = Conditions(torch.empty(1, 77, video.unet.config.cross_attention_dim, **like), pooled)
-    with saved.counting():
-        video(torch.empty(1, 4, frames, side, side, **like), torch.tensor(1, device="meta"), told)
-    return saved.bytes + max(peak)
 
 
 def weights(folder: Path) -> int:
@@ -113,23 +39,21 @@ class Family:
 
     def __init__(self, name: str) -> None:
         with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / name / "unet"))
             rest = 2 * weights(CONFIGS / name)
-        self.video = inflate(unet.to(torch.bfloat16).train())
-        unet.requires_grad_(False)
-        chosen = tuned_parameters(unet, TuneSettings.model_fields["trainable_modules"].default)
-        for parameter in chosen.values():
-            parameter.requires_grad_(True)
+        trainable = TuneSettings.model_fields["trainable_modules"].default
+        config = UNet2DConditionModel.load_config(CONFIGS / name / "unet")
+        self.video = counting.blank_unet(config, trainable, (), Inflation())
+        unet = self.video.unet
+        chosen = tuned_parameters(unet, trainable)
         self.learned = sum(parameter.numel() for parameter in chosen.values())
         frozen = sum(parameter.numel() for parameter in unet.parameters()) - self.learned
         self.fixed = 2 * frozen + 4 * 4 * self.learned + rest  # weight, gradient and two moments in float32
 
     def gb(self, frames: int, side: int, checkpointing: bool) -> float:
-        return round((self.fixed + activations(self.video, frames, side, checkpointing)) / 1e9, 1)
+        return round((self.fixed + counting.saved(self.video, frames, side, side, checkpointing)) / 1e9, 1)
 
 
 def main() -> None:
-    torch.nn.functional.scaled_dot_product_attention = attention.scaled_dot_product_attention = attend
     families = {name: Family(name) for name in FAMILIES.values()}
     sd1 = families["sd1"]
     rows = {

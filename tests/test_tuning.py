@@ -21,10 +21,10 @@ from tuneavideo.settings import PRESETS, TuneSettings
 from tuneavideo.tuning import Tuning
 
 
-def tuning(**changes) -> Tuning:
+def tuning(frames: int = 3, **changes) -> Tuning:
     torch.manual_seed(8)
     settings = TuneSettings(**({"video": "-", "prompt": "-", "learning_rate": 1e-2, "max_train_steps": 4} | changes))
-    moments = {"mean": torch.randn(1, 4, 3, 8, 8), "std": torch.full((1, 4, 3, 8, 8), 0.1)}
+    moments = {"mean": torch.randn(1, 4, frames, 8, 8), "std": torch.full((1, 4, frames, 8, 8), 0.1)}
     video = inflate(image_unet(), settings.inflation)
     text, empty = torch.randn(1, 5, 24), torch.randn(1, 5, 24)
     return Tuning(video, Levels.of(DDIMScheduler(**STABLE)), moments, text, settings, Accelerator(cpu=True), empty)

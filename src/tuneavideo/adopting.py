@@ -44,9 +44,9 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
 def _fill(run: RunFolder, settings: TuneSettings, found: Checkpoint) -> None:
     """The clip's frames and latents, and the adapter last, which says that the run is whole."""
     pipe = models.open_image_model(settings.base)
-    clip = jobs.clip_of(settings, pipe)
+    clip = jobs.clip_of(settings, pipe, run.path)
     videos.write(clip, run.source)
-    cache.write(run.latents, jobs.moments_of(pipe, clip))
+    cache.write(run.latents, jobs.moments_of(pipe, clip, run.latents))
     inflation = found.learned.get("inflation")
     adapter = Adapter(
         {name.removeprefix(UNET): tensor.read() for name, tensor in tuned(found).items()},

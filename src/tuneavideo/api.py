@@ -227,7 +227,7 @@ def edit_settings(stated: Mapping[str, Any], config: str | Path | None = None) -
 def resumed_settings(run: str | Path, stated: Mapping[str, Any]) -> TuneSettings:
     """A run's own settings with those changes that leave its result comparable; refuses others."""
     own = RunFolder.open(run).read_settings().model_dump()
-    free = {*Sampling.model_fields, *RESUMED_ANEW}
+    free = {*Sampling.model_fields, *RESUMED_ANEW} - {"window"}  # what is tuned on
     fixed = [name for name, value in stated.items() if name not in free and own.get(name) != value]
     if fixed:
         raise SettingsError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from tuneavideo import files
 from tuneavideo.errors import DiskError
+from tuneavideo.reels import Reel, create, opened
 
 Tensors = dict[str, Tensor]
+DIGITS = 24
 # Of every weight, about so many numbers tell one network from another: training and merging move all of them.
 MARKS = 1024
 
@@ -29,8 +31,10 @@ def key(*parts: Any) -> str:
     for part in parts:
         items = marks(part) if isinstance(part, nn.Module) else [("", part)]
         for name, value in items:
-            digest.update(name.encode() + b"\0" + _bytes(value))
-    return digest.hexdigest()[:24]
+            digest.update(name.encode() + b"\0")
+            for piece in _pieces(value):
+                digest.update(piece)
+    return digest.hexdigest()[:DIGITS]
 
 
 def marks(network: nn.Module) -> list[tuple[str, Any]]:
@@ -42,21 +46,39 @@ def marks(network: nn.Module) -> list[tuple[str, Any]]:
     return marked
 
 
-def read(path: Path) -> Tensors | None:
-    """Tensors kept in the safetensors file `path`; None when it is missing or not what `write` wrote, to the bit."""
+def read(path: Path, *, by_frames: bool = False) -> dict[str, Any] | None:
+    """Tensors kept in the safetensors file `path`; None when it is missing or not what `write` wrote, to the bit.
+
+    By frames they stay there, as reels.
+    """
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = opened(path) if by_frames else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             digest = (file.metadata() or {}).get("digest")
     except (OSError, SafetensorError):
         return None
-    return tensors if digest == _digest(tensors) else None
+    return tensors if tensors and digest == _digest(tensors) else None
 
 
-def write(path: Path, tensors: Tensors) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor | Reel]) -> None:
     """Keep tensors in `path`, whole or not at all. Raises DiskError when the disk takes nothing."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    files.write(path, save(tensors, metadata={"digest": _digest(tensors)}))
+    reels = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Reel)}
+    if reels:
+        with writing(path, {name: reel.shape for name, reel in reels.items()}) as made:
+            for name, reel in reels.items():
+                made[name].fill(reel)
+        return
+    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    files.write(path, save(here, metadata={"digest": _digest(here)}))
+
+
+@contextmanager
+def writing(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Generator[dict[str, Reel], None, None]:
+    """Latents to be filled in on the disk; they become `path` when the block ends well, which `read` takes too."""
+    with files.replacing(path) as draft, draft.open("w+b", buffering=0) as file:
+        blank = create(file, shapes, {"digest": "-" * DIGITS})
+        yield blank
+        create(file, shapes, {"digest": _digest(blank)})
 
 
 def cached(name: str, compute: Callable[[], Tensors]) -> Tensors:
@@ -73,14 +95,19 @@ def cached(name: str, compute: Callable[[], Tensors]) -> Tensors:
     return tensors
 
 
-def _digest(tensors: Tensors) -> str:
+def _digest(tensors: Mapping[str, Tensor | Reel]) -> str:
     return key(*(part for item in sorted(tensors.items()) for part in item))
 
 
-def _bytes(part: Any) -> bytes:
-    if isinstance(part, Tensor):
-        flat = part.detach().cpu().contiguous().flatten()
-        return f"{part.dtype}{tuple(part.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
-    if isinstance(part, np.ndarray):
-        return f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
-    return json.dumps(part, sort_keys=True, default=str).encode() + b"\0"
+def _pieces(part: Any) -> Iterator[bytes]:
+    if isinstance(part, Tensor | Reel):
+        yield f"{part.dtype}{tuple(part.shape)}".encode()
+        yield from part.pieces() if isinstance(part, Reel) else [_bytes(part)]
+    elif isinstance(part, np.ndarray):
+        yield f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
+    else:
+        yield json.dumps(part, sort_keys=True, default=str).encode() + b"\0"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

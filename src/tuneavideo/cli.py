@@ -309,6 +309,8 @@ class _Show:
     def _note(self, bar: Any, each: Progress) -> None:
         if each.step:
             self.done |= {"steps": each.step.number, "loss": each.step.loss}
+        if each.stage == "memory":
+            self._say(bar, each.about)
         if not each.path:
             return
         if each.stage in ("open", "encode", "tune"):

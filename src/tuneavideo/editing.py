@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Source:
         share: Of the first steps, in which edits attend where the clip does (Plug-and-Play, Tumanyan et al. 2023).
     """
 
-    latents: Sequence[Tensor]
+    latents: Sequence[Any]
     text: Conditions | Tensor
     share: float
 
@@ -89,7 +90,7 @@ def generate(
     text, negative = Conditions.of(text), Conditions.of(negative)
     x = sampler.enter(start_BCTHW)
     timesteps = sampler.timesteps.to(x.device)
-    guided = _Guided(video, text, negative, batch_guidance)
+    guided = Guided(video, text, negative, batch_guidance)
     for number, t in enumerate(timesteps):
         seen, at = sampler.scaled(x, t), number / len(timesteps)
         scale = guidance_scale if guidance_interval[0] <= at < guidance_interval[1] else 1.0
@@ -99,7 +100,7 @@ def generate(
 
 
 @dataclass(frozen=True)
-class _Guided:
+class Guided:
     """Guided predictions of all edits, led by the clip they are made of or not."""
 
     video: VideoUNet

@@ -147,7 +147,18 @@ def parse(
     if unknown:
         known = [key.replace("_", "-") for key in (*kind.model_fields, *(field[0] for field in fields[1:]))]
         raise SettingsError(_left_over(unknown, f"tuneavideo {name}", [f"--{key}" for key in known]))
-    return vars(parsed.settings), parsed
+    return {
+        key: value
+        for key, value in vars(parsed.settings).items()
+        if key not in _left_alone(parsed, kind, given, values)
+    }, parsed
+
+
+def _left_alone(parsed: Any, kind: Any, given: set[str], values: Mapping[str, Any]) -> set[str]:
+    """Settings that nobody stated, not even at their built-in value."""
+    flags = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in given}
+    same = {key for key, field in kind.model_fields.items() if getattr(parsed.settings, key) == field.default}
+    return same - flags - values.keys()
 
 
 @contextlib.contextmanager

@@ -61,8 +61,12 @@ def invert(
     for number, t in enumerate(timesteps, start=1):
         output = video(x, torch.tensor(t, device=device), text).to(x.dtype)
         above = levels.alphas[t].to(device)
-        _, noise = split(x, output, above, levels.prediction_type)
-        clean, _ = split(x, noise, alpha, "epsilon")
-        alpha = above
-        x = ddim_move(clean, noise, alpha)
+        x, alpha = moved(x, output, alpha, above, levels.prediction_type), above
         yield InversionStep(number, len(timesteps), x, float(alpha))
+
+
+def moved(x: Tensor, output: Tensor, alpha: Tensor, above: Tensor, prediction_type: str) -> Tensor:
+    """Latents at level `alpha`, carried to the level `above` at which the prediction was asked for."""
+    _, noise = split(x, output, above, prediction_type)
+    clean, _ = split(x, noise, alpha, "epsilon")
+    return ddim_move(clean, noise, above)

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from itertools import product
@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch import Tensor
 
-from tuneavideo import cache, editing, files, inversion, models
+from tuneavideo import budget, cache, editing, files, inversion, models, streaming
 from tuneavideo import style as styles
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
@@ -33,13 +33,17 @@ from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.noise import Levels, Sampler
 from tuneavideo.opening import Pipeline
 from tuneavideo.progress import Job, Progress
+from tuneavideo.reels import Reel
 from tuneavideo.reuse import reusing
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.style import Style
 from tuneavideo.tuning import Tuning
-from tuneavideo.video import Video
+from tuneavideo.video import Spool, Video
+from tuneavideo.windows import WindowedUNet, Windows
 
+Footage = Video | Spool
+Moments = Mapping[str, Tensor | Reel]
 PACKAGES = ("tuneavideo", "torch", "diffusers", "transformers", "accelerate", "av")
 
 logger = logging.getLogger(__name__)
@@ -55,7 +59,7 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
             yield from _learned(settings, accelerator, run)
         gc.collect()  # accelerate's wrapper for half precision is part of a cycle
         if settings.edit and accelerator.is_main_process:
-            sampling = settings.model_dump(include=set(Sampling.model_fields))
+            sampling = run.read_settings().model_dump(include=set(Sampling.model_fields))
             yield from _edited(EditSettings(run=str(run.path), prompt=settings.edit, **sampling), done)
 
 
@@ -71,12 +75,17 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     """Tune and save."""
     pipe = models.open_image_model(settings.base, dtype=models.PRECISIONS[accelerator.mixed_precision])
     _warn_of_cuts(pipe, (settings.prompt, *settings.edit))
-    kept = cache.read(run.latents)
-    clip = videos.read(run.source) if kept and run.source.is_file() else clip_of(settings, pipe)
+    kept = _kept(run)
+    clip, moments = kept or (clip_of(settings, pipe, run.path), None)
     marks = fingerprint(pipe.unet)
+    settings, line = _budgeted(settings, accelerator, pipe, clip)
+    if line:
+        yield Progress("memory", about=line)
+    if settings.offload:
+        models.offload(pipe)
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
-        moments = kept or moments_of(pipe, clip)
+        moments = moments or moments_of(pipe, clip, run.latents)
         text, empty = _text(pipe, settings.prompt), _text(pipe, "")
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
     tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, empty)
@@ -84,7 +93,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     if accelerator.is_main_process:
         keeper.check_room(clip)
         run.write_settings(settings, _versions() | {"base fingerprint": cache.key(marks)})
-        if not kept:
+        if not kept and isinstance(clip, Video):
             cache.write(run.latents, moments)
         if not run.source.is_file():
             videos.write(clip, run.source)
@@ -166,10 +175,10 @@ class _Studio:
     run: RunFolder
     pipe: Pipeline
     video: VideoUNet
-    moments: dict[str, Tensor]
-    source: Video
+    moments: Moments
+    source: Footage
     keep_inversions: bool = True
-    recent: dict[Path, Tensor] = dataclasses.field(default_factory=dict)
+    recent: dict[Path, Tensor | Reel] = dataclasses.field(default_factory=dict)
     style: Style = dataclasses.field(default_factory=Style)
 
     def sampler(self, settings: Sampling) -> Sampler:
@@ -180,10 +189,12 @@ class _Studio:
             strength=settings.strength,
         )
 
-    def edited(self, wishes: Sequence[tuple[str, int]], settings: Sampling) -> Generator[Progress, None, list[Video]]:
+    def edited(self, wishes: Sequence[tuple[str, int]], settings: Sampling) -> Generator[Progress, None, list[Footage]]:
         """Invert, denoise towards each prompt (with its seed) in one batch, decode."""
         sampler = self.sampler(settings)
         way = yield from self.inverted(sampler, settings)
+        if isinstance(way, Reel):
+            return (yield from self._edited_by_frames(way, wishes, settings))
         generators = [torch.Generator().manual_seed(seed) for _, seed in wishes]
         share, clean = settings.fresh_noise, self._clean()
         starts = [editing.mix_noise(way[:1], clean, sampler.start_alpha, share, each) for each in generators]
@@ -192,7 +203,7 @@ class _Studio:
         negative, text = told.split([1, len(prompts)])
         latents = torch.cat(starts)
         steps = editing.generate(
-            reusing(self.video, settings.feature_reuse), sampler, latents, text, negative.expand(len(prompts)),
+            self._windowed(settings, settings.feature_reuse), sampler, latents, text, negative.expand(len(prompts)),
             settings.guidance_scale, batch_guidance=settings.batch_guidance,
             guidance_interval=settings.guidance_interval, source=self._followed(way, settings),
             generator=generators if len(generators) > 1 else generators[0],
@@ -202,12 +213,48 @@ class _Studio:
             yield Progress("edit", step.number, step.total, about=" | ".join(prompts))
         return [self._timed(clip) for clip in models.decode(self.pipe, latents, settings.fps or self.source.fps)]
 
-    def _timed(self, edit: Video) -> Video:
+    def _edited_by_frames(
+        self, way: Reel, wishes: Sequence[tuple[str, int]], settings: Sampling
+    ) -> Generator[Progress, None, list[Footage]]:
+        """The same of a clip on the disk, one edit after the other."""
+        clips: list[Footage] = []
+        for prompt, seed in wishes:
+            sampler, generator, folder = self.sampler(settings), torch.Generator().manual_seed(seed), self.run.path
+            negative, text = self.style.told(models.embed(self.pipe, [settings.negative_prompt, prompt])).split(1)
+            start, clean, share = way.split(1)[0], self._clean(), settings.fresh_noise
+            start = streaming.mix_noise(start, clean, sampler.start_alpha, share, generator, folder=folder)
+            steps = streaming.generate(
+                self._windowed(settings, settings.feature_reuse), sampler, start, text, negative,
+                settings.guidance_scale, batch_guidance=settings.batch_guidance,
+                guidance_interval=settings.guidance_interval, source=self._followed(way, settings),
+                generator=generator, folder=folder,
+            )  # fmt: skip
+            for step in steps:
+                start = step.latents
+                yield Progress("edit", step.number, step.total, about=prompt)
+            images = models.decoded(self.pipe, start)
+            clips.append(self._timed(videos.shelved(images, settings.fps or self.source.fps, folder)))
+        return clips
+
+    def _windowed(self, settings: Sampling, reuse: int = 1) -> Any:
+        """The UNet, called in windows if one does not hold the clip."""
+        windows, frames = Windows.of(settings, self.source.frames), self.source.frames
+        if windows.holds(frames) and isinstance(self.source, Video):
+            return reusing(self.video, reuse)
+        for name, stated in (("feature_reuse", reuse > 1), ("controlnet", self.video.control)):
+            if stated:
+                raise SettingsError(
+                    f"{name} does not go with a clip that is edited in windows ({frames} frames, windows of "
+                    f"{windows.size}) or from the disk; leave it out, or take fewer frames"
+                )
+        return WindowedUNet(self.video, windows)
+
+    def _timed(self, edit: Footage) -> Footage:
         """An edit with the source's sound, if it plays as fast as the source."""
         same = math.isclose(edit.fps, self.source.fps, rel_tol=1e-4)
         return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 
-    def inverted(self, sampler: Sampler, settings: Sampling) -> Generator[Progress, None, Tensor]:
+    def inverted(self, sampler: Sampler, settings: Sampling) -> Generator[Progress, None, Tensor | Reel]:
         """The clip's noise at the level where the sampler starts, `1 C T H W`; computed once, kept in the run folder.
 
         If edits follow the clip, what it is at the following levels comes after it.
@@ -217,19 +264,27 @@ class _Studio:
         file = self.inversion_file(sampler, settings)
         if file in self.recent:
             return self.recent[file]
-        if self.keep_inversions and (kept := cache.read(file)):
-            return kept["latents"].to(self._clean())
-        way, empty = [self._clean()], self.style.told(models.embed(self.pipe, [""]))
-        for step in inversion.invert(self.video, levels, way[-1], empty, timesteps):
-            way = [*way, step.latents] if settings.attention_injection else [step.latents]
-            yield Progress("invert", step.number, step.total)
-        latents = torch.cat(way[::-1])
+        clean, whole = self._clean(), bool(settings.attention_injection)
+        if self.keep_inversions and (kept := cache.read(file, by_frames=isinstance(clean, Reel))):
+            return kept["latents"].to(clean.device)
+        video, empty = self._windowed(settings), self.style.told(models.embed(self.pipe, [""]))
+        if isinstance(clean, Reel):
+            latents, folder = clean, self.run.path
+            for step in streaming.invert(video, levels, clean, empty, timesteps, whole=whole, folder=folder):
+                latents = step.latents
+                yield Progress("invert", step.number, step.total)
+        else:
+            way = [clean]
+            for step in inversion.invert(video, levels, clean, empty, timesteps):
+                way = [*way, step.latents] if whole else [step.latents]
+                yield Progress("invert", step.number, step.total)
+            latents = torch.cat(way[::-1])
         if self.keep_inversions:
             cache.write(file, {"latents": latents})
         self.recent[file] = latents
         return latents
 
-    def _followed(self, way: Tensor, settings: Sampling) -> editing.Source | None:
+    def _followed(self, way: Tensor | Reel, settings: Sampling) -> editing.Source | None:
         if not settings.attention_injection:
             return None
         caption = self.style.told(models.embed(self.pipe, [self.run.read_settings().prompt]))
@@ -239,10 +294,12 @@ class _Studio:
         levels = Levels.of(self.pipe.scheduler)
         timesteps = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
         whole = ["whole"] if settings.attention_injection else []
-        parts = (timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *whole, *self.style.marks)
+        windows = Windows.of(settings, self.source.frames)
+        cut = [] if windows.holds(self.source.frames) else [dataclasses.astuple(windows)]
+        parts = (timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *whole, *self.style.marks, *cut)
         return self.run.inversion(cache.key(*parts))
 
-    def _clean(self) -> Tensor:
+    def _clean(self) -> Any:
         return self.moments["mean"].to(self.pipe._execution_device)
 
 
@@ -281,7 +338,7 @@ def _previewed(keeper: Keeper, studio: _Studio) -> Job:
         yield Progress("preview", path=path, about=prompt)
 
 
-def _relabelled(work: Generator[Progress, None, list[Video]], stage: str) -> Generator[Progress, None, list[Video]]:
+def _relabelled(work: Generator[Progress, None, list[Footage]], stage: str) -> Generator[Progress, None, list[Footage]]:
     while True:
         try:
             yield dataclasses.replace(next(work), stage=stage)
@@ -296,11 +353,24 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
         options |= {"log_with": settings.report_to, "project_config": ProjectConfiguration(logging_dir="logs")}
         if not importlib.util.find_spec(settings.report_to):
             raise MissingExtra(f"report_to={settings.report_to}", settings.report_to)
-    return Accelerator(mixed_precision=models.precision(settings.mixed_precision), **options)
+    return Accelerator(mixed_precision=_precision(settings), **options)
 
 
-def clip_of(settings: TuneSettings, pipe: Pipeline) -> Video:
-    """The frames to learn from, at a size the model takes."""
+def _precision(settings: TuneSettings) -> str:
+    return models.precision(settings.mixed_precision, low=settings.memory is not None)
+
+
+def _kept(run: RunFolder) -> tuple[Footage, Moments] | None:
+    """Clip and latents of a run that was begun; None if one is missing or damaged."""
+    if not (run.latents.is_file() and run.source.is_file()):
+        return None
+    clip = videos.footage(run.source, run.path)
+    moments = cache.read(run.latents, by_frames=isinstance(clip, Spool))
+    return (clip, moments) if moments else None
+
+
+def clip_of(settings: TuneSettings, pipe: Pipeline, folder: Path) -> Footage:
+    """The frames to learn from, at a size the model takes; a long clip lies in a file in `folder`."""
 
     def near(width: int, height: int) -> tuple[int, int]:
         side = settings.resolution or models.default_size(pipe)
@@ -310,15 +380,15 @@ def clip_of(settings: TuneSettings, pipe: Pipeline) -> Video:
     size = near
     if settings.width and settings.height:
         size = _taken(settings.width, settings.height, models.stride(pipe))
-    clip = videos.read(
-        settings.video, start=settings.start, stride=settings.stride, count=settings.num_frames,
+    clip = videos.footage(
+        settings.video, folder, start=settings.start, stride=settings.stride, count=settings.num_frames,
         start_time=settings.start_time, sample_fps=settings.sample_fps, size=size, fit=settings.fit,
     )  # fmt: skip
     _refuse_fast_gif(settings, clip)
     return clip
 
 
-def _refuse_fast_gif(settings: Sampling, source: Video) -> None:
+def _refuse_fast_gif(settings: Sampling, source: Footage) -> None:
     fps = settings.fps or source.fps
     if "gif" in settings.formats and fps > videos.FASTEST_GIF:
         raise SettingsError(
@@ -388,6 +458,22 @@ def _memory_told(own: TuneSettings, edits: Sampling | None = None) -> Generator[
         ) from error
 
 
+def _budgeted(
+    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: Footage
+) -> tuple[TuneSettings, str]:
+    """Settings that fit into the memory given, or that of the GPU, and what there is to tell of them."""
+    on_gpu = accelerator.device.type == "cuda"
+    if not (settings.memory or on_gpu):
+        return settings, ""
+    room = settings.memory * budget.GB if settings.memory else float(models.memory_left(accelerator.device)[1])
+    model = budget.Model.of(pipe, settings, models.PRECISIONS[accelerator.mixed_precision].itemsize)
+    size, stride = (clip.frames, clip.height, clip.width), models.stride(pipe)
+    plan = budget.chosen(settings, model, room, size, stride)
+    if settings.memory and not settings.mixed_precision:
+        plan = plan.model_copy(update={"mixed_precision": accelerator.mixed_precision})
+    return plan, budget.told(settings, plan, model, room, size, stride)
+
+
 def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> None:
     if settings.report_to:
         options = settings.model_dump(mode="json")
@@ -396,7 +482,12 @@ def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder)
         accelerator.init_trackers("tuneavideo", config=plain)
 
 
-def moments_of(pipe: Pipeline, clip: Video) -> dict[str, Tensor]:
+def moments_of(pipe: Pipeline, clip: Footage, path: Path) -> Moments:
+    """Latents of a clip, from the cache; those of a clip on the disk lie in `path` and nowhere else."""
+    if isinstance(clip, Spool):
+        if not cache.read(path, by_frames=True):  # another process may have been first
+            streaming.encode(pipe, clip, path)
+        return cache.read(path, by_frames=True) or {}
     name = cache.key("moments", clip.frames_THWC, pipe.vae.config.scaling_factor, pipe.vae)
     return cache.cached(name, lambda: models.encode(pipe, clip))
 
@@ -414,21 +505,26 @@ def _reopened(settings: EditSettings) -> _Studio:
     own = run.read_settings()
     if not run.is_tuned:
         raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.quoted}")
-    dtype = models.PRECISIONS[models.precision(own.mixed_precision)]
+    dtype = models.PRECISIONS[_precision(own)]
     pipe = models.open_image_model(settings.edit_model or own.base, dtype=dtype)
-    source = videos.read(run.source)
+    kept = _kept(run)
+    source, moments = kept or (videos.footage(run.source, run.path), {})
+    if isinstance(source, Spool) and settings.controlnet:
+        raise SettingsError(f"controlnet does not go with a clip of {source.frames} frames, which lies on the disk")
     style = styles.load(pipe, settings, source)
     video = Adapter.load(run.adapter).attach(pipe.unet, any_base=settings.edit_model is not None).video
     _refuse_fast_gif(settings, source)
-    moments = cache.read(run.latents)
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
-        moments = moments_of(pipe, source)
-        cache.write(run.latents, moments)
+        moments = moments_of(pipe, source, run.latents)
+        if isinstance(source, Video):
+            cache.write(run.latents, moments)
+    if own.offload:
+        models.offload(pipe)
     return _Studio(run, pipe, style.controlled(video), moments, source, style=style)
 
 
-def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int, video: Video) -> Path:
+def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int, video: Footage) -> Path:
     folder = studio.run.new_edit(prompt)
     for kind in settings.formats:
         videos.write(video, folder / ("frames" if kind == "frames" else f"edit.{kind}"))

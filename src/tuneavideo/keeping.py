@@ -15,15 +15,14 @@ import torch
 from accelerate import Accelerator
 
 from tuneavideo import files
+from tuneavideo.budget import REMEMBERED
 from tuneavideo.errors import DiskError
 from tuneavideo.inflate import added_parameters
 from tuneavideo.progress import Step
 from tuneavideo.runs import RunFolder
 from tuneavideo.tuning import Tuning
-from tuneavideo.video import Video
+from tuneavideo.video import Spool, Video
 
-# What an optimiser remembers of each number that learns, in numbers of 4 bytes; the others remember two.
-REMEMBERED = {"adamw8bit": 0.5, "adafactor": 0.1}
 # Of their raw size, clips take less than this when written.
 COMPRESSED = 0.25
 
@@ -69,7 +68,7 @@ class Keeper:
         if self.accelerator.is_main_process:
             self.run.checkpoint(self.tuning.number).unlink(missing_ok=True)
 
-    def check_room(self, clip: Video) -> None:
+    def check_room(self, clip: Video | Spool) -> None:
         """Refuse to begin what the disk cannot hold. Raises DiskError, with what is needed and what is there."""
         settings, tuning = self.tuning.settings, self.tuning
         learned = sum(parameter.numel() for parameter in tuning.parameters.values())
@@ -80,7 +79,7 @@ class Keeper:
         adapter = 2 * (learned + sum(added[name].numel() for name in added.keys() - tuning.parameters.keys()))
         previews = 1 + settings.max_train_steps // settings.validation_steps if settings.validation_steps else 0
         clips = 1 + len(settings.edit) * (3 * len(settings.seeds) + 2 * previews)  # an edit is written beside the clip
-        videos = COMPRESSED * clip.frames_THWC.nbytes * clips
+        videos = COMPRESSED * 3 * clip.frames * clip.height * clip.width * clips
         kept = sum(path.stat().st_size for path in self.run.checkpoints())
         needed, free = states * state + adapter + videos - kept, files.free(self.run.path)
         if needed > free:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, cpu_offload_with_hook
+from accelerate.hooks import CpuOffload
 from diffusers import StableDiffusionXLPipeline
 from einops import rearrange
 from torch import Tensor
@@ -18,18 +21,24 @@ from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError, SettingsError
 from tuneavideo.inflate import inflate
 from tuneavideo.opening import Pipeline
+from tuneavideo.reels import Reel
 from tuneavideo.settings import Inflation
-from tuneavideo.video import Video
+from tuneavideo.video import Spool, Video
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def precision(wish: str | None) -> str:
-    """`no`, `fp16` or `bf16`: as wished, or bf16 on a GPU that has it and full precision elsewhere."""
+def precision(wish: str | None, *, low: bool = False) -> str:
+    """`no`, `fp16` or `bf16`: as wished, or bf16 on a GPU that has it and full precision elsewhere.
+
+    Where memory is `low`, a GPU that has no bf16 takes fp16.
+    """
     if wish == "fp16" and not torch.accelerator.is_available():
         raise SettingsError("mixed_precision fp16 needs a GPU; take bf16, or no")
     if wish is None:
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        if not torch.cuda.is_available():
+            return "no"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16" if low else "no"
     return wish
 
 
@@ -87,35 +96,55 @@ def stride(pipe: Pipeline) -> int:
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
 
-@torch.no_grad()
 def encode(pipe: Pipeline, video: Video) -> dict[str, Tensor]:
     """Moments of the clip's latents: `mean` and `std`, each `1 C T H W`, scaled as the UNet expects them.
 
     Frames go through the VAE one by one, so memory does not grow with the clip.
     """
-    vae, device = pipe.vae, pipe._execution_device
-    means, stds = [], []
-    for frame_HWC in video.frames_THWC:
-        pixels = torch.from_numpy(frame_HWC).to(device, vae.dtype) / 127.5 - 1
-        moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w")).latent_dist
-        means.append(moments.mean.float())
-        stds.append(moments.std.float())
-    scale = vae.config.scaling_factor
-    return {"mean": torch.stack(means, dim=2) * scale, "std": torch.stack(stds, dim=2) * scale}
+    means, stds = zip(*encoded(pipe, video), strict=True)
+    return {"mean": torch.stack(means, dim=2), "std": torch.stack(stds, dim=2)}
+
+
+def offload(pipe: Pipeline) -> None:
+    """Keep VAE and text encoder in the computer's memory but for the moments in which they work."""
+    device = pipe._execution_device
+    for part in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if part is not None:
+            cpu_offload_with_hook(part, device)
+
+
+def _rest(part: Any) -> None:
+    """Put a part that is offloaded away again."""
+    if isinstance(getattr(part, "_hf_hook", None), CpuOffload):
+        part.to("cpu")
 
 
 @torch.no_grad()
+def encoded(pipe: Pipeline, video: Video | Spool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of each frame's latents, `1 C H W`."""
+    vae, device = pipe.vae, pipe._execution_device
+    for frame_HWC in video.images:
+        pixels = torch.tensor(frame_HWC).to(device, vae.dtype) / 127.5 - 1
+        moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w")).latent_dist
+        yield moments.mean.float() * vae.config.scaling_factor, moments.std.float() * vae.config.scaling_factor
+    _rest(vae)
+
+
 def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
     """Latents to clips, one per entry of the batch, frame by frame."""
+    return [Video(np.stack(list(decoded(pipe, latents[None]))), fps) for latents in latents_BCTHW]
+
+
+@torch.no_grad()
+def decoded(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[np.ndarray]:
+    """The frames of a clip's latents, `H W C`, one at a time."""
     vae, device = pipe.vae, pipe._execution_device
-    videos = []
-    for latents_CTHW in latents_BCTHW / vae.config.scaling_factor:
-        frames = []
-        for latents_CHW in latents_CTHW.unbind(1):
-            pixels_CHW = vae.decode(latents_CHW[None].to(device, vae.dtype)).sample[0].float()
-            frames.append(((pixels_CHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-        videos.append(Video(rearrange(torch.stack(frames), "t c h w -> t h w c").numpy(), fps))
-    return videos
+    for number in range(latents_1CTHW.shape[2]):
+        latents_NCHW = latents_1CTHW[:, :, [number]][:, :, 0] / vae.config.scaling_factor
+        pixels_CHW = vae.decode(latents_NCHW.to(device, vae.dtype)).sample[0].float()
+        pixels_CHW = ((pixels_CHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        yield rearrange(pixels_CHW, "c h w -> h w c").numpy()
+    _rest(vae)
 
 
 @torch.no_grad()
@@ -123,9 +152,13 @@ def embed(pipe: Pipeline, prompts: list[str]) -> Conditions:
     """Text conditions of prompts, without what is `cut`; Stable Diffusion XL learned the empty prompt as zeros."""
     device = pipe._execution_device
     if not isinstance(pipe, StableDiffusionXLPipeline):
-        return Conditions(pipe.encode_prompt(prompts, device, 1, False)[0])
+        told = Conditions(pipe.encode_prompt(prompts, device, 1, False)[0])
+        _rest(pipe.text_encoder)
+        return told
     xl: Any = pipe  # diffusers' annotations know one prompt only
     text, _, pooled, _ = xl.encode_prompt(prompts, None, device, 1, False)
+    _rest(xl.text_encoder)
+    _rest(xl.text_encoder_2)
     told = torch.tensor([bool(prompt) for prompt in prompts], device=text.device)
     if xl.config.force_zeros_for_empty_prompt:
         text, pooled = text * told[:, None, None], pooled * told[:, None]

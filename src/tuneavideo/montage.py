@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tuneavideo.video import Frames, Video, fitted
+from tuneavideo.video import Frames, Spool, Video, fitted
 
 LEGIBLE = 192  # rows a column needs before a caption below it can be read
 GAP = 8  # pixels of paper between clips
 PAPER = 255
 
 
-def side_by_side(videos: Sequence[Video], *, labels: Sequence[str] | None = None) -> Frames:
+def side_by_side(videos: Sequence[Video | Spool], *, labels: Sequence[str] | None = None) -> Frames:
     """Clips left to right at the height of the tallest, each above its label.
 
     The first sets the rate and is heard. A clip that ends early holds its last frame. Clips of less than 192 rows
@@ -27,9 +27,12 @@ def side_by_side(videos: Sequence[Video], *, labels: Sequence[str] | None = None
     return Frames(_rows(videos, height, below), videos[0].fps, videos[0].sound_SC)
 
 
-def _rows(videos: Sequence[Video], height: int, below: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    for t in range(max(video.frames for video in videos)):
-        row = _beside([_at_height(height, video, min(t, video.frames - 1)) for video in videos])
+def _rows(videos: Sequence[Video | Spool], height: int, below: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    widths = [_width_at(height, video) for video in videos]
+    films, now = [video.images for video in videos], [np.empty(0)] * len(videos)
+    for _ in range(max(video.frames for video in videos)):
+        now = [next(film, last) for film, last in zip(films, now, strict=True)]
+        row = _beside([fitted(image, width, height, "stretch") for image, width in zip(now, widths, strict=True)])
         yield np.concatenate([row, _beside(below)]) if below else row
 
 
@@ -41,18 +44,15 @@ def contact_sheet(videos: Sequence[Video], labels: Sequence[str], columns: int =
     strips = []
     for video, label in zip(videos, labels, strict=True):
         chosen = np.linspace(0, video.frames - 1, columns).round().astype(int)
-        strip = _beside([_at_height(LEGIBLE, video, t) for t in chosen])
+        width = _width_at(LEGIBLE, video)
+        strip = _beside([fitted(video.frames_THWC[t], width, LEGIBLE, "stretch") for t in chosen])
         strips += [_caption(label, strip.shape[1], size=16), strip]
     width = max(strip.shape[1] for strip in strips)
     return np.concatenate([_papered(strip, strip.shape[0], width) for strip in strips])
 
 
-def _at_height(height: int, video: Video, t: int) -> np.ndarray:
-    """Frame `t`, undistorted, at another height in pixels."""
-    return fitted(video.frames_THWC[t], _width_at(height, video), height, "stretch")
-
-
-def _width_at(height: int, video: Video) -> int:
+def _width_at(height: int, video: Video | Spool) -> int:
+    """Width in pixels of an undistorted frame at another height."""
     return max(1, round(video.width * height / video.height))
 
 

@@ -7,6 +7,7 @@ noise or the velocity; nothing here assumes a number of timesteps.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,15 @@ class Sampler:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(skipped)
         self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+
+    def twin(self) -> Sampler:
+        """Another one at the same step; what either remembers of its latents from now on, the other does not."""
+        twin, scheduler = copy.copy(self), copy.copy(self.scheduler)
+        for name, value in vars(scheduler).items():
+            if isinstance(value, list):
+                setattr(scheduler, name, list(value))
+        twin.scheduler = scheduler
+        return twin
 
     def enter(self, x: Tensor) -> Tensor:
         """Latents at level `start_alpha` in the scale this sampler works in (Euler and its kin grow with sigma)."""

@@ -101,6 +101,11 @@ class Sampling(Settings):
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
     """Files to write of each edit."""
 
+    window: Annotated[int, Field(ge=2)] | None = None
+    """Frames that the model sees at once, in tuning and in editing; none: all, or as many as `memory` allows."""
+    window_overlap: NonNegativeInt | None = None
+    """Frames that neighbouring windows of a longer clip share; none: a third of the window."""
+
     @property
     def inversion_steps(self) -> int:
         """Steps of the inversion."""
@@ -129,6 +134,15 @@ class Sampling(Settings):
             raise ValueError(
                 f"{len(self.seeds)} seeds would give the same edit {len(self.seeds)} times: set fresh_noise above 0 "
                 "(say 0.3) or sampler to euler-ancestral, or give one seed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_advance(self) -> Sampling:
+        if self.window and (self.window_overlap or 0) > self.window - 2:
+            raise ValueError(
+                f"window_overlap {self.window_overlap}: windows of {self.window} frames, the clip's first among them, "
+                f"can share at most {self.window - 2}"
             )
         return self
 
@@ -243,6 +257,12 @@ class TuneSettings(Sampling):
     """Preview the edits at step 0 and every so many steps; none: no previews."""
     report_to: Literal["tensorboard", "trackio"] | None = None
     """Tracker that receives loss and learning rate."""
+
+    memory: Literal[8, 12, 16, 24] | None = None
+    """GB of the card that tuning and edits must fit into: settings that you leave alone are chosen so. None: what the
+    GPU has."""
+    offload: bool = False
+    """Text encoder and VAE wait in the computer's memory, not the GPU's, while they are not needed."""
 
     @model_validator(mode="after")
     def _sides_go_together(self) -> TuneSettings:

@@ -27,7 +27,7 @@ from tuneavideo.errors import AdapterError
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.opening import FAULTS, Pipeline, dangerous
 from tuneavideo.settings import EditSettings
-from tuneavideo.video import Video
+from tuneavideo.video import Spool, Video
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Style:
         return replace(conditions, images_BID=torch.cat([without, *[shown] * (len(conditions) - 1)]))
 
 
-def load(pipe: Pipeline, settings: EditSettings, source: Video) -> Style:
+def load(pipe: Pipeline, settings: EditSettings, source: Video | Spool) -> Style:
     """Load what `settings` ask for into a pipeline whose UNet is not inflated yet.
 
     Args:
@@ -140,7 +140,8 @@ def _embedded(contents: Any, stem: str) -> tuple[str, dict[str, Tensor]]:
     return (stem if name == "emb_params" else name), {"text_encoder": vectors}
 
 
-def _control(pipe: Any, settings: EditSettings, source: Video) -> Control:
+def _control(pipe: Any, settings: EditSettings, source: Video | Spool) -> Control:
+    assert isinstance(source, Video), "maps are of whole clips in memory"
     place = str(settings.controlnet)
     with _told("ControlNet", place):
         load = ControlNetModel.from_single_file if Path(place).is_file() else ControlNetModel.from_pretrained

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,7 +26,9 @@ from tuneavideo.noise import Levels, add_noise, target
 from tuneavideo.optimizers import optimizer
 from tuneavideo.prior import Prior
 from tuneavideo.progress import Step
+from tuneavideo.reels import Reel
 from tuneavideo.settings import TuneSettings
+from tuneavideo.windows import Windows
 
 # Pairs of noise and level at which early stopping measures.
 MEASURED = 4
@@ -41,7 +43,7 @@ class Tuning:
     Args:
         video: The inflated UNet, changed in place.
         levels: Noise levels of the base.
-        moments: `mean` and `std` of the clip's latents, `1 C T H W` each.
+        moments: `mean` and `std` of the clip's latents, `1 C T H W` each; those of a long clip stay on the disk.
         text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
         settings: See `TuneSettings`.
         accelerator: Owns devices, precision and processes.
@@ -52,7 +54,7 @@ class Tuning:
         self,
         video: VideoUNet,
         levels: Levels,
-        moments: dict[str, Tensor],
+        moments: Mapping[str, Tensor | Reel],
         text: Conditions | Tensor,
         settings: TuneSettings,
         accelerator: Accelerator,
@@ -115,14 +117,18 @@ class Tuning:
 
     @torch.no_grad()
     def measure(self) -> float:
-        """Mean squared error of the weights that would be kept, at `MEASURED` fixed pairs of noise and level."""
+        """Mean squared error of the weights that would be kept, at `MEASURED` fixed pairs of noise and level.
+
+        Of a long clip it is that of the first window.
+        """
         generator, errors = torch.Generator().manual_seed(self.settings.seed), []
+        mean = self.mean[:, :, : Windows.of(self.settings, self.mean.shape[2]).size]
         with self.averaged():
             for stratum in range(MEASURED):
-                t_B = torch.tensor([int((stratum + 0.5) * len(self.alphas) / MEASURED)]).to(self.mean.device)
-                noise = torch.randn(self.mean.shape, generator=generator).to(self.mean.device)
-                prediction = self.video(add_noise(self.mean, noise, self.alphas[t_B]), t_B, self.text)
-                wanted = target(self.mean, noise, self.alphas[t_B], self.prediction_type)
+                t_B = torch.tensor([int((stratum + 0.5) * len(self.alphas) / MEASURED)]).to(mean.device)
+                noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+                prediction = self.video(add_noise(mean, noise, self.alphas[t_B]), t_B, self.text)
+                wanted = target(mean, noise, self.alphas[t_B], self.prediction_type)
                 errors.append(losses.squared_error(prediction.float(), wanted))
         return self._over_processes(torch.stack(errors))
 
@@ -245,9 +251,11 @@ class Tuning:
         return float(torch.as_tensor(self.accelerator.gather(values)).mean())
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents from the posterior, noise of every frame, and one timestep a clip."""
+        """Latents from the posterior, noise of every frame, and one timestep a clip; of a long clip a random window."""
         settings, generator, levels = self.settings, self._generator(batch), len(self.alphas)
-        shape = (settings.train_batch_size, *self.mean.shape[1:])
+        frames = self._window(generator)
+        mean, std = self.mean[:, :, frames], self.std[:, :, frames]
+        shape = (settings.train_batch_size, *mean.shape[1:])
         sample, noise = (torch.randn(shape, generator=generator) for _ in range(2))
         t_B = torch.randint(levels, shape[:1], generator=generator)
         if settings.timestep_sampling != "uniform":
@@ -256,5 +264,15 @@ class Tuning:
         if settings.noise_shared:
             common = torch.randn((*shape[:2], 1, *shape[3:]), generator=generator)
             noise = losses.shared(noise, common, settings.noise_shared)
-        sample, noise, t_B = (x.to(self.mean.device) for x in (sample, noise, t_B))
-        return self.mean + self.std * sample, noise, t_B
+        sample, noise, t_B = (x.to(mean.device) for x in (sample, noise, t_B))
+        return mean + std * sample, noise, t_B
+
+    def _window(self, generator: torch.Generator) -> slice | list[int]:
+        """All frames, or those of a random window as they lie in the clip, with its first frame in front."""
+        frames = self.mean.shape[2]
+        windows = Windows.of(self.settings, frames)
+        if windows.holds(frames):
+            return slice(None)
+        length = windows.size - 1
+        begin = int(torch.randint(1, frames - length + 1, (), generator=generator))
+        return [0, *range(begin, begin + length)]

@@ -1,14 +1,18 @@
-"""The two forms of a clip, and how pictures are brought to a size. No PyAV here."""
+"""The three forms of a clip, and how pictures are brought to a size. No PyAV here."""
 
 import math
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import IO, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 Fit = Literal["crop", "pad", "stretch"]
+
+IN_MEMORY = 2**26  # bytes of frames; a `Shelf` lays longer clips on the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,69 @@ class Frames:
     images: Iterator[np.ndarray]
     fps: float
     sound_SC: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spool:
+    """A long clip on the disk: what `Video` holds, one frame in memory at a time.
+
+    Its frames lie one after the other in `file`, which has no name and is gone when the clip is.
+    """
+
+    file: IO[bytes]
+    shape_THWC: tuple[int, int, int, int]
+    fps: float
+    sound_SC: np.ndarray | None = None
+
+    @property
+    def frames(self) -> int:
+        return self.shape_THWC[0]
+
+    @property
+    def height(self) -> int:
+        return self.shape_THWC[1]
+
+    @property
+    def width(self) -> int:
+        return self.shape_THWC[2]
+
+    @property
+    def images(self) -> Iterator[np.ndarray]:
+        size = math.prod(self.shape_THWC[1:])
+        for number in range(self.frames):
+            self.file.seek(number * size)  # others may read it too
+            yield np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape_THWC[1:])
+
+
+class Shelf:
+    """Gathers the frames of a clip: in memory, and from 64 MiB on in a file in `folder`, if there is one."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.frames, self.count = folder, [], 0
+        self.file: IO[bytes] | None = None
+
+    def append(self, image_HWC: np.ndarray) -> None:
+        self.count, self.shape = self.count + 1, image_HWC.shape
+        self.frames.append(image_HWC)
+        if self.folder and not self.file and self.count * image_HWC.nbytes > IN_MEMORY:
+            self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - it outlives this
+        if self.file:
+            for image in self.frames:
+                self.file.write(np.ascontiguousarray(image).data)
+            self.frames.clear()
+
+    def clip(self, fps: float, sound_SC: np.ndarray | None = None) -> Video | Spool:
+        if self.file:
+            return Spool(self.file, (self.count, *self.shape), fps, sound_SC)
+        return Video(np.stack(self.frames), fps, sound_SC)
+
+
+def shelved(images: Iterable[np.ndarray], fps: float, folder: Path) -> Video | Spool:
+    """A clip of frames as they come; a long one lies in a file in `folder`."""
+    shelf = Shelf(folder)
+    for image_HWC in images:
+        shelf.append(image_HWC)
+    return shelf.clip(fps)
 
 
 def fitted(image_HWC: np.ndarray, width: int, height: int, how: Fit = "crop") -> np.ndarray:

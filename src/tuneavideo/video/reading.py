@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from PIL import Image
 
 from tuneavideo.errors import VideoError
-from tuneavideo.video.clip import Fit, Video, fitted
+from tuneavideo.video.clip import Fit, Shelf, Spool, Video, fitted
 from tuneavideo.video.sources import READABLE, Source, opened
 
 SHORT = {errno.ENOMEM, errno.EAGAIN}  # the second: no room for the stack of a decoder's thread
@@ -82,7 +82,31 @@ def read(
     Raises:
         VideoError: Nothing there, nothing readable, too few frames, or more than memory should hold.
     """
-    path, choice = Path(path), _Choice(start, stride, count, start_time, sample_fps)
+    choice = _Choice(start, stride, count, start_time, sample_fps)
+    clip = _gathered(Path(path), choice, size, fit, fps, Shelf())
+    assert isinstance(clip, Video), "a shelf without a folder is memory"
+    return clip
+
+
+def footage(
+    path: str | Path,
+    folder: Path,
+    *,
+    start: int = 0,
+    stride: int = 1,
+    count: int | None = None,
+    start_time: float | None = None,
+    sample_fps: float | None = None,
+    size: Size | None = None,
+    fit: Fit = "crop",
+    fps: float = 8.0,
+) -> Video | Spool:
+    """Like `read`; frames of more than 64 MiB lie in a file without a name in `folder`."""
+    choice = _Choice(start, stride, count, start_time, sample_fps)
+    return _gathered(Path(path), choice, size, fit, fps, Shelf(folder))
+
+
+def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: float, shelf: Shelf) -> Video | Spool:
     _check_choice(path, choice)
     if not path.exists():
         raise VideoError(f"{path} does not exist; give {READABLE}")
@@ -90,11 +114,11 @@ def read(
         raise VideoError(f"{path} cannot be read as a video: it is empty (0 bytes); give {READABLE}")
     try:
         with opened(path, choice.begin, fps) as source:
-            frames, end = _chosen(path, source, choice, size, fit)
-            _check_length(path, len(frames), end, source, choice)
+            end = _choose(path, source, choice, size, fit, shelf)
+            _check_length(path, shelf.count, end, source, choice)
             step = choice.step(source.fps)
-            sound = source.sound(source.origin + choice.begin(source.fps), len(frames) * step)
-        return Video(np.stack(frames), 1 / step, sound)
+            sound = source.sound(source.origin + choice.begin(source.fps), shelf.count * step)
+        return shelf.clip(1 / step, sound)
     except (FFmpegError, OSError, MemoryError, *BROKEN_PICTURE) as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in SHORT:
             raise VideoError(f"{path}: not enough memory to read it; take fewer frames, or smaller ones") from error
@@ -113,9 +137,9 @@ def _check_choice(path: Path, choice: _Choice) -> None:
         raise VideoError(f"{path}: give start or start_time, stride or sample_fps, not both")
 
 
-def _chosen(path: Path, source: Source, choice: _Choice, size: Size | None, fit: Fit) -> tuple[list[np.ndarray], float]:
-    """The chosen frames at their size; if they are too few, all there are, and the second when the clip ends."""
-    frames, shape, end = [], None, 0.0
+def _choose(path: Path, source: Source, choice: _Choice, size: Size | None, fit: Fit, shelf: Shelf) -> float:
+    """Put the chosen frames on the shelf, at their size; too few if the clip ends too soon, at the second returned."""
+    shape, end = None, 0.0
     moments = choice.moments(source.fps)
     due = next(moments)
     for picture, end in source.timeline:
@@ -126,14 +150,14 @@ def _chosen(path: Path, source: Source, choice: _Choice, size: Size | None, fit:
                 shape = shape or image.shape
                 _check_same_size(path, shape, image.shape)
                 image = _at_size(image, size, fit)
-            frames.append(image)
-            if len(frames) * image.nbytes > MEMORY:
-                taken = f"{_frames(len(frames))} of {image.shape[1]} x {image.shape[0]} take {MEMORY >> 30} GiB"
+            shelf.append(image)
+            if len(shelf.frames) * image.nbytes > MEMORY:
+                taken = f"{_frames(shelf.count)} of {image.shape[1]} x {image.shape[0]} take {MEMORY >> 30} GiB"
                 raise VideoError(f"{path} is more than is held in memory: {taken}; take fewer frames, or smaller ones")
             due = next(moments, math.inf)
         if due == math.inf:
             break
-    return frames, end
+    return end
 
 
 def _at_size(image: np.ndarray, size: Size | None, fit: Fit) -> np.ndarray:

@@ -22,7 +22,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image
 
 from tuneavideo.errors import VideoError
-from tuneavideo.video.clip import Frames, Video, fitted
+from tuneavideo.video.clip import Frames, Spool, Video, fitted
 from tuneavideo.video.display import pulled
 from tuneavideo.video.sound import RATE, sounds
 
@@ -39,7 +39,7 @@ class _Format(NamedTuple):
     sound: str | None
 
 
-def write(video: Video | Frames, path: str | Path) -> None:
+def write(video: Video | Spool | Frames, path: str | Path) -> None:
     """A clip as .mp4, .webm or .gif; without an extension or with a final "/", as a folder of PNGs.
 
     Appears whole or not at all. In .mp4 and .webm an odd side grows by one pixel, since they need even ones, and the
@@ -73,7 +73,7 @@ def for_page(video: Video, most: int = 512) -> bytes:
         return file.getvalue()
 
 
-def write_frames(video: Video | Frames, folder: str | Path) -> None:
+def write_frames(video: Video | Spool | Frames, folder: str | Path) -> None:
     """A clip as 00000.png, 00001.png, …; appears whole or not at all, in place of an older folder of frames.
 
     Raises:
@@ -119,7 +119,7 @@ def _replacing(path: Path) -> Generator[Path, None, None]:
         raise VideoError(f"{path} cannot be written: {reason}; free this place or choose another") from error
 
 
-def _encode(video: Video | Frames, file: Path | IO[bytes], suffix: str, kind: _Format) -> None:
+def _encode(video: Video | Spool | Frames, file: Path | IO[bytes], suffix: str, kind: _Format) -> None:
     rate = Fraction(video.fps).limit_denominator(10_000)  # 29.97002997… becomes 30000/1001
     frames = kind.frames(video.images, rate)
     first = next(frames)

@@ -1,0 +1,202 @@
+"""What is true of memory presets: their arithmetic is that of the counted model, what is set stays, numbers refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.test_job import BRIEF
+from tuneavideo import api, budget, cli, counting, models
+from tuneavideo.budget import GB, Activations, Model, chosen, told
+from tuneavideo.errors import MemoryShort
+from tuneavideo.runs import RunFolder
+from tuneavideo.settings import Inflation, TuneSettings
+
+SIZES = {
+    "sd1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2.1": {
+        "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+}  # fmt: skip
+NEEDED = {"video": "-", "prompt": "-"}
+# As counted for Stable Diffusion 1.5; `test_the_row_used_here_is_the_counted_one` keeps it true.
+SD15 = Model(834_765_124, 74_354_880, 206_714_343, *[Activations(*each) for each in (
+    (56_312, 221_408), (246_402.5, 3_847_136), (16_648, 151_042),
+)], 98_312)  # fmt: skip
+
+
+@cache
+def video(name: str) -> Any:
+    field = TuneSettings.model_fields["trainable_modules"]
+    return counting.blank_unet(SIZES[name], field.default, (), Inflation())
+
+
+def stated(**values: Any) -> TuneSettings:
+    return TuneSettings(**NEEDED, **values)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_formula_is_the_count(name: str, checkpointing: bool) -> None:
+    formula = Activations.of(lambda frames, side: counting.saved(video(name), frames, side, side, checkpointing))
+    for frames, height, width in ((4, 32, 32), (24, 96, 96), (9, 56, 72)):
+        counted = counting.saved(video(name), frames, height, width, checkpointing)
+        assert formula.bytes(frames, height * width) == pytest.approx(counted, rel=0.02)
+
+
+def test_the_formula_of_predictions_is_the_count() -> None:
+    formula = Activations.of(lambda frames, side: counting.seen(video("sd1.5"), frames, side, side))
+    for batch, frames, side in ((1, 24, 64), (2, 8, 96)):
+        counted = counting.seen(video("sd1.5"), frames, side, side, batch)
+        assert formula.bytes(frames * batch, side**2) == pytest.approx(counted, rel=0.02)
+
+
+def test_what_is_counted_as_saved_is_what_autograd_saves() -> None:
+    """On real tensors, with attention whose maps are not kept: the fused kernel's."""
+    torch.manual_seed(0)
+    config = dict(SIZES["sd1.5"], block_out_channels=(32, 64), attention_head_dim=4, sample_size=16,
+                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
+    blank = counting.blank_unet(config, ("attn1.to_q", "attn_temp"), (), Inflation())
+    counted = counting.saved(blank, 3, 16, 16, False)
+    unet: Any = UNet2DConditionModel(**config).to(torch.bfloat16)
+    real = budget.counting.inflate(unet.train())
+    unet.requires_grad_(False)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_("attn1.to_q" in name or "attn_temp" in name)
+    saved = counting._Saved(counting._weights(unet))
+    with saved.counting():
+        real(torch.randn(1, 4, 3, 16, 16), torch.tensor(5), torch.randn(1, 77, 768))
+    assert counted == pytest.approx(saved.bytes, rel=0.1)
+
+
+def test_the_row_used_here_is_the_counted_one() -> None:
+    pipe = SimpleNamespace(
+        unet=SimpleNamespace(config=SIZES["sd1.5"]),
+        vae=SimpleNamespace(config={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+                                    "down_block_types": ("DownEncoderBlock2D",) * 4,
+                                    "up_block_types": ("UpDecoderBlock2D",) * 4}),
+    )  # fmt: skip
+    counts = budget._counts(pipe, stated()).tolist()
+    row = [SD15.frozen, SD15.learned, SD15.painted]
+    assert counts[:3] == pytest.approx(row, rel=0.02)
+    for at, pair in ((3, SD15.recomputed), (7, SD15.kept), (11, SD15.seen)):
+        assert Activations(*counts[at : at + 4]).bytes(8, 4096) == pytest.approx(pair.bytes(8, 4096), rel=0.02)
+
+
+def plan(room: float, frames: int = 24, side: int = 512, **values: Any) -> TuneSettings:
+    return chosen(stated(**values), SD15, room * GB, (frames, side, side), 8)
+
+
+def test_the_more_memory_the_faster_the_settings() -> None:
+    small, middle, large = plan(8), plan(16), plan(80)
+    assert small.gradient_checkpointing and small.offload and small.window and small.window < 24
+    assert middle.gradient_checkpointing and middle.window is None
+    assert not large.gradient_checkpointing and not large.offload and large.window is None
+
+
+@given(st.sampled_from([8, 12, 16, 24]), st.integers(1, 300), st.sampled_from([256, 512, 768]), st.booleans())
+def test_what_is_chosen_fits_and_what_was_set_stays(room: int, frames: int, side: int, batched: bool) -> None:
+    own = stated(batch_guidance=batched, gradient_checkpointing=True)
+    try:
+        made = chosen(own, SD15, room * GB, (frames, side, side), 8)
+    except MemoryShort as error:
+        assert "\n" not in str(error) and f"{room} GB are given" in str(error)
+        return
+    window = min(made.window or frames, frames)
+    assert SD15.needed(made, window, side**2 // 64) <= room * GB
+    assert made.batch_guidance == batched and made.gradient_checkpointing
+    assert made.window is None or budget.SHORTEST <= made.window < frames
+
+
+def test_what_cannot_fit_is_refused_with_numbers_and_a_way_out() -> None:
+    with pytest.raises(
+        MemoryShort, match=r"24 frames of 768x768 need \S+ GB to tune, 8 GB are given; lower window to "
+    ):
+        plan(8, side=768, window=24)
+    with pytest.raises(MemoryShort, match=r"8 frames of 1024x1024 need .* lower num_frames to \d or resolution to \d+"):
+        plan(8, frames=8, side=1024)
+    with pytest.raises(MemoryShort, match="the weights alone leave no room for a frame"):
+        plan(2)
+
+
+def test_the_way_out_fits() -> None:
+    with pytest.raises(MemoryShort) as error:
+        plan(8, side=768, window=24)
+    words = str(error.value).split()
+    window, side = int(words[words.index("window") + 2]), int(words[words.index("resolution") + 2])
+    assert plan(8, side=768, window=window).window == window
+    assert plan(8, side=side, window=24).window == 24
+    with pytest.raises(MemoryShort):
+        plan(8, side=768, window=window + 1)
+
+
+def test_the_8_bit_optimizer_is_taken_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (True, False):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there or None)
+        taken = {plan(room / 2, frames=12).optimizer for room in range(12, 40)}
+        assert taken == ({"adamw", "adamw8bit"} if there else {"adamw"})
+        assert plan(8, optimizer="adamw").optimizer == "adamw"
+
+
+def test_one_line_tells_what_was_chosen_and_why() -> None:
+    own = stated(offload=True)
+    made = chosen(own, SD15, 8 * GB, (24, 512, 512), 8)
+    line = told(own, made, SD15, 8 * GB, (24, 512, 512), 8)
+    assert line.startswith("for 8 GB: ") and f"window {made.window}" in line and "needs" in line
+    assert "gradient_checkpointing on" in line and "offload" not in line and "\n" not in line
+
+
+# In a job
+
+
+@pytest.fixture
+def heard(capsys: pytest.CaptureFixture) -> Iterator[Any]:
+    yield lambda: capsys.readouterr()
+
+
+def test_a_job_with_a_preset_says_what_it_chose_and_keeps_it(
+    base: Path, clip: Path, tmp_path: Path, heard: Any
+) -> None:
+    brief = {name: value for name, value in BRIEF.items() if name != "gradient_checkpointing"}
+    flags = [word for name, value in brief.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    cli.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), *flags, "--memory", "8",
+              "--out", str(tmp_path / "run"), "--edit", "a circle"])  # fmt: skip
+    said = heard().err
+    assert "for 8 GB: " in said and "gradient_checkpointing off" in said
+    own = RunFolder.open(tmp_path / "run").read_settings()
+    assert (own.memory, own.gradient_checkpointing, own.offload) == (8, False, False)
+
+
+def test_a_flag_given_with_its_default_value_is_kept(base: Path, clip: Path, tmp_path: Path, heard: Any) -> None:
+    words = ["tune", str(clip), "--prompt", "a square", "--base", str(base), "--memory", "8", "--num-frames", "3",
+             "--max-train-steps", "1", "--gradient-checkpointing", "--out", str(tmp_path / "run")]  # fmt: skip
+    cli.main(words)
+    assert "gradient_checkpointing" not in heard().err
+    assert RunFolder.open(tmp_path / "run").read_settings().gradient_checkpointing
+
+
+def test_offloaded_parts_work_when_they_are_called_and_give_what_they_gave(base: Path) -> None:
+    pipe, kept = (models.open_image_model(str(base)) for _ in range(2))
+    models.offload(pipe)
+    latents = torch.randn(1, 4, 2, 8, 8)
+    told, before = (models.embed(each, ["a square"]).text_BLD for each in (pipe, kept))
+    assert torch.equal(told, before)
+    assert (models.decode(pipe, latents, 8.0)[0].frames_THWC == models.decode(kept, latents, 8.0)[0].frames_THWC).all()
+    assert pipe._execution_device == kept._execution_device
+
+
+def test_a_run_with_offload_is_tuned_and_edited(base: Path, clip: Path, tmp_path: Path) -> None:
+    run = api.tune(clip, "a square", edit=["a circle"], base=str(base), out=tmp_path / "run", offload=True, **BRIEF)
+    assert (run / "edits/000-a-circle/edit.mp4").is_file()
