@@ -20,7 +20,7 @@ from tuneavideo.errors import RunError, SettingsError, VideoError
 from tuneavideo.runs import RunFolder
 from tuneavideo.video import read
 
-BRIEF = {"num_frames": 3, "max_train_steps": 4, "learning_rate": 1e-2, "num_inference_steps": 3, "num_inv_steps": 3,
+BRIEF = {"num_frames": 3, "max_train_steps": 4, "learning_rate": 1e-2, "num_inference_steps": 3,
          "gradient_checkpointing": False, "guidance_scale": 3.0}  # fmt: skip
 FLAGS = [
     word for name, value in BRIEF.items() if value is not False for word in (f"--{name.replace('_', '-')}", str(value))
@@ -90,9 +90,11 @@ def test_prompts_and_seeds_share_one_inversion(run: Path, capsys: pytest.Capture
 
 
 def test_inversion_is_kept_for_edits(run: Path) -> None:
-    file = api.invert(run, strength=0.6)
-    latents = load_file(file)["latents"]
-    assert latents.shape == (1, 4, 3, 8, 8) and file.parent == run / "inversion"
+    whole = api.invert(run, strength=0.6)
+    start = api.invert(run, strength=0.6, attention_injection=0.0)
+    latents, alone = (load_file(file)["latents"] for file in (whole, start))
+    assert latents.shape == (3, 4, 3, 8, 8)  # where two steps begin, and the clip
+    assert torch.equal(alone, latents[:1]) and whole.parent == start.parent == run / "inversion"
 
 
 @pytest.mark.parametrize("stop", [1, 3])

@@ -103,7 +103,8 @@ def invert(run: str | Path, *, progress: Listener | None = None, **settings: Any
     """Find the noise a tuned clip came from, and keep it in the run folder for edits to start from.
 
     Returns:
-        The safetensors file that holds `latents`, `1 C T H W`.
+        The safetensors file that holds `latents`, `1 C T H W`; with attention injection `S C T H W`: where edits
+        start, at each level that they pass, and clean.
     """
     stated = {"run": str(run), "prompt": ("-",), **settings}
     done = _listened(inverting(edit_settings(stated)), progress)
