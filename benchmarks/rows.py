@@ -18,6 +18,7 @@ from benchmarks.reference import TUNED, Reference
 from benchmarks.resident import Peak
 from benchmarks.sized import Parts, parts
 from tuneavideo.adapter import tuned_parameters
+from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.reuse import reusing
 from tuneavideo.settings import TuneSettings
@@ -133,9 +134,9 @@ def _latents(row: Row, network: Parts, device: str, clips: int = 1) -> Tensor:
     return torch.randn(clips, channels, row.frames, side, side, device=device)
 
 
-def _inputs(row: Row, network: Parts, device: str, clips: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(row: Row, network: Parts, device: str, clips: int = 1) -> tuple[Tensor, Tensor, Conditions]:
     width = network.unet.config.cross_attention_dim
-    text = torch.randn(clips, network.words, width, device=device)
+    text = Conditions(torch.randn(clips, network.words, width, device=device), network.pooled(clips, device))
     return _latents(row, network, device, clips), torch.tensor([500], device=device).expand(clips), text
 
 
@@ -152,16 +153,11 @@ def _learning(row: Row, network: Parts) -> tuple[VideoUNet, list[Any]]:
 
 
 class Steps(Tuning):
-    """Tuning whose every step can be called by itself; XL's further conditions are zeros."""
-
-    added: dict[str, Tensor] | None = None
+    """Tuning whose every step can be called by itself."""
 
     def step(self) -> None:
-        self._move(float(self._learn(0)))
+        self._move(float(self.learn(0)))
         self.number += 1
-
-    def _predicted(self, noisy: Tensor, t_B: Tensor, text_BLD: Tensor) -> Tensor:
-        return self.video(noisy, t_B, text_BLD, self.added)
 
 
 def tune(row: Row, network: Parts, device: str) -> Bench:
@@ -169,8 +165,7 @@ def tune(row: Row, network: Parts, device: str) -> Bench:
     if device == "meta":
         video, _ = _learning(row, network)
         x, t, text = _inputs(row, network, device)
-        added = network.added(1, x)
-        return Bench(lambda: None, lambda: video(x, t, text, added).square().mean().backward())
+        return Bench(lambda: None, lambda: video(x, t, text).square().mean().backward())
     settings = TuneSettings(
         video="-", prompt="-", gradient_checkpointing=row.checkpointing,
         frozen_modules=("down_blocks",) if row.frozen else (),
@@ -179,7 +174,6 @@ def tune(row: Row, network: Parts, device: str) -> Bench:
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if row.precision == "fp32" else row.precision)
     video = _prepared(row, inflate(network.unet))
     tuning = Steps(video, levels(), {"mean": x, "std": torch.ones_like(x)}, text, settings, accelerator)
-    tuning.added = network.added(1, x)
     return Bench(tuning.step, lambda: None)
 
 
@@ -216,9 +210,8 @@ def edit(row: Row, network: Parts, device: str) -> Bench:
 def _called(row: Row, network: Parts, device: str, clips: int) -> Bench:
     video = _prepared(row, inflate(network.unet.requires_grad_(False)))
     x, t, text = _inputs(row, network, device, clips)
-    added = network.added(clips, x)
     video = reusing(video, 1_000_000 if row.reused else 1)
-    call = torch.no_grad()(lambda: video(x, t[0], text, added))
+    call = torch.no_grad()(lambda: video(x, t[0], text))
     if row.reused:
         call()
     return Bench(call, call)
@@ -235,8 +228,8 @@ def reference_edit(row: Row, network: Parts, device: str) -> Bench:
 def _reference_called(row: Row, network: Parts, device: str, clips: int) -> Bench:
     reference = Reference(network, levels())
     network.unet.eval()
-    x, t, text = (part.to(DTYPES[row.precision]) if part.is_floating_point() else part
-                  for part in _inputs(row, network, device, clips))  # fmt: skip
+    x, t, told = _inputs(row, network, device, clips)
+    x, text = (part.to(DTYPES[row.precision]) for part in (x, told.text_BLD))
     call = torch.no_grad()(lambda: reference.unet(x, t, text))
     return Bench(call, call)
 

@@ -71,11 +71,9 @@ class Parts:
     def stride(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def added(self, clips: int, like: Tensor) -> dict[str, Tensor] | None:
+    def pooled(self, clips: int, device: str) -> Tensor | None:
         """What Stable Diffusion XL is told beside the text."""
-        if self.unet.config.addition_embed_type is None:
-            return None
-        return {"text_embeds": like.new_zeros(clips, 1280), "time_ids": like.new_ones(clips, 6)}
+        return None if self.unet.config.addition_embed_type is None else torch.zeros(clips, 1280, device=device)
 
 
 def parts(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Parts:

@@ -287,7 +287,7 @@ def with_small_files(words: list[str], limit: int) -> None:
     cli.main(words)
 
 
-@pytest.mark.parametrize(("limit", "full_at"), [(1_500, "latents"), (20_000, "checkpoints")])
+@pytest.mark.parametrize(("limit", "full_at"), [(2_500, "latents"), (20_000, "checkpoints")])
 def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
     limit: int, full_at: str, settings: TuneSettings, unbroken: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,7 +167,7 @@ def test_the_prior_keeps_the_image_model() -> None:
         work = tuning(max_train_steps=10, train_batch_size=2, prior_weight=weight)
         list(work)
         frame, t = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.full((8,), 500)
-        text = empty.expand(8, -1, -1)
+        text = empty.expand(8).text_BLD
         with torch.no_grad():
             tuned = work.video(frame[:, :, None], t, text)[:, :, 0]
             return float((tuned - image_unet()(frame, t, text).sample).square().mean())

@@ -200,5 +200,5 @@ def test_the_miniature_benchmark_is_printed_as_a_table(
 
 
 def test_a_variant_that_is_not_known_is_refused(refused: Said) -> None:
-    line = "unknown variant 'offical'; known are untuned, default, official"
+    line = "unknown variant 'offical'; known are untuned, default, official, fast"
     assert refused(["benchmark", "miniature", "offical"]) == line
