@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.sized import Parts
 from tuneavideo.adapter import tuned_parameters
 from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, TextAttention, VideoBlock
+from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import inflate
 from tuneavideo.noise import Levels, add_noise, ddim_move, split, target
 
@@ -130,7 +131,8 @@ class Reference:
         frames = self.clip.frames = x_BCTHW.shape[2]
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w")
         text_NLD = text_BLD.repeat_interleave(frames, dim=0)
-        added = self.parts.added(len(x_NCHW), x_NCHW)
+        told = Conditions(text_NLD, self.parts.pooled(len(x_NCHW), str(x_NCHW.device)), stride=self.parts.stride)
+        added = told.added(*x_NCHW.shape[-2:])
         t_N = t_B.repeat_interleave(frames)
         y_NCHW = self.parts.unet(x_NCHW, t_N, text_NLD, added_cond_kwargs=added, return_dict=False)[0]
         return rearrange(y_NCHW, "(b t) c h w -> b c t h w", t=frames)
