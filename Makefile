@@ -9,6 +9,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make check      format, lint, types, layers and tests: what every commit passes"
 	@echo "make format     format the code"
+	@echo "make bench      time, memory and operations, held against the last figures and the published work"
 	@echo "make miniature  draw the world and train the bundled model anew (hours)"
 
 $(READY): pyproject.toml constraints.txt
@@ -41,7 +42,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+bench: $(READY)
+	$(BIN)/python -W ignore -m benchmarks
+
 miniature: $(READY)
 	$(BIN)/python -m tools.miniature
 
-.PHONY: help setup demo test check lint types layers format miniature
+.PHONY: help setup demo test check lint types layers format bench miniature

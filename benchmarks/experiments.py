@@ -1,39 +1,57 @@
-"""What was tried on the miniature benchmark: variants by name, and the ledger of their rows.
+"""What was tried on the miniature benchmark: variants by name, the ledger of their rows, and the page drawn from it.
 
-    python -m benchmarks.experiments untuned default official --seeds 3
+    python -m benchmarks.experiments untuned default official --part report --seeds 3
+    python -m benchmarks.experiments --page
 
 The ledger, benchmarks/results/miniature.jsonl, has a line for every clip, variant and seed; what it has is not run
-again, so this can be stopped at any time.
+again, so this can be stopped at any time. The page is docs/experiments.md.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tuneavideo.evaluation.compare import estimate
-from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of
+import numpy as np
+
+from benchmarks.ideas import ANCHOR, COMBINATIONS, IDEAS, OFFICIAL, REPORTED, SWEEP
+from tuneavideo.evaluation.compare import Estimate, difference, estimate
+from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of, read
 
 LEDGER = Path(__file__).parent / "results" / "miniature.jsonl"
+PAGE = Path(__file__).parent.parent / "docs" / "experiments.md"
+TEMPLATE = Path(__file__).with_name("experiments.md")
 VARIANTS = {
     variant.name: variant
     for variant in (
         CONTROL,
         Variant("default"),
-        Variant("official", {"preset": "official"}),
+        Variant("official", OFFICIAL),
+        Variant("official, not tuned", OFFICIAL, tuned=False),
+        Variant("anchor", ANCHOR),
+        *(Variant(name, settings) for name, settings in SWEEP.items()),
+        *(Variant(name, ANCHOR | idea.change) for name, idea in IDEAS.items()),
+        *(Variant(name, settings) for name, settings in COMBINATIONS.items()),
     )
 }
 SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
+KINDS = ("subject", "background", "style", "two")
+Rows = Sequence[Mapping[str, Any]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", choices=VARIANTS)
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="; ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--part", default="development", choices=("development", "report"))
     parser.add_argument("--clips", type=int)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--page", action="store_true", help="draw docs/experiments.md from the ledger")
     chosen = parser.parse_args()
+    if unknown := set(chosen.variants) - VARIANTS.keys():
+        parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are {'; '.join(VARIANTS)}")
     rows = []
     for row in benchmark(
         [VARIANTS[name] for name in chosen.variants], LEDGER, seeds=range(chosen.seeds), part=chosen.part,
@@ -42,12 +60,102 @@ def main() -> None:
         rows.append(row)
         print(row["variant"], row["clip"], row["seed"], [edit["clean"] for edit in row["edits"]], flush=True)
     for name in chosen.variants:
-        edits = edits_of([row for row in rows if row["variant"] == name])
-        print(f"\n{name} ({len(edits)} edits)")
-        for kind in ("all", "subject", "background", "style", "two"):
-            of_kind = [edit for edit in edits if kind in ("all", edit["kind"])]
-            said = [(score, estimate(of_kind, score)) for score in SCORES if any(e[score] is not None for e in of_kind)]
-            print(f"  {kind:10} " + "  ".join(f"{score} {e.mean:.3f} [{e.low:.2f} {e.high:.2f}]" for score, e in said))
+        _print(name, edits_of(_of(rows, name)))
+    if chosen.page:
+        PAGE.write_text(page(read(LEDGER)), encoding="utf-8")
+
+
+def page(rows: Rows) -> str:
+    """The experiments as Markdown, every number from the ledger."""
+    development, report = ([row for row in rows if row["set"] == part] for part in ("development", "report"))
+    ideas = {name: f"{idea.expected} | {idea.decision}" for name, idea in IDEAS.items()}
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        sweep=_table(development, list(SWEEP)),
+        ideas=_compared(development, ideas, "anchor"),
+        combinations=_table(development, list(COMBINATIONS)),
+        reported=_table(report, REPORTED),
+        by_kind=_by_kind(report, REPORTED),
+        differences="\n".join(_difference(report, name) for name in REPORTED if name != "official"),
+    )
+
+
+def _table(rows: Rows, names: Sequence[str]) -> str:
+    lines = ["| variant | clean | asked for | preserved | off track, px | within 4 px | TFLOP a clip | clip-runs |"]
+    lines.append("| --- " * 8 + "|")
+    for name in names:
+        own = _of(rows, name)
+        if own:
+            edits = edits_of(own)
+            near = np.mean([edit["track"] <= 4 for edit in edits])
+            clean, shown, kept = (_share(estimate(edits, score)) for score in ("clean", "success", "preserved"))
+            off = estimate(edits, "track").mean
+            lines.append(
+                f"| {name} | {clean} | {shown} | {kept} | {off:.1f} | {near:.0%} | {_work(own):.2f} | {len(own)} |"
+            )
+    return "\n".join(lines)
+
+
+def _compared(rows: Rows, about: Mapping[str, str], anchor: str) -> str:
+    """Each variant beside the anchor, on the clips and seeds that both have."""
+    lines = ["| idea | clean, less the anchor's | off track, px, less the anchor's | work | expected | decision |"]
+    lines.append("| --- " * 6 + "|")
+    base = _of(rows, anchor)
+    for name, words in about.items():
+        own = _of(rows, name)
+        if own:
+            had = {(row["clip"], row["seed"]) for row in own}
+            theirs = [row for row in base if (row["clip"], row["seed"]) in had]
+            clean, track = (difference(edits_of(own), edits_of(theirs), score) for score in ("clean", "track"))
+            work = _work(own) / _work(theirs)
+            lines.append(
+                f"| {name} | {100 * clean.mean:+.0f} % ({100 * clean.low:+.0f} to {100 * clean.high:+.0f}) | "
+                f"{track.mean:+.1f} ({track.low:+.1f} to {track.high:+.1f}) | x {work:.2f} | {words} |"
+            )
+    return "\n".join(lines)
+
+
+def _by_kind(rows: Rows, names: Sequence[str]) -> str:
+    lines = ["| clean edits | " + " | ".join(KINDS) + " |", "| --- " * 5 + "|"]
+    for name in names:
+        edits = edits_of(_of(rows, name))
+        shares = [_share(estimate([edit for edit in edits if edit["kind"] == kind], "clean")) for kind in KINDS]
+        lines.append(f"| {name} | " + " | ".join(shares) + " |" if edits else "")
+    return "\n".join(line for line in lines if line)
+
+
+def _difference(rows: Rows, name: str) -> str:
+    ours, theirs = edits_of(_of(rows, name)), edits_of(_of(rows, "official"))
+    if not (ours and theirs):
+        return ""
+    told, work = difference(ours, theirs, "clean"), _work(_of(rows, name)) / _work(_of(rows, "official"))
+    return (
+        f"- `{name}` less `official`: {100 * told.mean:+.1f} % clean edits ({100 * told.low:+.1f} to "
+        f"{100 * told.high:+.1f}), {work:.2f} of its work."
+    )
+
+
+def _of(rows: Rows, name: str) -> list[Mapping[str, Any]]:
+    """The rows of a variant as it is defined now."""
+    settings = dict(VARIANTS[name].settings)
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    return [row for row in rows if row["variant"] == name and row["settings"] in (settings, plain)]
+
+
+def _work(rows: Rows) -> float:
+    """Operations of the UNet for a clip, in 10^12: tuning, inversion and four edits."""
+    return float(np.mean([sum(stage["tflop"] for stage in row["stages"].values()) for row in rows]))
+
+
+def _share(told: Estimate) -> str:
+    return f"{told.mean:.0%} ({told.low:.0%} to {told.high:.0%})"
+
+
+def _print(name: str, edits: Rows) -> None:
+    print(f"\n{name} ({len(edits)} edits)")
+    for kind in ("all", *KINDS):
+        of_kind = [edit for edit in edits if kind in ("all", edit["kind"])]
+        said = [(score, estimate(of_kind, score)) for score in SCORES if any(e[score] is not None for e in of_kind)]
+        print(f"  {kind:10} " + "  ".join(f"{score} {e.mean:.3f} [{e.low:.2f} {e.high:.2f}]" for score, e in said))
 
 
 if __name__ == "__main__":

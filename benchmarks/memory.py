@@ -1,4 +1,4 @@
-"""What tuning Stable Diffusion 1.5 has to hold in memory, counted without a GPU; writes benchmarks/results/memory.json.
+"""What tuning Stable Diffusion has to hold in memory, counted without a GPU; writes benchmarks/results/memory.json.
 
     python -m benchmarks.memory
 
@@ -11,33 +11,67 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
 from tuneavideo import counting
 from tuneavideo.adapter import tuned_parameters
+from tuneavideo.bases import BASES, Base
+from tuneavideo.opening import CONFIGS, FAMILIES
 from tuneavideo.settings import Inflation, TuneSettings
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
-SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 FRAMES = (4, 8, 12, 16, 24)
-VAE_AND_TEXT = 2 * (83_653_863 + 123_060_480)  # parameters of the published models, in bytes of bf16
+
+
+def weights(folder: Path) -> int:
+    """Parameters of a family's autoencoder and text encoders."""
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    encoders = [kind(kind.config_class.from_pretrained(folder / name))
+                for name, kind in kinds.items() if (folder / name).is_dir()]  # fmt: skip
+    autoencoder = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+    return sum(parameter.numel() for model in (autoencoder, *encoders) for parameter in model.parameters())
+
+
+class Family:
+    """Models of one shape, on the meta device, inflated and ready to be tuned."""
+
+    def __init__(self, name: str) -> None:
+        with torch.device("meta"):
+            rest = 2 * weights(CONFIGS / name)
+        trainable = TuneSettings.model_fields["trainable_modules"].default
+        config = UNet2DConditionModel.load_config(CONFIGS / name / "unet")
+        self.video = counting.blank_unet(config, trainable, (), Inflation())
+        unet = self.video.unet
+        chosen = tuned_parameters(unet, trainable)
+        self.learned = sum(parameter.numel() for parameter in chosen.values())
+        frozen = sum(parameter.numel() for parameter in unet.parameters()) - self.learned
+        self.fixed = 2 * frozen + 4 * 4 * self.learned + rest  # weight, gradient and two moments in float32
+
+    def gb(self, frames: int, side: int, checkpointing: bool) -> float:
+        return round((self.fixed + counting.saved(self.video, frames, side, side, checkpointing)) / 1e9, 1)
 
 
 def main() -> None:
-    trainable = TuneSettings.model_fields["trainable_modules"].default
-    video = counting.blank_unet(SD15, trainable, (), Inflation())
-    learned = sum(parameter.numel() for parameter in tuned_parameters(video.unet, trainable).values())
-    frozen = sum(parameter.numel() for parameter in video.unet.parameters()) - learned
-    fixed = 2 * frozen + 4 * 4 * learned + VAE_AND_TEXT  # weight, gradient and two moments in float32
+    families = {name: Family(name) for name in FAMILIES.values()}
+    sd1 = families["sd1"]
     rows = {
-        frames: {
-            "checkpointing_gb": round((fixed + counting.saved(video, frames, 64, 64, True)) / 1e9, 1),
-            "plain_gb": round((fixed + counting.saved(video, frames, 64, 64, False)) / 1e9, 1),
-        }
+        frames: {"checkpointing_gb": sd1.gb(frames, 64, True), "plain_gb": sd1.gb(frames, 64, False)}
         for frames in FRAMES
     }
-    result = {"what": "lower bound, SD1.5 512x512 bf16, batch 1", "learned": learned, "fixed_gb": round(fixed / 1e9, 1)}
+    bases = {name: families[base.family].gb(frames_of(base), base.settings["resolution"] // 8, True)
+             for name, base in BASES.items() if base.family}  # fmt: skip
+    fixed = round(sd1.fixed / 1e9, 1)
+    result = {"what": "lower bound, SD1.5 512x512 bf16, batch 1", "learned": sd1.learned, "fixed_gb": fixed}
+    result |= {"frames": rows, "bases_gb": bases}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result | {"frames": rows}, indent=1) + "\n")
-    print(json.dumps(result | {"frames": rows}, indent=1))
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def frames_of(base: Base) -> int:
+    return base.settings.get("num_frames", TuneSettings.model_fields["num_frames"].default)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import settings
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from tuneavideo import cli
 from tuneavideo.video import Video, write
+
+Said = Callable[[list[str]], str]
 
 torch.set_num_threads(1)
 settings.register_profile("busy", deadline=None)  # other work on the same cores is no failure
@@ -32,12 +36,6 @@ TINY = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: a copy of a process whose other threads hold locks waits for ever."""
-    forking = ("test_kill.py", "test_fuzz.py")
-    items.sort(key=lambda item: forking.index(item.path.name) if item.path.name in forking else len(forking))
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEAVIDEO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -48,11 +46,16 @@ def image_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(TINY | changes)).eval()
 
 
+def words(length: int = 12) -> CLIPTokenizer:
+    """A tokenizer that knows a dozen words, and letters."""
+    known = ["a", "red", "blue", "square", "circle", "moves", "jumps", "on", "the", "snow", "grass", "not"]
+    vocab = [*"abcdefghijklmnopqrstuvwxyz", *(f"{word}</w>" for word in known), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(vocab)}, merges=[], model_max_length=length)
+
+
 def base_folder(folder: Path, prediction_type: str = "epsilon") -> Path:
     """A whole Stable Diffusion of random weights and 16 pixels, which knows a dozen words."""
-    words = ["a", "red", "blue", "square", "circle", "moves", "jumps", "on", "the", "snow", "grass", "not"]
-    vocab = [*"abcdefghijklmnopqrstuvwxyz", *(f"{word}</w>" for word in words), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(vocab)}, merges=[], model_max_length=12)
+    tokenizer = words()
     torch.manual_seed(1)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -74,6 +77,28 @@ def base_folder(folder: Path, prediction_type: str = "epsilon") -> Path:
     return folder
 
 
+def clip_folder(folder: Path, scale: float = 3.0) -> Path:
+    """A CLIP of random weights and 32 pixels, with its tokenizer and image processor."""
+    torch.manual_seed(2)
+    tokenizer, small = words(), {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}
+    pictures = {"image_size": 32, "patch_size": 8, "num_attention_heads": 2}
+    model = CLIPModel(CLIPConfig(
+        text_config={**small, **text, "num_attention_heads": 2}, vision_config=small | pictures, projection_dim=16,
+        logit_scale_init_value=scale,
+    ))  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clip_folder(tmp_path_factory.mktemp("clip"))
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base_folder(tmp_path_factory.mktemp("base"))
@@ -91,3 +116,19 @@ def moving_square(path: Path) -> Path:
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     return moving_square(tmp_path / "square.mp4")
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Said:
+    """The one line that a command is refused with."""
+
+    def said(words: list[str], code: int = 2) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(words)
+        *_, line = [line for line in capsys.readouterr().err.splitlines() if "[transformers]" not in line]
+        assert stopped.value.code == code
+        assert line.startswith("tuneavideo: "), line
+        return line.removeprefix("tuneavideo: ")
+
+    return said

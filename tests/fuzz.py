@@ -1,32 +1,25 @@
-"""python -m tests.fuzz KIND COPIES: reads damaged copies of a small clip, each in a process of its own.
+"""Damaged copies of small clips, each read in a process of its own.
 
-Prints how many were read, refused with a `VideoError`, and why the others failed, as JSON. A process may take a
-gigabyte of address space above what its imports took, and ten seconds of computing.
+A process may take a gigabyte of address space above what its imports took, and ten seconds of computing.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 import signal
-import sys
-import tempfile
-import time
-import traceback
 import warnings
-from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from tests import forks
 from tests.clips import animate, barcodes, film
 from tuneavideo.errors import VideoError
 from tuneavideo.video import read
 
 GIGABYTE = 2**30
 SECONDS = 10
-READ, REFUSED = 0, 1
 FILMS = {
     "mp4": ("libx264", "aac"),
     "mov": ("mjpeg", "pcm_s16le"),
@@ -84,71 +77,40 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(copy)
 
 
-def attempt(path: Path) -> int:
-    """Read as a tuning and as an edit do; a status, or an exception that is not ours."""
-    read_any = False
+def attempt(path: Path) -> None:
+    """Read as a tuning and as an edit do, under limits; the last word printed is "read" or "refused"."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + GIGABYTE, size + GIGABYTE))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warnings.simplefilter("ignore")
+    end = "refused"
     for options in CHOICES:
         try:
             read(path, **options)
-            read_any = True
+            end = "read"
         except VideoError as error:
             assert "\n" not in str(error), "one line"
-    return READ if read_any else REFUSED
+    print(f"\n{end}")
 
 
-def in_a_process(path: Path) -> str:
-    """How reading ended: "read", "refused", or what went wrong."""
-    out, report = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(out)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + GIGABYTE, size + GIGABYTE))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        status = 2
-        try:
-            status = attempt(path)
-        except BaseException:
-            os.write(report, traceback.format_exc()[-2000:].encode())
-        os._exit(status)
-    os.close(report)
-    status, deadline = None, time.monotonic() + 6 * SECONDS
-    while status is None:
-        done, ended = os.waitpid(child, os.WNOHANG)
-        if done:
-            status = ended
-        elif time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            status = -1
-        else:
-            time.sleep(0.002)
-    with os.fdopen(out) as told:
-        trace = told.read()
-    if status == -1:
+def tried(path: Path, log: Path) -> str:
+    """How reading ended in a copy of a process: "read", "refused", or what went wrong."""
+    code, said = forks.run(partial(attempt, path), log, 6 * SECONDS)
+    if code is None:
         return "hang"
-    if os.WIFSIGNALED(status):
-        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
-    return {READ: "read", REFUSED: "refused"}.get(os.WEXITSTATUS(status), trace or "no trace")
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return said.split()[-1] if code == 0 else said[-2000:]
 
 
-def main(kind: str, copies: int, keep: Path | None = None) -> dict[str, int]:
-    warnings.simplefilter("ignore")
-    ends: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        path = clip(kind, Path(folder))
-        data = path.read_bytes()
-        assert in_a_process(path) == "read", "the whole clip is read under the same limits"
-        for seed in range(copies):
-            path.write_bytes(damaged(data, np.random.default_rng(seed)))
-            end = in_a_process(path)
-            ends[end] += 1
-            if keep and end not in ("read", "refused"):
-                (keep / f"{seed}-{path.name}").write_bytes(path.read_bytes())
-    return dict(ends)
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), *map(Path, sys.argv[3:]))))
+def ends(kind: str, copies: int, folder: Path) -> dict[str, list[int]]:
+    """How reading damaged copies of a clip ended, with the seeds of the copies that ended so."""
+    found: dict[str, list[int]] = {"read": [], "refused": []}
+    path = clip(kind, folder)
+    data = path.read_bytes()
+    assert tried(path, folder / "log") == "read", "the whole clip is read under the same limits"
+    for seed in range(copies):
+        path.write_bytes(damaged(data, np.random.default_rng(seed)))
+        found.setdefault(tried(path, folder / "log"), []).append(seed)
+    return found

@@ -149,6 +149,7 @@ def test_what_is_no_video_is_refused(content: bytes, suffix: str, tmp_path: Path
     told = refused(path)
     assert told.startswith("CLIP cannot be read as a video: ") or told.startswith("CLIP holds no pictures")
     assert told.endswith("; give mp4, mov, webm, mkv, avi, gif, webp or a folder of pictures")
+    assert content or "it is empty (0 bytes)" in told
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm", "avi", "gif", "webp"])

@@ -8,11 +8,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from torch.nn.functional import group_norm
 
 from tests.conftest import image_unet
 from tuneavideo.adapter import tuned_parameters
-from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, referred
+from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, only_first, referred
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError
 from tuneavideo.inflate import added_parameters, deflate, inflate, video_unet
 from tuneavideo.settings import Inflation, TuneSettings
@@ -32,10 +34,9 @@ SHAPES = {
 }
 
 
-def added_conditions(unet: UNet2DConditionModel, clips: int) -> dict[str, torch.Tensor] | None:
-    if unet.config.addition_embed_type is None:
-        return None
-    return {"text_embeds": torch.randn(clips, 24), "time_ids": torch.arange(6.0).repeat(clips, 1)}
+def conditions(unet: UNet2DConditionModel, clips: int) -> Conditions:
+    pooled = None if unet.config.addition_embed_type is None else torch.randn(clips, 24)
+    return Conditions(torch.randn(clips, 5, 24), pooled)
 
 
 def randomised(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -48,10 +49,11 @@ def randomised(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def test_every_frame_refers_to_the_first_frame_and_the_one_before() -> None:
     frame_BTLC = torch.arange(5.0).reshape(1, 5, 1, 1).expand(2, 5, 3, 4)
-    seen = referred(frame_BTLC.flatten(0, 1), 5, ("first", "previous"))
-    assert seen.shape == (10, 6, 4)
-    assert seen[5:, 0, 0].tolist() == [0] * 5
-    assert seen[5:, 3, 0].tolist() == [0, 0, 1, 2, 3]
+    assert only_first(5, ("first", "previous")) == 2
+    seen = referred(frame_BTLC, 2, 5, ("first", "previous"))
+    assert seen.shape == (2, 3, 6, 4)
+    assert seen[1, :, 0, 0].tolist() == [0] * 3
+    assert seen[1, :, 3, 0].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -59,10 +61,9 @@ def test_every_frame_refers_to_the_first_frame_and_the_one_before() -> None:
 @torch.no_grad()
 def test_a_still_clip_is_denoised_like_the_still_image(shape: str, frames: int, height: int, width: int) -> None:
     unet = image_unet(**SHAPES[shape])
-    images, text, t = torch.randn(2, 4, height, width), torch.randn(2, 5, 24), torch.tensor([3, 700])
-    added = added_conditions(unet, 2)
-    still = unet(images, t, text, added_cond_kwargs=added).sample
-    clip = inflate(unet)(images[:, :, None].expand(-1, -1, frames, -1, -1), t, text, added)
+    images, told, t = torch.randn(2, 4, height, width), conditions(unet, 2), torch.tensor([3, 700])
+    still = unet(images, t, told.text_BLD, added_cond_kwargs=told.added(height, width)).sample
+    clip = inflate(unet)(images[:, :, None].expand(-1, -1, frames, -1, -1), t, told)
     for frame in clip.unbind(2):
         assert (frame - still).abs().max() <= 1e-5
 
@@ -83,8 +84,8 @@ def test_every_image_weight_keeps_its_name_and_value(shape: str) -> None:
 @torch.no_grad()
 def test_deflating_gives_back_the_image_unet(shape: str) -> None:
     unet = image_unet(**SHAPES[shape])
-    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor(9), torch.randn(1, 5, 24)
-    added = added_conditions(unet, 1)
+    x, t, told = torch.randn(1, 4, 8, 8), torch.tensor(9), conditions(unet, 1)
+    text, added = told.text_BLD, told.added(8, 8)
     before, names = unet(x, t, text, added_cond_kwargs=added).sample, list(unet.state_dict())
     repeated = list(unet._repeated_blocks)
     inflate(unet)
@@ -182,3 +183,28 @@ def test_what_cannot_be_inflated_is_refused() -> None:
                             up_block_types=("UpBlock2D",)))  # fmt: skip
     with pytest.raises(ModelError, match="images only"):
         video_unet(image_unet())
+
+
+@torch.no_grad()
+def test_the_text_of_a_clip_is_the_text_of_each_of_its_frames() -> None:
+    video = inflate(image_unet())
+    randomised(video.unet)
+    x, t, text = torch.randn(2, 4, 3, 8, 8), torch.tensor(4), torch.randn(2, 5, 24)
+    once = video(x, t, text)
+    each = video.unet(x.transpose(1, 2).flatten(0, 1), t, text.repeat_interleave(3, dim=0)).sample
+    assert torch.allclose(once, each.unflatten(0, (2, 3)).transpose(1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("references", [("first", "previous"), ("previous",), ("first",), ("own", "first"), ("own",)])
+@pytest.mark.parametrize("frames", [1, 2, 5])
+@torch.no_grad()
+def test_each_frame_attends_to_the_tokens_it_refers_to(references: tuple[str, ...], frames: int) -> None:
+    layer = Attention(16, heads=2, dim_head=8)
+    x_TLC = torch.randn(frames, 6, 16)
+    expected = []
+    for t in range(frames):
+        numbers = {"first": 0, "previous": max(t - 1, 0), "own": t}
+        seen = torch.cat([x_TLC[numbers[name]] for name in references])
+        expected.append(layer(x_TLC[t : t + 1], seen[None]))
+    layer.__class__, layer.clip = SparseCausalAttention, Clip(frames, references)
+    assert torch.allclose(layer(x_TLC), torch.cat(expected), atol=1e-6)

@@ -281,3 +281,14 @@ def test_edits_that_play_as_fast_as_the_source_keep_its_sound(base: Path, tmp_pa
     (slower,) = api.edit(run, ["a red circle"], fps=6.0, num_inference_steps=1, num_inv_steps=1)
     assert read(slower / "edit.mp4").sound_SC is None
     assert read(slower / "side-by-side.mp4").sound_SC is None
+
+
+def test_edits_made_together_are_those_made_one_by_one(run: Path) -> None:
+    wishes = {"seeds": (0, 1), "fresh_noise": 0.3, "num_inference_steps": 2}
+    one_by_one = api.edit(run, ["a blue square", "a red circle"], **wishes)
+    together = api.edit(run, ["a blue square", "a red circle"], **wishes, batch_prompts=3)
+    for ours, theirs in zip(together, one_by_one, strict=True):
+        seeds = [json.loads((folder / "edit.json").read_text())["seed"] for folder in (ours, theirs)]
+        assert seeds[0] == seeds[1]
+        difference = read(ours / "edit.mp4").frames_THWC.astype(int) - read(theirs / "edit.mp4").frames_THWC
+        assert abs(difference).mean() < 1

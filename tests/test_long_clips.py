@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,29 @@ def test_a_damaged_file_of_latents_is_not_believed(damage: bytes, reel: Reel, tm
 
 def test_a_reel_is_inverted_as_the_tensor_it_holds(video: VideoUNet, reel: Reel, tmp_path: Path) -> None:
     unet, text, grid = WindowedUNet(video, Windows(6, 2)), torch.randn(1, 5, 24), LEVELS.inversion_grid(3, "trailing")
-    expected = [step.latents for step in inversion.invert(unet, LEVELS, reel[EVERY], text, grid)]  # pyright: ignore
-    before = reel[EVERY]
-    steps = streaming.invert(unet, LEVELS, reel, text, grid, folder=tmp_path)
-    for number, step in enumerate(steps):
-        assert torch.allclose(step.latents[EVERY], expected[number], atol=1e-5)
-    assert torch.equal(reel[EVERY], before)
+    clean = reel[EVERY]
+    way = [clean, *(step.latents for step in inversion.invert(unet, LEVELS, clean, text, grid))]  # pyright: ignore
+    for whole, wished in ((True, way[::-1]), (False, way[-1:])):
+        *_, last = streaming.invert(unet, LEVELS, reel, text, grid, whole=whole, folder=tmp_path)
+        for found, expected in zip(last.latents.split(1), wished, strict=True):
+            assert torch.allclose(found[EVERY], expected, atol=1e-5)
+    assert torch.equal(reel[EVERY], clean)
+
+
+def test_an_edit_on_the_disk_follows_its_clip_as_in_memory(video: VideoUNet, reel: Reel, tmp_path: Path) -> None:
+    unet, (text, negative, caption) = WindowedUNet(video, Windows(6, 2)), torch.randn(3, 1, 5, 24)
+    *_, last = streaming.invert(
+        unet, LEVELS, reel, caption, LEVELS.inversion_grid(3, "trailing"), whole=True, folder=tmp_path
+    )
+    ways, outcomes = [last.latents.split(1), [each[EVERY] for each in last.latents.split(1)]], []
+    for way, generate in zip(ways, (partial(streaming.generate, folder=tmp_path), editing.generate), strict=True):
+        sampler, source = LEVELS.sampler("ddim", 3, spacing="trailing"), editing.Source(way, caption, 0.6)
+        steps: Any = generate(unet, sampler, way[0], text, negative, 3.0, source=source, guidance_interval=(0.0, 0.6))  # pyright: ignore
+        outcomes.append([*steps][-1].latents[EVERY])
+    assert torch.allclose(*outcomes, atol=1e-4)
+    sampler = LEVELS.sampler("ddim", 3, spacing="trailing")
+    *_, alone = editing.generate(unet, sampler, ways[1][0], text, negative, 3.0)  # pyright: ignore
+    assert not torch.allclose(alone.latents, outcomes[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - STOCHASTIC_SAMPLERS))

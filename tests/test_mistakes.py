@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import base_folder, image_unet
+from tests.conftest import Said, base_folder, image_unet
 from tests.test_job import BRIEF
 from tuneavideo import api, cli
 from tuneavideo.settings import TuneSettings
-
-Said = Callable[[list[str]], str]
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture) -> Said:
-    """The one line that a command is refused with."""
-
-    def said(words: list[str], code: int = 2) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(words)
-        *_, line = [line for line in capsys.readouterr().err.splitlines() if "[transformers]" not in line]
-        assert stopped.value.code == code
-        assert line.startswith("tuneavideo: "), line
-        return line.removeprefix("tuneavideo: ")
-
-    return said
 
 
 @pytest.fixture
@@ -49,13 +30,51 @@ def test_a_misspelt_setting_in_yaml(refused: Said, tune: list[str], tmp_path: Pa
 
 
 def test_a_missing_yaml_file(refused: Said, tune: list[str]) -> None:
-    assert refused([*tune, "--config", "no.yaml"]).startswith("no.yaml: cannot be read as YAML: [Errno 2] No such file")
+    assert refused([*tune, "--config", "no.yaml"]) == "no.yaml: cannot be read: No such file or directory"
 
 
 def test_a_missing_base_says_where_it_was_looked_for_and_what_to_download(refused: Said, clip: Path) -> None:
     line = refused(["tune", str(clip), "--prompt", "a square", "--base", "sd1.5"])
     assert line.startswith("base 'sd1.5' is not there: no such folder, and not in the hub's cache (")
     assert "/hub). Download it with 'hf download stable-diffusion-v1-5/stable-diffusion-v1-5', or give" in line
+    assert line.endswith("; 'tuneavideo models' lists known bases")
+
+
+@pytest.mark.parametrize(
+    ("base", "advice"), [("sd15", "did you mean 'sd1.5'?"), ("xyz", "'tuneavideo models' lists the names")]
+)
+def test_a_misspelt_base(base: str, advice: str, refused: Said, clip: Path) -> None:
+    line = f"base '{base}' is no name that is known, no hub id and no file or folder; {advice}"
+    assert refused(["tune", str(clip), "--prompt", "a square", "--base", base]) == line
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tune", "a.mp4", "--prompt", "x", "--num-frame", "3"],
+         "unknown option '--num-frame'; did you mean '--num-frames'?"),
+        (["tune", "a.mp4", "--prompt", "x", "--jsn"], "unknown option '--jsn'; did you mean '--json'?"),
+        (["tune", "a.mp4", "--prompt", "x", "--zzz"], "unknown option '--zzz'; 'tuneavideo tune --help' lists them"),
+        (["models", "--jsn"], "unknown option '--jsn'; did you mean '--json'?"),
+        (["tune", "a.mp4", "--prompt", "a", "man"],
+         "'man' is one word too many; put words that belong together in quotes"),
+        (["tune"], "Missing from tuneavideo tune: STR Clip to learn from: a video file, a GIF, or a folder of images. "
+                   "(required) --prompt STR What the clip shows, in words. (required); "
+                   "'tuneavideo tune --help' tells more"),
+        (["tune", "a.mp4", "--prompt"],
+         "Missing value for argument '--prompt'. Expected 1 values; 'tuneavideo tune --help' tells more"),
+        (["tune", "a.mp4", "--prompt", "x", "--num-frames", "many"],
+         "Error parsing --num-frames: invalid literal for int() with base 10: 'many'; "
+         "'tuneavideo tune --help' tells more"),
+        (["tune", "a.mp4", "--prompt", "x", "--fit", "crp"],
+         "invalid choice 'crp' for argument '--fit'. Expected one of ('crop', 'pad', 'stretch'); "
+         "'tuneavideo tune --help' tells more"),
+        (["doctor", "--json=3"],
+         "argument --json: ignored explicit argument '3'; 'tuneavideo doctor --help' tells more"),
+    ],
+)  # fmt: skip
+def test_words_that_cannot_be_parsed(words: list[str], told: str, refused: Said) -> None:
+    assert refused(words) == told
 
 
 def test_a_base_that_is_no_model(refused: Said, tune: list[str], tmp_path: Path) -> None:
@@ -66,7 +85,7 @@ def test_a_base_that_is_no_model(refused: Said, tune: list[str], tmp_path: Path)
 
 
 def test_a_run_folder_that_exists(refused: Said, tune: list[str], tmp_path: Path) -> None:
-    line = f"{tmp_path} exists and is not empty; give another --out, or --resume {tmp_path}"
+    line = f"{tmp_path} exists and is not empty; give another --out"
     assert refused([*tune, "--out", str(tmp_path)]) == line
 
 

@@ -59,7 +59,7 @@ def test_slicing_and_embeddings_change_nothing(pipe: TuneAVideoPipeline) -> None
     whole = pipe("a square", generator=rng(), **QUICK).frames
     pipe.enable_attention_slicing()
     pipe.vae.enable_slicing()
-    text, empty = models.embed(pipe, ["a square", ""]).split(1)
+    text, empty = models.embed(pipe, ["a square", ""]).text_BLD.split(1)
     sliced = pipe(prompt_embeds=text, negative_prompt_embeds=empty, generator=rng(), **QUICK).frames
     assert torch.allclose(whole, sliced, atol=1e-4)
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_job import BRIEF
 from tuneavideo import cli
-from tuneavideo.settings import TuneSettings
+from tuneavideo.settings import EditSettings, TuneSettings
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -56,5 +56,13 @@ def test_its_figures_are_those_of_the_committed_results() -> None:
 def test_every_option_it_names_exists() -> None:
     named = set(re.findall(r"--([a-z][a-z-]+)", README.read_text(encoding="utf-8")))
     elsewhere = {"multi", "num", "goldens", "config", "resume", "help"}  # of accelerate, the scripts and the command
-    known = {name.replace("_", "-") for name in TuneSettings.model_fields}
+    elsewhere |= {
+        "train",
+        "output",
+        "ckpt",
+        "video",
+        "checkpoint",
+        "commands",
+    }  # of MindONE's commands and the benchmarks'
+    known = {name.replace("_", "-") for kind in (TuneSettings, EditSettings) for name in kind.model_fields}
     assert {name.removeprefix("no-") for name in named} - elsewhere <= known

@@ -26,8 +26,12 @@ def test_runs_of_one_clip_never_collide(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(RunError, match="exists and is not empty; give another --out, or --resume"):
+    with pytest.raises(RunError, match="exists and is not empty; give another --out$"):
         RunFolder.create("clip.mp4", tmp_path)
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run/settings.yaml").touch()
+    with pytest.raises(RunError, match=r"give another --out, or --resume '.*a run'$"):
+        RunFolder.create("clip.mp4", tmp_path / "a run")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 from tests.conftest import image_unet
 from tests.test_noise import STABLE
 from tuneavideo.adapter import tuned_parameters
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.inflate import inflate
 from tuneavideo.noise import Levels
@@ -25,8 +26,8 @@ def tuning(frames: int = 3, **changes) -> Tuning:
     settings = TuneSettings(**({"video": "-", "prompt": "-", "learning_rate": 1e-2, "max_train_steps": 4} | changes))
     moments = {"mean": torch.randn(1, 4, frames, 8, 8), "std": torch.full((1, 4, frames, 8, 8), 0.1)}
     video = inflate(image_unet(), settings.inflation)
-    text = torch.randn(1, 5, 24)
-    return Tuning(video, Levels.of(DDIMScheduler(**STABLE)), moments, text, settings, Accelerator(cpu=True))
+    text, empty = torch.randn(1, 5, 24), torch.randn(1, 5, 24)
+    return Tuning(video, Levels.of(DDIMScheduler(**STABLE)), moments, text, settings, Accelerator(cpu=True), empty)
 
 
 def weights(work: Tuning) -> dict[str, torch.Tensor]:
@@ -75,6 +76,13 @@ VARIANTS = {
     "average": {"use_ema": True},
     "adafactor": {"optimizer": "adafactor"},
     "other": {"optimizer": "torch.optim.RMSprop"},
+    "stratified": {"timestep_sampling": "stratified", "noise_shared": 0.5},
+    "antithetic": {"timestep_sampling": "antithetic", "snr_gamma": 5.0, "gradient_accumulation_steps": 2},
+    "debiased": {"debias_weight": 1.0, "references": ("first", "middle")},
+    "prior": {"prior_weight": 1.0, "gradient_accumulation_steps": 2},
+    "low rank": {"lora_rank": 2},
+    "low rank, average": {"lora_rank": 2, "use_ema": True, "prior_weight": 1.0},
+    "stopping": {"early_stopping": 1.0, "early_stopping_steps": 1, "use_ema": True},
 }
 
 
@@ -157,7 +165,7 @@ def test_a_class_that_is_no_optimizer_is_refused() -> None:
 def test_a_loss_that_is_no_number_stops_the_tuning_before_it_moves_the_weights() -> None:
     work = tuning()
     list(itertools.islice(work, 2))
-    before, work.text = weights(work), work.text * float("nan")
+    before, work.text = weights(work), Conditions(work.text.text_BLD * float("nan"))
     with pytest.raises(RunError, match=r"loss is nan, its gradient nan at step 3; .* lower learning_rate \(now 0.01\)"):
         next(iter(work))
     assert work.number == 2

@@ -143,7 +143,7 @@ def test_tuning_draws_windows_that_cover_the_clip_each_behind_the_first_frame() 
     seen = set()
     for number in range(100):
         work.number = number
-        frames = work._window(work.generator(0))
+        frames = work._window(work._generator(0))
         assert isinstance(frames, list) and frames[0] == 0 and frames[1:] == list(range(frames[1], frames[1] + 5))
         seen |= set(frames)
     assert seen == set(range(20))

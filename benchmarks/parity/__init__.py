@@ -7,6 +7,7 @@
     pipe.py     text encoder and VAE
     ddim.py     inversion and sampling
     tuning.py   a tuning with its validation
+    mindone.py  MindONE's checkpoints, models, samplers and optimiser
     folder.py   which file is checked how, and what is told
 
 Imports go up this list only.

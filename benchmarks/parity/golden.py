@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
@@ -23,12 +24,16 @@ SPACING = OFFICIAL["timestep_spacing"]
 
 
 class Golden(dict[str, Tensor]):
-    """Tensors of a file by name, and its metadata `about`; remembers which were read."""
+    """Tensors of a file by name, and its metadata `about`; remembers which were read. Other files have none."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(load_file(path))
-        with safe_open(path, "pt") as file:
-            entries = file.metadata() or {}
+        entries: dict[str, str] = {}
+        if path.suffix == ".npz":
+            super().__init__({name: torch.from_numpy(array) for name, array in np.load(path).items()})
+        elif path.suffix == ".safetensors":
+            super().__init__(load_file(path))
+            with safe_open(path, "pt") as file:
+                entries = file.metadata() or {}
         self.about = {name: json.loads(value) for name, value in entries.items() if name != "format"}
         self.read: set[str] = set()
 

@@ -25,7 +25,7 @@ def embedded(pipe: StableDiffusionPipeline, prompts: list[str], ids: Tensor, emb
     """Prompts as token numbers, and as what the UNet is told."""
     length = {"padding": "max_length", "max_length": pipe.tokenizer.model_max_length, "truncation": True}
     yield same("tokens", pipe.tokenizer(prompts, **length).input_ids, ids.tolist())
-    yield absolute("embedding", models.embed(pipe, prompts), embedding, LAYER)
+    yield absolute("embedding", models.embed(pipe, prompts).text_BLD, embedding, LAYER)
 
 
 @torch.no_grad()

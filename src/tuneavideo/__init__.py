@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tuneavideo.adapter import Adapter
-    from tuneavideo.api import edit, invert, tune
+    from tuneavideo.api import edit, evaluate, invert, tune
     from tuneavideo.errors import TuneAVideoError
     from tuneavideo.inflate import deflate, inflate
-    from tuneavideo.pipeline import TuneAVideoPipeline
+    from tuneavideo.pipeline import TuneAVideoPipeline, TuneAVideoXLPipeline
     from tuneavideo.settings import EditSettings, TuneSettings
     from tuneavideo.video import Video
 
@@ -24,10 +24,12 @@ _HOMES = {
     "EditSettings": "settings",
     "TuneAVideoError": "errors",
     "TuneAVideoPipeline": "pipeline",
+    "TuneAVideoXLPipeline": "pipeline",
     "TuneSettings": "settings",
     "Video": "video",
     "deflate": "inflate",
     "edit": "api",
+    "evaluate": "api",
     "inflate": "inflate",
     "invert": "api",
     "tune": "api",
@@ -38,10 +40,12 @@ __all__ = [
     "EditSettings",
     "TuneAVideoError",
     "TuneAVideoPipeline",
+    "TuneAVideoXLPipeline",
     "TuneSettings",
     "Video",
     "deflate",
     "edit",
+    "evaluate",
     "inflate",
     "invert",
     "tune",

@@ -123,13 +123,17 @@ class Adapter:
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise AdapterError(f"{folder}: the adapter is damaged ({error}); make it again or copy it again") from None
 
-    def attach(self, unet: UNet2DConditionModel) -> Attached:
+    def attach(self, unet: UNet2DConditionModel, *, any_base: bool = False) -> Attached:
         """Inflate an image UNet in place and give it what was learned, in its own precision and on its device.
+
+        Args:
+            unet: Of the base the adapter was learned on.
+            any_base: Take the UNet of another base too, if its shape is the same.
 
         Raises:
             AdapterError: The UNet is of another base or shape; it is left as it was.
         """
-        self._check(unet)
+        self._check(unet, any_base)
         video = inflate(unet, self.inflation)
         parameters = _parameters(unet)
         added = added_parameters(unet)
@@ -137,7 +141,7 @@ class Adapter:
         _assign(parameters, self.tensors)
         return Attached(video, replaced)
 
-    def _check(self, unet: UNet2DConditionModel) -> None:
+    def _check(self, unet: UNet2DConditionModel, any_base: bool) -> None:
         shapes = {name: tuple(p.shape) for name, p in _parameters(unet).items()}
         for name, tensor in self.tensors.items():
             if ".attn_temp." in name or ".norm_temp." in name:
@@ -154,10 +158,10 @@ class Adapter:
                 )
         theirs = fingerprint(unet)
         worst = max((abs(theirs[n] / norm - 1) for n, norm in self.fingerprint.items() if n in theirs), default=0.0)
-        if worst > SAME_BASE:
+        if worst > SAME_BASE and not any_base:
             raise AdapterError(
                 f"the adapter was tuned on another base than this one (its query projections differ by {worst:.1%}): "
-                f"it names {self.base!r}; open that base"
+                f"it names {self.base!r}; if another one is what you want say --edit-model, otherwise open that base"
             )
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tuneavideo import miniature
 from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
 from tuneavideo.progress import Job, Progress
 from tuneavideo.runs import RunFolder
-from tuneavideo.settings import EditSettings, Sampling, TuneSettings, checked, layers, read_yaml
+from tuneavideo.settings import PRESETS, EditSettings, Sampling, TuneSettings, checked, layers, read_yaml
+
+if TYPE_CHECKING:
+    from tuneavideo.checkpoints.convert import Report
+    from tuneavideo.checkpoints.yamls import Config
 
 RESUMED_ANEW = {"edit", "max_train_steps", "learning_rate", "mixed_precision"} | {
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to",
@@ -106,14 +110,111 @@ def invert(run: str | Path, *, progress: Listener | None = None, **settings: Any
     return next(each.path for each in reversed(done) if each.path)
 
 
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    base: str | None = None,
+    like: str | None = None,
+    rank: int = 64,
+    style: Literal["diffusers", "kohya"] = "diffusers",
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None,
+    binary: bool = True,
+) -> Report:
+    """Turn weights of one program into files of another, tensor by tensor.
+
+    Args:
+        source: A run, an adapter, a diffusers folder, the published code's output, tuned layers alone, a MindONE
+            `.ckpt` or a single-file checkpoint.
+        out: New folder, or file for `mindone`, `ldm` and `lora`.
+        to: `diffusers`, `official`, `mindone`, `ldm`, `lora` or `adapter`.
+        base: The model that tuned layers were tuned on; by default the one an adapter names.
+        like: A model whose configs, tokenizer and scheduler are taken, where the source has none.
+        rank: Of a LoRA.
+        style: Names of a LoRA.
+        dtype: Precision to write in; by default that of each tensor.
+        binary: `official` as `.bin`, which the published code reads, or as safetensors.
+
+    Returns:
+        What was used, missing and left over.
+
+    Raises:
+        CheckpointError: It is damaged, refused, not understood or no whole model; nothing is left half-written.
+    """
+    from tuneavideo.checkpoints import convert
+
+    return convert.convert(
+        Path(source), Path(out), to, base=base, like=like, rank=rank, style=style, dtype=dtype, binary=binary
+    )
+
+
+def evaluate(
+    runs: str | Path | Iterable[str | Path],
+    *,
+    metrics: Iterable[str] = (),
+    mask: str | Path | None = None,
+    clip: str | None = None,
+    pick: str | None = None,
+    progress: Listener | None = None,
+) -> list[Path]:
+    """Measure the edits of runs, and keep the scores in the run folders.
+
+    Args:
+        runs: Run folders, or folders of single edits.
+        metrics: Names of the metrics (docs/evaluation.md); by default all that suit the run's base.
+        mask: Picture, clip or folder of pictures, bright where edits may change the picture.
+        clip: Hub id or folder of CLIP, instead of ViT-L/14.
+        pick: Hub id or folder of PickScore.
+        progress: Called with a `Progress` after every edit.
+
+    Returns:
+        The `scores.json` of every run. What could not be measured is in there too, with the reason.
+    """
+    places = [runs] if isinstance(runs, str | Path) else [*runs]
+    job = evaluating(places, metrics=metrics, mask=mask, clip=clip, pick=pick)
+    return [each.path for each in _listened(job, progress) if each.path]
+
+
+def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = None) -> Path:
+    """Show runs on one page: clips in step, prompts, scores, the loss, settings, time and memory.
+
+    Args:
+        runs: Run folders; several are compared, with the first as the measure.
+        out: HTML file to write, which needs nothing else to be opened; by default `report.html` in the run folder, or
+            in the current folder when there are several.
+
+    Returns:
+        The file.
+
+    Raises:
+        TuneAVideoError: A folder that is no run, a place that cannot be written. What is damaged or missing within a
+            run is said on its page.
+    """
+    from tuneavideo.report import write
+
+    folders = [RunFolder.open(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    if not folders:
+        raise SettingsError("no run to report; give one or more run folders")
+    path = Path(out or (folders[0].report if len(folders) == 1 else RunFolder(Path()).report))
+    write(folders, path)
+    return path
+
+
 def tune_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> TuneSettings:
     """Settings of a tuning: what is stated, over the YAML file, the preset, the base and the built-in values."""
-    from_file = read_yaml(config, TuneSettings) if config else {}
-    merged = layers(stated, from_file)
+    merged = layers(stated, read_config(config).settings if config else {})
     for name in {"video", "base"} & merged.keys():  # a run folder is to be understood from anywhere
         if merged[name] not in BASES and os.path.exists(merged[name]):
             merged[name] = os.path.abspath(merged[name])
     return checked(TuneSettings, merged, str(config or "settings"))
+
+
+def read_config(path: str | Path) -> Config:
+    """Settings of a tuning in a YAML file of ours, of the published code or of MindONE; tells what is idle."""
+    from tuneavideo.checkpoints import yamls
+
+    return yamls.read_config(path, TuneSettings)
 
 
 def edit_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> EditSettings:
@@ -157,6 +258,93 @@ def inverting(settings: EditSettings) -> Job:
     yield from jobs.invert(settings)
 
 
+def adopting(
+    settings: TuneSettings, checkpoint: str | Path, *, out: str | Path | None = None, own_base: bool = False
+) -> Job:
+    """Make a run of what another program tuned on the clip, and the edits `settings` name.
+
+    `own_base` converts the image model in `checkpoint` too, into the run; otherwise `settings.base` is taken.
+    """
+    from tuneavideo import adopting
+
+    yield from adopting.adopt(settings, Path(checkpoint), out=out, own_base=own_base)
+
+
+def evaluating(
+    places: Iterable[str | Path],
+    *,
+    metrics: Iterable[str] = (),
+    mask: str | Path | None = None,
+    clip: str | None = None,
+    pick: str | None = None,
+) -> Job:
+    """Measure edits; see `evaluate`."""
+    from tuneavideo.evaluation import scoring
+
+    wish = scoring.Wish(tuple(metrics), Path(mask) if mask else None, clip, pick)
+    yield from scoring.evaluate([*places], wish)
+
+
+def benchmarking_tgve(
+    data: str | Path,
+    *,
+    out: str | Path = "runs/tgve",
+    clips: int | None = None,
+    config: str | Path | None = None,
+    clip: str | None = None,
+    pick: str | None = None,
+    **settings: Any,
+) -> Job:
+    """Tune, edit and measure the clips of LOVEU-TGVE-2023; goes on where it was stopped. Ends with `results.json`.
+
+    Args:
+        data: Folder of the benchmark: its frames, and its configs or its table.
+        out: Folder for runs, submission and results.
+        clips: How many clips, evenly spread; all if None.
+        config: YAML file of settings; it and `settings` beat what the benchmark's configs say.
+        clip: Hub id or folder of CLIP, instead of ViT-L/14.
+        pick: Hub id or folder of PickScore.
+        **settings: Any field of `TuneSettings`, such as `base` (`sd1.4` if none is given) or `preset`.
+    """
+    from tuneavideo import jobs
+    from tuneavideo.evaluation import scoring, tgve
+
+    further = {"base": "sd1.4", **(read_yaml(config, TuneSettings) if config else {}), **settings}
+    yield from tgve.run(
+        Path(data), Path(out), tune=jobs.tune, settle=lambda stated: tune_settings({**stated, **further}),
+        clips=clips, wish=scoring.Wish(clip=clip, pick=pick),
+    )  # fmt: skip
+
+
+def benchmarking_miniature(
+    variants: Iterable[str] = ("untuned", "official", "default"),
+    *,
+    out: str | Path = "runs/miniature-benchmark",
+    quick: bool = False,
+    seeds: int = 1,
+    part: str = "development",
+    processes: int | None = None,
+) -> Job:
+    """Compare presets on the bundled clips, which the bundled judge reads; ends with `results.json`.
+
+    Args:
+        variants: Presets, or `untuned`; differences are taken from the first.
+        out: Folder for the rows, which are not computed again, and the results.
+        quick: 4 clips instead of 12.
+        seeds: How many seeds.
+        part: `development` clips or `report` clips.
+        processes: Clips computed at a time; by default one for each core.
+    """
+    names = tuple(dict.fromkeys(variants))
+    for name in names:
+        if name not in (known := ("untuned", *PRESETS)):
+            raise SettingsError(f"unknown variant {name!r}; known are {', '.join(known)}")
+    from tuneavideo.evaluation import summary
+
+    count = processes or os.cpu_count() or 1
+    yield from summary.summarised(names, Path(out), seeds=seeds, part=part, quick=quick, processes=count)
+
+
 def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
     """Tune the bundled miniature on its first clip, edit it four times, and draw `edits.png` of source and edits."""
     from tuneavideo import jobs
@@ -169,13 +357,21 @@ def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
 
 
 def models() -> list[dict[str, Any]]:
-    """The table of bases: `name`, `source`, `note`, own `settings`, and whether it is `here` (on this machine)."""
+    """The table of bases.
+
+    Each has `name`, `source`, `note`, own `settings`, default `resolution` and `num_frames`, `memory_gb` (see `Base`),
+    and whether it is `here` (on this machine).
+    """
+    frames = TuneSettings.model_fields["num_frames"].default
     return [
         {
             "name": name,
             "source": base.source,
             "note": base.note,
             "settings": dict(base.settings),
+            "resolution": base.settings["resolution"],
+            "num_frames": base.settings.get("num_frames", frames),
+            "memory_gb": base.memory_gb,
             "here": _is_here(base.source),
         }
         for name, base in BASES.items()

@@ -1,4 +1,4 @@
-"""The three layers that make an image UNet see a clip.
+"""The layers that make an image UNet see a clip.
 
 Shape letters: B clips, T frames, N = B*T images, L tokens of an image, M tokens looked at, H heads, D head channels,
 C channels. Each layer is a subclass of the image layer it takes the place of, and shares one `Clip` that says how
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -25,36 +26,60 @@ MAX_SITES = 32768
 class Clip:
     """How the images of a batch make up clips; one object, shared by all layers of a UNet and set by `VideoUNet`.
 
-    An inflated UNet therefore serves one request at a time.
+    An inflated UNet therefore serves one request at a time. With `led`, every clip of the batch looks where the first
+    one does: attention takes queries and keys of that one, and values of its own (Plug-and-Play, section 4).
     """
 
     frames: int = 1
     references: tuple[str, ...] = ("first", "previous")
+    clips: int = 1
+    led: bool = False
+
+    def leaders(self, x: Tensor) -> Tensor:
+        """The part of a batch that decides where to look."""
+        return x[: len(x) // self.clips] if self.led else x
+
+    def followed(self, x: Tensor) -> Tensor:
+        """What was made of the leaders, for the whole batch."""
+        return x.repeat(self.clips, *(1,) * (x.ndim - 1)) if self.led else x
 
 
-# Frames that a frame may refer to: from the tokens of all frames, B T L C, to those seen by each.
-REFERENCES: dict[str, Callable[[Tensor], Tensor]] = {
-    "first": lambda x_BTLC: x_BTLC[:, :1].expand_as(x_BTLC),
-    "previous": lambda x_BTLC: torch.cat([x_BTLC[:, :1], x_BTLC[:, :-1]], dim=1),
-    "own": lambda x_BTLC: x_BTLC,
+def previous(x_BTLC: Tensor, start: int, frames: int) -> Tensor:
+    """Frame max(t-1, 0) of each."""
+    before = x_BTLC[:, max(start - 1, 0) : frames - 1]
+    return before if start else torch.cat([x_BTLC[:, :1], before], dim=1)
+
+
+# Frames that a frame may refer to: of tokens B T L C, those that frames `start`, `start` + 1, ... (of T) look at.
+REFERENCES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "first": lambda x_BTLC, start, frames: x_BTLC[:, :1].expand(-1, frames - start, -1, -1),
+    "middle": lambda x_BTLC, start, frames: x_BTLC[:, frames // 2, None].expand(-1, frames - start, -1, -1),
+    "previous": previous,
+    "own": lambda x_BTLC, start, frames: x_BTLC[:, start:],
 }
+# How many frames of a clip find nothing but frame 0 there; `first` never finds anything else.
+ONLY_FIRST = {"previous": 2, "own": 1, "middle": 0}
 
 
-def referred(x_NLC: Tensor, frames: int, references: Sequence[str]) -> Tensor:
-    """For every frame, the tokens of the frames it refers to, one after the other: `N L C` to `N M C`.
+def only_first(frames: int, references: Sequence[str]) -> int:
+    """How many frames at the start of a clip look at nothing but frame 0, however often."""
+    return min([frames, *(ONLY_FIRST[name] for name in references if name in ONLY_FIRST)])
+
+
+def referred(x_BTLC: Tensor, start: int, frames: int, references: Sequence[str]) -> Tensor:
+    """For frames `start`, `start` + 1, ..., the tokens of the frames they refer to, one after the other: `B T M C`.
 
     Tune-A-Video, eq. 4: the first frame and the one before (frame max(t-1, 0)).
     """
-    x_BTLC = rearrange(x_NLC, "(b t) l c -> b t l c", t=frames)
-    x_BTMC = torch.cat([REFERENCES[name](x_BTLC) for name in references], dim=2)
-    return rearrange(x_BTMC, "b t m c -> (b t) m c")
+    return torch.cat([REFERENCES[name](x_BTLC, start, frames) for name in references], dim=2)
 
 
 class SparseCausalAttention(Attention):
     """Self-attention of an image UNet that looks at the first and the previous frame (Tune-A-Video, eq. 4).
 
-    Keys and values are projected once per token and then gathered. It computes for itself instead of through a
-    processor: diffusers replaces processors when slicing, fusing or loading IP-Adapters.
+    Keys and values are projected once per token that is looked at, and then gathered. Frames that would see frame 0
+    twice see it once: attention to equal keys is the same. It computes for itself instead of through a processor:
+    diffusers replaces processors when slicing, fusing or loading IP-Adapters.
     """
 
     clip: Clip
@@ -65,12 +90,72 @@ class SparseCausalAttention(Attention):
     def forward(self, hidden_states: Tensor, *_, **__) -> Tensor:
         """`N L C` to `N L C`."""
         frames, references = self.clip.frames, self.clip.references
-        q_NLC = self.to_q(hidden_states)
-        k_NMC = referred(self.to_k(hidden_states), frames, references)
-        v_NMC = referred(self.to_v(hidden_states), frames, references)
-        q_NHLD, k_NHMD, v_NHMD = (rearrange(x, "n l (h d) -> n h l d", h=self.heads) for x in (q_NLC, k_NMC, v_NMC))
-        y_NHLD = scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=self.scale)
-        return self.to_out[1](self.to_out[0](rearrange(y_NHLD, "n h l d -> n l (h d)")))
+        x_BTLC = rearrange(hidden_states, "(b t) l c -> b t l c", t=frames)
+        start = only_first(frames, references)
+        last = frames if {"own", "middle"} & {*references} else max(frames - 1, 1)  # nobody looks at the last frame
+        leaders_BTLC = self.clip.leaders(x_BTLC)
+        q_BTLC = self.clip.followed(self.to_q(leaders_BTLC))
+        k_BTLC, v_BTLC = self.clip.followed(self.to_k(leaders_BTLC[:, :last])), self.to_v(x_BTLC[:, :last])
+        parts = []
+        if start:
+            q_B1XC = rearrange(q_BTLC[:, :start], "b t l c -> b 1 (t l) c")
+            y_B1XC = self._attend(q_B1XC, k_BTLC[:, :1], v_BTLC[:, :1])
+            parts.append(rearrange(y_B1XC, "b 1 (t l) c -> b t l c", t=start))
+        if start < frames:
+            k_BTMC, v_BTMC = (referred(x, start, frames, references) for x in (k_BTLC, v_BTLC))
+            parts.append(self._attend(q_BTLC[:, start:], k_BTMC, v_BTMC))
+        return self.to_out[1](self.to_out[0](rearrange(torch.cat(parts, dim=1), "b t l c -> (b t) l c")))
+
+    def _attend(self, q_BTLC: Tensor, k_BTMC: Tensor, v_BTMC: Tensor) -> Tensor:
+        """Every entry of `T` looks at the keys of the same entry."""
+        y_NLC = attend(self, q_BTLC.flatten(0, 1), k_BTMC.flatten(0, 1), v_BTMC.flatten(0, 1))
+        return rearrange(y_NLC, "(b t) l c -> b t l c", b=len(q_BTLC))
+
+
+class TemporalAttention(Attention):
+    """Attention along time at every site."""
+
+    clip: Clip
+    to_k: nn.Linear
+    to_v: nn.Linear
+    to_out: nn.ModuleList
+
+    def forward(self, hidden_states: Tensor, *_, **__) -> Tensor:
+        """`S T C` to `S T C`, for S sites of all clips."""
+        leaders = self.clip.leaders(hidden_states)
+        q_STC, k_STC = self.clip.followed(self.to_q(leaders)), self.clip.followed(self.to_k(leaders))
+        parts = (x.split(MAX_SITES) for x in (q_STC, k_STC, self.to_v(hidden_states)))
+        y_STC = torch.cat([attend(self, *part) for part in zip(*parts, strict=True)])
+        return self.to_out[1](self.to_out[0](y_STC))
+
+
+class TextAttention(Attention):
+    """Cross-attention of an image UNet that takes the text of a clip once instead of once per frame.
+
+    In a led batch every clip asks its prompt what the leader asks its own, so that a new subject appears where the old
+    one was (Prompt-to-Prompt, section 3, with queries in place of maps).
+    """
+
+    clip: Clip
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """`N L C` to `N L C`; a text `B L D`, of clips instead of images, is one that their frames share."""
+        text: Any = encoder_hidden_states
+        frames, x_NLC = self.clip.frames, self.clip.followed(self.clip.leaders(hidden_states))
+        if isinstance(text, tuple):  # an IP-Adapter adds something for each image
+            words, pictures = text
+            text = (words.repeat_interleave(len(x_NLC) // len(words), dim=0), pictures)
+        if not isinstance(text, Tensor) or len(text) == len(x_NLC):
+            return super().forward(x_NLC, text, *args, **kwargs)
+        x_BLC = rearrange(x_NLC, "(b t) l c -> b (t l) c", t=frames)
+        return rearrange(super().forward(x_BLC, text, *args, **kwargs), "b (t l) c -> (b t) l c", t=frames)
+
+
+def attend(attn: Attention, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor) -> Tensor:
+    """Scaled-dot-product attention with the heads of `attn`: `N L C`."""
+    q_NHLD, k_NHMD, v_NHMD = (rearrange(x, "n l (h d) -> n h l d", h=attn.heads) for x in (q_NLC, k_NMC, v_NMC))
+    y_NHLD = scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=attn.scale)
+    return rearrange(y_NHLD, "n h l d -> n l (h d)")
 
 
 class VideoBlock(BasicTransformerBlock):
@@ -78,13 +163,13 @@ class VideoBlock(BasicTransformerBlock):
 
     clip: Clip
     norm_temp: nn.LayerNorm
-    attn_temp: Attention
+    attn_temp: TemporalAttention
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         """`N L C` to `N L C`."""
         x_NLC = super().forward(hidden_states, *args, **kwargs)
         x_STC = rearrange(x_NLC, "(b t) l c -> (b l) t c", t=self.clip.frames)
-        y_STC = torch.cat([self.attn_temp(self.norm_temp(part)) for part in x_STC.split(MAX_SITES)])
+        y_STC = self.attn_temp(self.norm_temp(x_STC))
         return x_NLC + rearrange(y_STC, "(b l) t c -> (b t) l c", l=x_NLC.shape[1])
 
 

@@ -2,7 +2,7 @@
 
 What tuning holds: frozen weights as they are kept; of every number that learns its value, gradient and what the
 optimiser remembers, in 4 bytes each, and a copy in half precision; activations. Activations are
-`frames * (a * sites + b)`, with `a` and `b` from two counts at small sizes (see `counting`).
+linear in frames and in latents of a frame, from four counts at small sizes (see `counting`).
 """
 
 from __future__ import annotations
@@ -27,26 +27,36 @@ CONTEXT, WASTE = 0.6 * GB, 1.1
 # What an optimiser remembers of each number that learns, in numbers of 4 bytes; the others remember two.
 REMEMBERED = {"adamw8bit": 0.5, "adafactor": 0.1}
 SHORTEST = 8  # frames of a window that is chosen, not set: fewer show no motion
-PROBES = (16, 32)  # sides of the latents that are counted, in multiples of the UNet's own stride
+FRAMES, SIDES = (4, 12), (16, 32)  # of the latents that are counted
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of activations of one clip in half precision."""
+    """Bytes of activations of one clip in half precision: `frames * (a * sites + b) + c * sites + d`.
 
-    per_site: float
-    per_frame: float
+    The last two are small and negative: the first frames look at one frame, the others at two.
+    """
+
+    a: float
+    b: float
+    c: float
+    d: float
 
     @classmethod
-    def of(cls, count: Callable[[int], int], frames: int = 4) -> Activations:
-        """From what `count` says of that many frames at two sizes."""
-        small, large = (count(side) / frames for side in PROBES)
-        per_site = (large - small) / (PROBES[1] ** 2 - PROBES[0] ** 2)
-        return cls(per_site, small - per_site * PROBES[0] ** 2)
+    def of(cls, count: Callable[[int, int], int]) -> Activations:
+        """From what `count` says of two numbers of frames at two sizes."""
+        (few, many), (small, large) = FRAMES, (side**2 for side in SIDES)
+        slopes, starts = [], []
+        for side in SIDES:
+            low, high = count(few, side), count(many, side)
+            slopes.append((high - low) / (many - few))
+            starts.append(low - slopes[-1] * few)
+        a, c = ((two - one) / (large - small) for one, two in (slopes, starts))
+        return cls(a, slopes[0] - a * small, c, starts[0] - c * small)
 
     def bytes(self, frames: int, sites: int) -> float:
         """Of `frames` frames with so many latents each."""
-        return frames * (self.per_site * sites + self.per_frame)
+        return frames * (self.a * sites + self.b) + self.c * sites + self.d
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,8 @@ class Model:
         hangs_on = (settings.trainable_modules, settings.frozen_modules, settings.inflation)
         name = cache.key("memory", version("tuneavideo"), dict(pipe.unet.config), dict(pipe.vae.config), *hangs_on)
         counts = cache.cached(name, lambda: {"counts": _counts(pipe, settings)})["counts"].tolist()
-        others = sum(each.numel() for part in (pipe.vae, pipe.text_encoder) for each in part.parameters())
-        recomputed, kept, seen = (Activations(*counts[at : at + 2]) for at in (3, 5, 7))
+        others = sum(each.numel() for part in _beside(pipe) for each in part.parameters())
+        recomputed, kept, seen = (Activations(*counts[at : at + 4]) for at in (3, 7, 11))
         return cls(int(counts[0]), int(counts[1]), others, recomputed, kept, seen, counts[2], width)
 
     def tuning(self, plan: TuneSettings, frames: int, sites: int) -> float:
@@ -85,8 +95,9 @@ class Model:
 
     def editing(self, plan: TuneSettings, frames: int, sites: int) -> float:
         """Bytes at the worst moment of an edit; if there are previews, beside what tuning keeps."""
-        guided = 2 if plan.batch_guidance and plan.guidance_scale != 1 else 1
-        activations = max(self._wide(self.seen.bytes(frames * guided, sites)), self._wide(self.painted * sites))
+        batch = plan.batch_prompts * (2 if plan.batch_guidance and plan.guidance_scale != 1 else 1)
+        batch += plan.attention_injection > 0
+        activations = max(self._wide(self.seen.bytes(frames * batch, sites)), self._wide(self.painted * sites))
         tuned = 4 * (2 + REMEMBERED.get(plan.optimizer, 2)) if plan.validation_steps else 0
         weights = (self.frozen + self.learned) * self.width + self.learned * tuned
         return CONTEXT + weights + self._others(plan) + WASTE * activations
@@ -101,20 +112,26 @@ class Model:
         return activations * self.width / 2
 
 
+def _beside(pipe: Any) -> list[Any]:
+    """The models beside the UNet."""
+    parts = (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
+    return [part for part in parts if part is not None]
+
+
 def _counts(pipe: Any, settings: TuneSettings) -> Tensor:
     """The numbers of `Model`, in one row."""
     trainable, frozen = settings.trainable_modules, settings.frozen_modules
     video = counting.blank_unet(pipe.unet.config, trainable, frozen, settings.inflation)
     learned = sum(each.numel() for each in tuned_parameters(video.unet, trainable, frozen).values())
     every = sum(each.numel() for each in video.unet.parameters())
-    painted = counting.painted(pipe.vae.config, PROBES[1], PROBES[1]) / PROBES[1] ** 2
+    painted = counting.painted(pipe.vae.config, SIDES[1], SIDES[1]) / SIDES[1] ** 2
     activations = (
-        Activations.of(lambda side: counting.saved(video, 4, side, side, True)),
-        Activations.of(lambda side: counting.saved(video, 4, side, side, False)),
-        Activations.of(lambda side: counting.seen(video, 4, side, side)),
+        Activations.of(lambda frames, side: counting.saved(video, frames, side, side, True)),
+        Activations.of(lambda frames, side: counting.saved(video, frames, side, side, False)),
+        Activations.of(lambda frames, side: counting.seen(video, frames, side, side)),
     )
-    pairs = [number for each in activations for number in (each.per_site, each.per_frame)]
-    return torch.tensor([every - learned, learned, painted, *pairs], dtype=torch.float64)
+    rows = [number for each in activations for number in (each.a, each.b, each.c, each.d)]
+    return torch.tensor([every - learned, learned, painted, *rows], dtype=torch.float64)
 
 
 def chosen(settings: TuneSettings, model: Model, room: float, size: tuple[int, int, int], stride: int) -> TuneSettings:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from tuneavideo import __version__
+from tuneavideo import __version__, flags
 from tuneavideo.errors import SettingsError, TuneAVideoError
 from tuneavideo.progress import Job, Progress
 
@@ -47,7 +47,7 @@ def demo(argv: Sequence[str]) -> None:
     """Tune the bundled miniature model on a bundled clip and make four edits."""
     from tuneavideo import api
 
-    options = _options(
+    options = flags.options(
         "demo", demo.__doc__, argv, out="run folder to make", quick="a few steps only, to see that it runs"
     )
     done = _Show(options.json).run(api.demoing(out=options.out, quick=options.quick))
@@ -57,9 +57,9 @@ def demo(argv: Sequence[str]) -> None:
 def tune(argv: Sequence[str]) -> None:
     """Teach a text-to-image model the motion of one clip, and edit the clip."""
     from tuneavideo import api
-    from tuneavideo.settings import TuneSettings, layers, read_yaml
+    from tuneavideo.settings import TuneSettings
 
-    early = _early(argv)
+    early, folder = flags.early(argv), None
     if early.resume and {word.split("=")[0] for word in argv} & {"--config", "--out"}:
         raise SettingsError(
             f"--resume {early.resume} keeps that run's folder and settings; leave out --config and --out"
@@ -67,13 +67,12 @@ def tune(argv: Sequence[str]) -> None:
     if early.resume:
         stated = api.resumed_settings(early.resume, {}).model_dump()
     else:
-        given = {name: value for name, value in (("base", early.base), ("preset", early.preset)) if value}
-        stated = layers(given, read_yaml(early.config, TuneSettings) if early.config else {})
-    settings, options = _parse("tune", tune.__doc__, argv, TuneSettings, stated, "video", ("edit",), RESUMABLE)
+        stated, folder = _stated(early)
+    settings, options = flags.parse("tune", tune.__doc__, argv, TuneSettings, stated, "video", ("edit",), RESUMABLE)
     if options.resume:
         job = api.tuning(api.resumed_settings(options.resume, settings), resume=options.resume)
     else:
-        job = api.tuning(api.tune_settings(settings), out=options.out)
+        job = api.tuning(api.tune_settings(settings), out=options.out or folder)
     _report(options.json, _Show(options.json).run(job))
 
 
@@ -93,11 +92,102 @@ def invert(argv: Sequence[str]) -> None:
     _report(options.json, _Show(options.json).run(api.inverting(settings)))
 
 
+def adopt(argv: Sequence[str]) -> None:
+    """Make a run of what another program tuned on a clip, to edit it here."""
+    from tuneavideo import api
+    from tuneavideo.settings import TuneSettings
+
+    early = flags.early(argv)
+    stated, folder = _stated(early)
+    paths = {"out": "run folder to make", "checkpoint": "what the other program tuned"}
+    settings, options = flags.parse("adopt", adopt.__doc__, argv, TuneSettings, stated, "video", ("edit",), paths)
+    if not options.checkpoint:
+        raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of what was tuned")
+    own = options.checkpoint.is_dir() and not (early.base or "base" in stated)
+    job = api.adopting(api.tune_settings(settings), options.checkpoint, out=options.out or folder, own_base=own)
+    _report(options.json, _Show(options.json).run(job))
+
+
+def convert(argv: Sequence[str]) -> None:
+    """Turn weights of one program into files of another, tensor by tensor."""
+    from tuneavideo import api
+
+    asked = vars(flags.read(flags.of_convert(convert.__doc__), argv))
+    as_json, _, binary = asked.pop("json"), asked.pop("debug"), not asked.pop("no_binary")
+    _hush()
+    report = api.convert(asked.pop("source"), asked["out"], binary=binary, **{k: asked[k] for k in asked if k != "out"})
+    print(json.dumps(dataclasses.asdict(report)) if as_json else "\n".join([*report.lines(), f"done: {asked['out']}"]))
+
+
+def mindone(argv: Sequence[str]) -> None:
+    """MindONE's two commands (train, infer) with its flags; says what to type here, and does it."""
+    from tuneavideo import api
+    from tuneavideo.checkpoints import flags as theirs
+
+    if argv[:1] not in (["train"], ["infer"]):
+        raise SettingsError("mindone: say 'mindone train' or 'mindone infer', and MindONE's flags")
+    checkpoint = ""
+    if argv[0] == "train":
+        config = theirs.train(argv[1:])
+    else:
+        config, checkpoint = theirs.infer(argv[1:])
+    print("\n".join(config.notices), file=sys.stderr)
+    if config.dry_run:
+        return
+    settings = api.tune_settings(config.settings)
+    job = api.adopting(settings, checkpoint, out=config.out) if checkpoint else api.tuning(settings, out=config.out)
+    _report(False, _Show(False).run(job))
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure the edits of a tuned clip, and keep the scores in the run folder."""
+    from tuneavideo import api, tables
+
+    options = flags.read(flags.of_evaluate(evaluate.__doc__), argv)
+    job = api.evaluating(
+        options.places, metrics=options.metrics, mask=options.mask, clip=options.clip, pick=options.pick
+    )
+    files = _Show(options.json).run(job)["files"]
+    scores = {file: json.loads(Path(file).read_text(encoding="utf-8")) for file in files}
+    if options.json:
+        print(json.dumps(scores))
+        return
+    for file, told in scores.items():
+        tables.show_scores(file, told)
+
+
+def benchmark(argv: Sequence[str]) -> None:
+    """Tune, edit and measure the clips of a benchmark, and print the results."""
+    from tuneavideo import api, tables
+
+    options = vars(flags.read(flags.of_benchmark(benchmark.__doc__), argv))
+    name, as_json, _ = (options.pop(key) for key in ("name", "json", "debug"))
+    given = {key: value for key, value in options.items() if value}
+    job = (api.benchmarking_tgve if name == "tgve" else api.benchmarking_miniature)(**given)
+    file = Path(_Show(as_json, resumable=False).run(job)["files"][-1])
+    if as_json:
+        print(file.read_text(encoding="utf-8"))
+    elif name == "tgve":
+        print(file.with_suffix(".md").read_text(encoding="utf-8"))
+    else:
+        tables.show_variants(json.loads(file.read_text(encoding="utf-8")))
+
+
+def report(argv: Sequence[str]) -> None:
+    """Show runs on one page that opens anywhere: clips in step, scores, the loss, settings."""
+    from tuneavideo import api
+
+    meanings = {"runs": "run folders; several are compared", "out": "HTML file to write; by default report.html"}
+    options = flags.options("report", report.__doc__, argv, **meanings)
+    page = api.report(options.runs, options.out)
+    print(json.dumps({"report": str(page), "runs": options.runs}) if options.json else f"report: {page}")
+
+
 def models(argv: Sequence[str]) -> None:
     """List the base models known by name, and which of them are on this machine."""
     from tuneavideo import api
 
-    options = _options("models", models.__doc__, argv)
+    options = flags.options("models", models.__doc__, argv)
     known = api.models()
     if options.json:
         print(json.dumps(known, indent=1))
@@ -105,19 +195,24 @@ def models(argv: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "model", "opened from", "here", box=None)
+    table = Table("name", "model", "pixels", "frames", "memory", "opened from", "here", box=None)
     for row in known:
         source = "(bundled)" if row["name"] == "miniature" else row["source"]
-        table.add_row(row["name"], row["note"], source, "yes" if row["here"] else "no")
+        memory = f"{row['memory_gb']} GB" if row["memory_gb"] else "-"
+        size = (str(row["resolution"]), str(row["num_frames"]), memory)
+        table.add_row(row["name"], row["note"], *size, source, "yes" if row["here"] else "no")
     Console().print(table)
-    print("Any Stable Diffusion 1.x or 2.x works: give --base a hub id, a folder or a .safetensors file.")
+    print(
+        "Memory is what tuning that many frames holds at least: counted, not measured (bf16, gradient checkpointing).\n"
+        "Any Stable Diffusion 1.x, 2.x or XL works: give --base a hub id, a folder, or a .safetensors or .ckpt file."
+    )
 
 
 def doctor(argv: Sequence[str]) -> None:
     """Say what this machine has and what is missing, for you and for a bug report."""
     from tuneavideo.doctor import examined, lines
 
-    options = _options("doctor", doctor.__doc__, argv)
+    options = flags.options("doctor", doctor.__doc__, argv)
     found = examined()
     print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
     if any(each["impossible"] for each in found["missing"]):
@@ -129,6 +224,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "tune": tune,
     "edit": edit,
     "invert": invert,
+    "adopt": adopt,
+    "convert": convert,
+    "mindone": mindone,
+    "evaluate": evaluate,
+    "benchmark": benchmark,
+    "report": report,
     "models": models,
     "doctor": doctor,
 }
@@ -138,9 +239,10 @@ RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tun
 class _Show:
     """Progress of a job on the terminal; the first Ctrl-C ends the job after the step at hand."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, resumable: bool = True) -> None:
+        self.resumable = resumable
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
-        self.interrupted = False
+        self.interrupted = self.broken_off = False
         self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
         self.tasks: dict[str, Any] = {}
         self.at = ("", "")
@@ -160,14 +262,18 @@ class _Show:
                         break
         except KeyboardInterrupt:
             job.close()
-        finally:
-            signal.signal(signal.SIGINT, before)
+        except Exception:
+            if not self.broken_off:
+                raise
+        finally:  # a late press must not hide how to go on
+            signal.signal(signal.SIGINT, signal.SIG_IGN if self.interrupted else before)
         if self.interrupted:
-            _stopped(self.done["run"])
+            _stopped(self.done["run"] if self.resumable else None)
         return self.done | {"seconds": round(time.perf_counter() - self.began, 1)}
 
     def _interrupt(self, *_: Any) -> None:
         if self.interrupted:
+            self.broken_off = True  # libraries make errors of their own of it: torch, of a file not written to its end
             raise KeyboardInterrupt
         self.interrupted = True
         os.write(2, b"stopping after the step at hand; Ctrl-C again stops at once\n")  # print cannot be used in here
@@ -222,6 +328,8 @@ _MADE = {
     "invert": "inversion",
     "edit": "edit",
     "picture": "picture",
+    "evaluate": "scores",
+    "results": "results",
 }
 
 
@@ -244,7 +352,7 @@ def _report(as_json: bool, done: Mapping[str, Any], **more: Any) -> None:
 
 def _stopped(run: str | None = None) -> None:
     """Exit code 130: stopped by Ctrl-C."""
-    how = f"tuneavideo tune --resume {run}" if run else "the same command"
+    how = f"tuneavideo tune --resume {shlex.quote(run)}" if run else "the same command"
     print(f"tuneavideo: stopped; go on with: {how}", file=sys.stderr)
     raise SystemExit(130)
 
@@ -276,25 +384,14 @@ def _help() -> str:
     )
 
 
-def _options(name: str, about: str | None, argv: Sequence[str], **more: str) -> argparse.Namespace:
-    """Parse a command that has no settings; `more` options and their meanings, all flags but `out`."""
-    parser = argparse.ArgumentParser(f"tuneavideo {name}", description=about)
-    for option, meaning in more.items():
-        if option == "out":
-            parser.add_argument("--out", metavar="PATH", help=meaning)
-        else:
-            parser.add_argument(f"--{option}", action="store_true", help=meaning)
-    parser.add_argument("--json", action="store_true", help="print the result for machines")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
+def _stated(early: Any) -> tuple[dict[str, Any], str | None]:
+    """Settings by default of a tuning: what its base, preset and file say; and the run folder the file asks for."""
+    from tuneavideo import api
+    from tuneavideo.settings import layers
 
-
-def _early(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags that other flags' defaults hang on."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
-    for name in ("base", "preset", "config", "resume"):
-        parser.add_argument(f"--{name}", nargs="?")
-    return parser.parse_known_args(argv)[0]
+    given = {name: value for name, value in (("base", early.base), ("preset", early.preset)) if value}
+    config = api.read_config(early.config) if early.config else None
+    return layers(given, config.settings if config else {}), config and config.out
 
 
 def _edit_settings(name: str, about: str | None, argv: Sequence[str]) -> tuple[Any, Any]:
@@ -302,65 +399,14 @@ def _edit_settings(name: str, about: str | None, argv: Sequence[str]) -> tuple[A
     from tuneavideo.runs import RunFolder
     from tuneavideo.settings import EditSettings, Sampling, read_yaml
 
-    early = _early(argv)
+    early = flags.early(argv)
     stated = read_yaml(early.config, EditSettings) if early.config else {}
     runs = [word for word in (*argv, str(stated.get("run", ""))) if os.path.isfile(os.path.join(word, "settings.yaml"))]
     if runs:
         own = RunFolder.open(runs[0]).read_settings()
         stated = own.model_dump(include=set(Sampling.model_fields)) | stated
-    settings, options = _parse(name, about, argv, EditSettings, stated, "run", ("prompt",), {})
+    settings, options = flags.parse(name, about, argv, EditSettings, stated, "run", ("prompt",), {})
     return api.edit_settings(settings), options
-
-
-def _parse(
-    name: str,
-    about: str | None,
-    argv: Sequence[str],
-    kind: Any,
-    stated: Mapping[str, Any],
-    positional: str,
-    repeated: tuple[str, ...],
-    paths: Mapping[str, str],
-) -> tuple[dict[str, Any], Any]:
-    """Read flags over `stated` values: every field of the settings `kind`, and options of the command itself."""
-    import tyro
-
-    given = {word.split("=")[0] for word in argv}
-    values = {key: value for key, value in stated.items() if not (key in repeated and f"--{key}" in given)}
-    arguments, default = _arguments(kind, values, positional, repeated)
-    fields: list[Any] = [("settings", tyro.conf.OmitArgPrefixes[arguments], dataclasses.field(default=default))]
-    for key, meaning in {"config": "YAML file of settings; flags go before it", **paths}.items():
-        described = Annotated[Path | None, tyro.conf.arg(help=meaning, metavar="PATH")]
-        fields.append((key, described, dataclasses.field(default=None)))
-    for key, meaning in {"json": "print the result for machines", "debug": "show the traceback of an error"}.items():
-        described = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=meaning)]
-        fields.append((key, described, dataclasses.field(default=False)))
-    command = dataclasses.make_dataclass(name.title(), fields)
-    command.__doc__ = about
-    parsed = tyro.cli(command, prog=f"tuneavideo {name}", description=about, args=list(argv))
-    flags = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in given}
-    stays = {key for key, field in kind.model_fields.items() if getattr(parsed.settings, key) == field.default}
-    left_alone = stays - flags - values.keys()
-    return {key: value for key, value in vars(parsed.settings).items() if key not in left_alone}, parsed
-
-
-def _arguments(kind: Any, values: Mapping[str, Any], positional: str, repeated: tuple[str, ...]) -> tuple[Any, Any]:
-    """Settings as tyro wants them: a plain class, so that checking (and its one-line errors) stays ours."""
-    import tyro
-
-    fields, defaults = [], {}
-    for key, field in kind.model_fields.items():
-        hint: Any = field.annotation
-        if key == positional:
-            hint = tyro.conf.Positional[hint]
-        if key in repeated:
-            hint = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-        hint = Annotated[hint, tyro.conf.arg(help=field.description)]
-        missing = () if key in repeated else tyro.MISSING
-        defaults[key] = values.get(key, missing if field.is_required() else field.default)
-        fields.append((key, hint, dataclasses.field(default=defaults[key])))
-    arguments = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
-    return arguments, arguments(**defaults)
 
 
 def _hush() -> None:

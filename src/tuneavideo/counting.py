@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tuneavideo.adapter import tuned_parameters
+from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.settings import Inflation
 
@@ -158,6 +159,7 @@ def _called(video: VideoUNet, frames: int, height: int, width: int, batch: int) 
     config: Any = video.unet.config
     like = {"device": "meta", "dtype": torch.bfloat16}
     latents = torch.empty(batch, config.in_channels, frames, height, width, **like)
-    text = torch.empty(batch, 77, config.cross_attention_dim, **like)
+    pooled = torch.empty(batch, 1280, **like) if config.addition_embed_type else None
+    text = Conditions(torch.empty(batch, 77, config.cross_attention_dim, **like), pooled)
     with _FastAttention():
         video(latents, torch.tensor(1, device="meta"), text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.noise import Sampler, ddim_move
 
@@ -34,17 +36,42 @@ def mix_noise(inverted: Tensor, clean: Tensor, alpha: float, share: float, gener
     return ddim_move(clean, (1 - share**2) ** 0.5 * noise + share * fresh, level)
 
 
+Leader = tuple[Tensor, Conditions]
+"""Latents `1 C T H W` and caption of the clip that decides where attention looks."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The clip that is edited, which its edits may follow.
+
+    Attributes:
+        latents: `1 C T H W` before each step of the sampler: the inversion, backwards.
+        text: Conditions of its caption, or the bare embedding `1 L D`.
+        share: Of the first steps, in which edits attend where the clip does (Plug-and-Play, Tumanyan et al. 2023).
+    """
+
+    latents: Sequence[Any]
+    text: Conditions | Tensor
+    share: float
+
+    def leader(self, number: int, total: int) -> Leader | None:
+        """What leads step `number` (counted from 0)."""
+        return (self.latents[number], Conditions.of(self.text)) if number < self.share * total else None
+
+
 @torch.no_grad()
 def generate(
     video: VideoUNet,
     sampler: Sampler,
     start_BCTHW: Tensor,
-    text_BLD: Tensor,
-    negative_BLD: Tensor,
+    text: Conditions | Tensor,
+    negative: Conditions | Tensor,
     guidance_scale: float,
     *,
     batch_guidance: bool = True,
-    generator: torch.Generator | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    source: Source | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Iterator[EditStep]:
     """Denoise `start_BCTHW`, at the level where `sampler` starts, towards the text; yields after every step.
 
@@ -52,29 +79,50 @@ def generate(
         video: The (tuned) video UNet.
         sampler: Which scheduler, how many steps, from where.
         start_BCTHW: Inverted or random latents of B clips.
-        text_BLD: What each clip should show.
-        negative_BLD: What it should not show (the empty prompt, usually).
+        text: What each clip should show.
+        negative: What it should not show (the empty prompt, usually).
         guidance_scale: Classifier-free guidance (Ho & Salimans, eq. 6, with w = scale - 1); 1 is none.
         batch_guidance: Both predictions in one batch, or one after the other.
-        generator: For samplers that add noise.
+        guidance_interval: Shares of the steps between which there is guidance (Kynkaanniemi et al. 2024).
+        source: The clip, for edits that follow it.
+        generator: For samplers that add noise; a list has one for each clip.
     """
+    text, negative = Conditions.of(text), Conditions.of(negative)
     x = sampler.enter(start_BCTHW)
     timesteps = sampler.timesteps.to(x.device)
-    for number, t in enumerate(timesteps, start=1):
-        seen = sampler.scaled(x, t)
-        output = guided(video, seen, t, text_BLD, negative_BLD, guidance_scale, batch_guidance).to(x.dtype)
-        x = sampler.step(output, t, x, generator)
-        yield EditStep(number, len(timesteps), x)
+    guided = Guided(video, text, negative, batch_guidance)
+    for number, t in enumerate(timesteps):
+        seen, at = sampler.scaled(x, t), number / len(timesteps)
+        scale = guidance_scale if guidance_interval[0] <= at < guidance_interval[1] else 1.0
+        leader = source.leader(number, len(timesteps)) if source else None
+        x = sampler.step(guided(seen, t, scale, leader).to(x.dtype), t, x, generator)
+        yield EditStep(number + 1, len(timesteps), x)
 
 
-def guided(
-    video: VideoUNet, x: Tensor, t: Tensor, text: Tensor, negative: Tensor, scale: float, batched: bool
-) -> Tensor:
-    """The prediction for latents `x`, scaled as the UNet wants them, guided from `negative` to `text`."""
-    if scale == 1:
-        return video(x, t, text)
-    if batched:
-        without, towards = video(torch.cat([x, x]), t, torch.cat([negative, text])).chunk(2)
-    else:
-        without, towards = video(x, t, negative), video(x, t, text)
-    return without + scale * (towards - without)
+@dataclass(frozen=True)
+class Guided:
+    """Guided predictions of all edits, led by the clip they are made of or not."""
+
+    video: VideoUNet
+    text: Conditions
+    negative: Conditions
+    batched: bool
+
+    def __call__(self, x: Tensor, t: Tensor, scale: float, leader: Leader | None) -> Tensor:
+        if scale == 1:
+            return self._predict(x, t, self.text, leader)
+        if self.batched:
+            both = self._predict(torch.cat([x, x]), t, self.negative.joined(self.text), leader)
+            without, towards = both.chunk(2)
+        else:
+            without, towards = (self._predict(x, t, text, leader) for text in (self.negative, self.text))
+        return without + scale * (towards - without)
+
+    def _predict(self, x: Tensor, t: Tensor, text: Conditions, leader: Leader | None) -> Tensor:
+        if leader is None:
+            return self.video(x, t, text)
+        self.video.clip.led = True
+        try:
+            return self.video(torch.cat([leader[0], x]), t, leader[1].joined(text))[1:]
+        finally:
+            self.video.clip.led = False

@@ -6,6 +6,7 @@ TuneAVideoError        base of them all; the command line prints it and exits wi
 ├── VideoError         a clip that cannot be read, sampled or written
 ├── ModelError         a base model that is missing, incomplete or of the wrong kind
 ├── AdapterError       an adapter that is damaged or belongs to another base
+├── CheckpointError    weights of another program that are damaged, refused or not understood
 ├── RunError           a run folder that is missing, unfinished, in use or of another run
 ├── DiskError          a place that cannot be written or is full
 ├── MemoryShort        a clip or model too large for the memory at hand
@@ -34,6 +35,10 @@ class ModelError(TuneAVideoError):
 
 class AdapterError(TuneAVideoError):
     """An adapter that is damaged or belongs to another base."""
+
+
+class CheckpointError(TuneAVideoError):
+    """Weights of another program that are damaged, refused or not understood."""
 
 
 class RunError(TuneAVideoError):

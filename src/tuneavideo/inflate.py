@@ -6,8 +6,9 @@ class in place and every transformer block gains `norm_temp` and `attn_temp`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,11 +18,24 @@ from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import Tensor, nn
 
-from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock
+from tuneavideo.attention import (
+    Clip,
+    ClipGroupNorm,
+    SparseCausalAttention,
+    TemporalAttention,
+    TextAttention,
+    VideoBlock,
+)
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError
 from tuneavideo.settings import Inflation
 
-_IMAGE_CLASS = {VideoBlock: BasicTransformerBlock, SparseCausalAttention: Attention, ClipGroupNorm: nn.GroupNorm}
+_IMAGE_CLASS = {
+    VideoBlock: BasicTransformerBlock,
+    SparseCausalAttention: Attention,
+    TextAttention: Attention,
+    ClipGroupNorm: nn.GroupNorm,
+}
 _ADDED = ("norm_temp", "attn_temp")
 
 
@@ -31,23 +45,27 @@ class VideoUNet:
 
     unet: UNet2DConditionModel
     clip: Clip
+    control: Callable[..., dict[str, Any]] | None = None  # see `control.Control`
 
-    def __call__(self, x_BCTHW: Tensor, t: Tensor, text_BLD: Tensor, added: dict[str, Tensor] | None = None) -> Tensor:
+    def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
         """Predict noise or velocity, `B C T H W`.
 
         Args:
             x_BCTHW: Noisy latents of B clips of T frames.
             t: Timestep of all clips (a scalar) or of each (shape B).
-            text_BLD: Text embedding of each clip, shared by its frames.
-            added: Further conditions with a batch axis (Stable Diffusion XL's `text_embeds` and `time_ids`).
+            text: Conditions of each clip, shared by its frames; or their text embedding `B L D` alone.
         """
-        frames = self.clip.frames = x_BCTHW.shape[2]
+        self.clip.clips, frames = len(x_BCTHW), x_BCTHW.shape[2]
+        self.clip.frames = frames
         dtype = next(self.unet.parameters()).dtype
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").to(dtype)
         t_N = t.repeat_interleave(frames) if t.ndim else t
-        text_NLD = text_BLD.repeat_interleave(frames, dim=0).to(dtype)
-        added_N = {name: value.repeat_interleave(frames, dim=0) for name, value in (added or {}).items()}
-        y_NCHW = self.unet(x_NCHW, t_N, text_NLD, added_cond_kwargs=added_N or None, return_dict=False)[0]
+        told = Conditions.of(text).to(dtype)
+        of_frames = told.repeated(frames)
+        added = of_frames.added(*x_NCHW.shape[-2:])
+        more = self.control(x_NCHW, t_N, of_frames.text_BLD, added) if self.control else {}
+        # the text of a clip is enough for all its frames: see TextAttention
+        y_NCHW = self.unet(x_NCHW, t_N, told.text_BLD, added_cond_kwargs=added, return_dict=False, **more)[0]
         return rearrange(y_NCHW, "(b t) c h w -> b c t h w", t=frames)
 
 
@@ -111,11 +129,16 @@ def _see_time(block: BasicTransformerBlock, clip: Clip, init: str, generator: to
     like = block.attn1.to_q.weight
     width = like.shape[1]
     block.norm_temp = nn.LayerNorm(width)
-    block.attn_temp = Attention(width, heads=block.attn1.heads, dim_head=like.shape[0] // block.attn1.heads)
+    with torch.device("meta"):  # torch's own random numbers would be drawn for nothing
+        attention = TemporalAttention(width, heads=block.attn1.heads, dim_head=like.shape[0] // block.attn1.heads)
+    block.attn_temp = attention.to_empty(device="meta" if like.is_meta else "cpu")
+    block.attn_temp.clip = clip
     _initialise(block.attn_temp, init, generator)
     for name in _ADDED:
         getattr(block, name).to(like.device, like.dtype).train(block.training)
     _become(block.attn1, SparseCausalAttention, clip)
+    if type(block.attn2) is Attention:
+        _become(block.attn2, TextAttention, clip)
     _become(block, VideoBlock, clip)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import SettingsError
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.noise import Levels, Sampler, ddim_move, split
@@ -46,19 +47,26 @@ def path_to(sampler: Sampler, levels: Levels, steps: int, spacing: str | None) -
 
 @torch.no_grad()
 def invert(
-    video: VideoUNet, levels: Levels, latents_BCTHW: Tensor, text_BLD: Tensor, timesteps: list[int]
+    video: VideoUNet, levels: Levels, latents_BCTHW: Tensor, text: Conditions | Tensor, timesteps: list[int]
 ) -> Iterator[InversionStep]:
     """Walk clean latents up through `timesteps`, without guidance; yields after every step.
 
     Step i evaluates the UNet at the timestep it goes to and the latents it comes from, as diffusers'
-    `DDIMInverseScheduler` and the published code do.
+    `DDIMInverseScheduler` and the published code do. A velocity is turned into noise at the level it was asked for, so
+    that a model is inverted alike whichever of the two it predicts.
     """
     x = latents_BCTHW
     device = x.device
     alpha = levels.final_alpha.to(device)
     for number, t in enumerate(timesteps, start=1):
-        output = video(x, torch.tensor(t, device=device), text_BLD).to(x.dtype)
-        clean, noise = split(x, output, alpha, levels.prediction_type)
-        alpha = levels.alphas[t].to(device)
-        x = ddim_move(clean, noise, alpha)
+        output = video(x, torch.tensor(t, device=device), text).to(x.dtype)
+        above = levels.alphas[t].to(device)
+        x, alpha = moved(x, output, alpha, above, levels.prediction_type), above
         yield InversionStep(number, len(timesteps), x, float(alpha))
+
+
+def moved(x: Tensor, output: Tensor, alpha: Tensor, above: Tensor, prediction_type: str) -> Tensor:
+    """Latents at level `alpha`, carried to the level `above` at which the prediction was asked for."""
+    _, noise = split(x, output, above, prediction_type)
+    clean, _ = split(x, noise, alpha, "epsilon")
+    return ddim_move(clean, noise, above)

@@ -8,9 +8,8 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Generator, Iterable, Mapping, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -20,21 +19,25 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from tuneavideo import budget, cache, editing, files, inversion, models, streaming
+from tuneavideo import style as styles
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import MemoryShort, MissingExtra, RunError, SettingsError
-from tuneavideo.inflate import VideoUNet, inflate, video_unet
+from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.keeping import Keeper
 from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.noise import Levels, Sampler
+from tuneavideo.opening import Pipeline
 from tuneavideo.progress import Job, Progress
 from tuneavideo.reels import Reel
+from tuneavideo.reuse import reusing
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
+from tuneavideo.style import Style
 from tuneavideo.tuning import Tuning
 from tuneavideo.video import Spool, Video
 from tuneavideo.windows import WindowedUNet, Windows
@@ -73,7 +76,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     pipe = models.open_image_model(settings.base, dtype=models.PRECISIONS[accelerator.mixed_precision])
     _warn_of_cuts(pipe, (settings.prompt, *settings.edit))
     kept = _kept(run)
-    clip, moments = kept or (_clip(settings, pipe, run.path), None)
+    clip, moments = kept or (clip_of(settings, pipe, run.path), None)
     marks = fingerprint(pipe.unet)
     settings, line = _budgeted(settings, accelerator, pipe, clip)
     if line:
@@ -82,10 +85,10 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
         models.offload(pipe)
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
-        moments = moments or _moments(pipe, clip, run)
-        text = _text(pipe, settings.prompt)
+        moments = moments or moments_of(pipe, clip, run.latents)
+        text, empty = _text(pipe, settings.prompt), _text(pipe, "")
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator)
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, empty)
     keeper = Keeper(run, tuning, accelerator)
     if accelerator.is_main_process:
         keeper.check_room(clip)
@@ -141,11 +144,17 @@ def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset()) ->
     yield Progress("open", about=settings.run)
     studio = _reopened(settings)
     _warn_of_cuts(studio.pipe, (*settings.prompt, settings.negative_prompt))
-    for prompt, seed in product(settings.prompt, settings.seeds):
-        if (prompt, seed) not in done:
-            video = yield from studio.edited(prompt, settings, seed)
+    due = [each for each in product(settings.prompt, settings.seeds) if each not in done]
+    for batch in batched(due, settings.batch_prompts):
+        clips = yield from studio.edited(batch, settings)
+        for (prompt, seed), video in zip(batch, clips, strict=True):
             folder = _write_edit(studio, settings, prompt, seed, video)
             yield Progress("edit", path=folder, about=prompt)
+
+
+def batched(wishes: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[tuple[str, int]]]:
+    """One part of `size` after the other; the last may be smaller."""
+    return (wishes[at : at + size] for at in range(0, len(wishes), size))
 
 
 def invert(settings: EditSettings) -> Job:
@@ -164,12 +173,13 @@ class _Studio:
     """A tuned (or half-tuned) model with the clip it was tuned on: what it takes to make edits."""
 
     run: RunFolder
-    pipe: StableDiffusionPipeline
+    pipe: Pipeline
     video: VideoUNet
     moments: Moments
     source: Footage
     keep_inversions: bool = True
     recent: dict[Path, Tensor | Reel] = dataclasses.field(default_factory=dict)
+    style: Style = dataclasses.field(default_factory=Style)
 
     def sampler(self, settings: Sampling) -> Sampler:
         return Levels.of(self.pipe.scheduler).sampler(
@@ -179,23 +189,65 @@ class _Studio:
             strength=settings.strength,
         )
 
-    def edited(self, prompt: str, settings: Sampling, seed: int) -> Generator[Progress, None, Footage]:
-        """Invert, denoise towards the prompt, decode."""
-        sampler, (_, mix_noise, generate) = self.sampler(settings), self._ways()
-        start = yield from self.inverted(sampler, settings)
-        generator = torch.Generator().manual_seed(seed)
-        start = mix_noise(start, self._clean(), sampler.start_alpha, settings.fresh_noise, generator)
-        negative, text = models.embed(self.pipe, [settings.negative_prompt, prompt]).split(1)
-        steps = generate(
-            self._windowed(settings), sampler, start, text, negative, settings.guidance_scale,
-            batch_guidance=settings.batch_guidance, generator=generator,
+    def edited(self, wishes: Sequence[tuple[str, int]], settings: Sampling) -> Generator[Progress, None, list[Footage]]:
+        """Invert, denoise towards each prompt (with its seed) in one batch, decode."""
+        sampler = self.sampler(settings)
+        way = yield from self.inverted(sampler, settings)
+        if isinstance(way, Reel):
+            return (yield from self._edited_by_frames(way, wishes, settings))
+        generators = [torch.Generator().manual_seed(seed) for _, seed in wishes]
+        share, clean = settings.fresh_noise, self._clean()
+        starts = [editing.mix_noise(way[:1], clean, sampler.start_alpha, share, each) for each in generators]
+        prompts = [prompt for prompt, _ in wishes]
+        told = self.style.told(models.embed(self.pipe, [settings.negative_prompt, *prompts]))
+        negative, text = told.split([1, len(prompts)])
+        latents = torch.cat(starts)
+        steps = editing.generate(
+            self._windowed(settings, settings.feature_reuse), sampler, latents, text, negative.expand(len(prompts)),
+            settings.guidance_scale, batch_guidance=settings.batch_guidance,
+            guidance_interval=settings.guidance_interval, source=self._followed(way, settings),
+            generator=generators if len(generators) > 1 else generators[0],
         )  # fmt: skip
-        latents = start
         for step in steps:
             latents = step.latents
-            yield Progress("edit", step.number, step.total, about=prompt)
-        images = models.decoded(self.pipe, latents)
-        return self._timed(videos.shelved(images, settings.fps or self.source.fps, self.run.path))
+            yield Progress("edit", step.number, step.total, about=" | ".join(prompts))
+        return [self._timed(clip) for clip in models.decode(self.pipe, latents, settings.fps or self.source.fps)]
+
+    def _edited_by_frames(
+        self, way: Reel, wishes: Sequence[tuple[str, int]], settings: Sampling
+    ) -> Generator[Progress, None, list[Footage]]:
+        """The same of a clip on the disk, one edit after the other."""
+        clips: list[Footage] = []
+        for prompt, seed in wishes:
+            sampler, generator, folder = self.sampler(settings), torch.Generator().manual_seed(seed), self.run.path
+            negative, text = self.style.told(models.embed(self.pipe, [settings.negative_prompt, prompt])).split(1)
+            start, clean, share = way.split(1)[0], self._clean(), settings.fresh_noise
+            start = streaming.mix_noise(start, clean, sampler.start_alpha, share, generator, folder=folder)
+            steps = streaming.generate(
+                self._windowed(settings, settings.feature_reuse), sampler, start, text, negative,
+                settings.guidance_scale, batch_guidance=settings.batch_guidance,
+                guidance_interval=settings.guidance_interval, source=self._followed(way, settings),
+                generator=generator, folder=folder,
+            )  # fmt: skip
+            for step in steps:
+                start = step.latents
+                yield Progress("edit", step.number, step.total, about=prompt)
+            images = models.decoded(self.pipe, start)
+            clips.append(self._timed(videos.shelved(images, settings.fps or self.source.fps, folder)))
+        return clips
+
+    def _windowed(self, settings: Sampling, reuse: int = 1) -> Any:
+        """The UNet, called in windows if one does not hold the clip."""
+        windows, frames = Windows.of(settings, self.source.frames), self.source.frames
+        if windows.holds(frames) and isinstance(self.source, Video):
+            return reusing(self.video, reuse)
+        for name, stated in (("feature_reuse", reuse > 1), ("controlnet", self.video.control)):
+            if stated:
+                raise SettingsError(
+                    f"{name} does not go with a clip that is edited in windows ({frames} frames, windows of "
+                    f"{windows.size}) or from the disk; leave it out, or take fewer frames"
+                )
+        return WindowedUNet(self.video, windows)
 
     def _timed(self, edit: Footage) -> Footage:
         """An edit with the source's sound, if it plays as fast as the source."""
@@ -203,47 +255,49 @@ class _Studio:
         return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 
     def inverted(self, sampler: Sampler, settings: Sampling) -> Generator[Progress, None, Tensor | Reel]:
-        """The clip's noise at the level where the sampler starts; computed once and kept in the run folder."""
+        """The clip's noise at the level where the sampler starts, `1 C T H W`; computed once, kept in the run folder.
+
+        If edits follow the clip, what it is at the following levels comes after it.
+        """
         levels = Levels.of(self.pipe.scheduler)
-        timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
+        timesteps = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
         file = self.inversion_file(sampler, settings)
         if file in self.recent:
             return self.recent[file]
-        latents, (invert, _, _) = self._clean(), self._ways()
-        if self.keep_inversions and (kept := cache.read(file, by_frames=isinstance(latents, Reel))):
-            return kept["latents"].to(latents.device)
-        empty = models.embed(self.pipe, [""])
-        for step in invert(self._windowed(settings), levels, latents, empty, timesteps):
-            latents = step.latents
-            yield Progress("invert", step.number, step.total)
+        clean, whole = self._clean(), bool(settings.attention_injection)
+        if self.keep_inversions and (kept := cache.read(file, by_frames=isinstance(clean, Reel))):
+            return kept["latents"].to(clean.device)
+        video, empty = self._windowed(settings), self.style.told(models.embed(self.pipe, [""]))
+        if isinstance(clean, Reel):
+            latents, folder = clean, self.run.path
+            for step in streaming.invert(video, levels, clean, empty, timesteps, whole=whole, folder=folder):
+                latents = step.latents
+                yield Progress("invert", step.number, step.total)
+        else:
+            way = [clean]
+            for step in inversion.invert(video, levels, clean, empty, timesteps):
+                way = [*way, step.latents] if whole else [step.latents]
+                yield Progress("invert", step.number, step.total)
+            latents = torch.cat(way[::-1])
         if self.keep_inversions:
             cache.write(file, {"latents": latents})
         self.recent[file] = latents
         return latents
 
+    def _followed(self, way: Tensor | Reel, settings: Sampling) -> editing.Source | None:
+        if not settings.attention_injection:
+            return None
+        caption = self.style.told(models.embed(self.pipe, [self.run.read_settings().prompt]))
+        return editing.Source(way.split(1), caption, settings.attention_injection)
+
     def inversion_file(self, sampler: Sampler, settings: Sampling) -> Path:
         levels = Levels.of(self.pipe.scheduler)
-        timesteps = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
+        timesteps = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
+        whole = ["whole"] if settings.attention_injection else []
         windows = Windows.of(settings, self.source.frames)
         cut = [] if windows.holds(self.source.frames) else [dataclasses.astuple(windows)]
-        return self.run.inversion(cache.key(timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *cut))
-
-    def _ways(self) -> tuple[Any, Any, Any]:
-        """How to invert, mix noise and generate: in memory, or with latents on the disk."""
-        if isinstance(self.moments["mean"], Tensor):
-            return inversion.invert, editing.mix_noise, editing.generate
-        invert, mix, generate = streaming.invert, streaming.mix_noise, streaming.generate
-        return (
-            partial(invert, folder=self.run.path),
-            partial(mix, folder=self.run.path),
-            partial(generate, folder=self.run.path),
-        )
-
-    def _windowed(self, settings: Sampling) -> Any:
-        """The UNet, called in windows if one does not hold the clip."""
-        windows = Windows.of(settings, self.source.frames)
-        in_one = windows.holds(self.source.frames) and isinstance(self.moments["mean"], Tensor)
-        return self.video if in_one else WindowedUNet(self.video, windows)
+        parts = (timesteps, self.moments["mean"], str(self.pipe.unet.dtype), *whole, *self.style.marks, *cut)
+        return self.run.inversion(cache.key(*parts))
 
     def _clean(self) -> Any:
         return self.moments["mean"].to(self.pipe._execution_device)
@@ -277,14 +331,14 @@ def _previewed(keeper: Keeper, studio: _Studio) -> Job:
         path = keeper.run.sample(tuning.number, prompt)
         if path.is_file():
             continue
-        for_preview = studio.edited(prompt, settings, settings.seeds[0])
+        for_preview = studio.edited([(prompt, settings.seeds[0])], settings)
         with tuning.averaged():
-            video = yield from _relabelled(for_preview, "preview")
+            [video] = yield from _relabelled(for_preview, "preview")
         videos.write(side_by_side([studio.source, video], labels=[settings.prompt, prompt]), path)
         yield Progress("preview", path=path, about=prompt)
 
 
-def _relabelled(work: Generator[Progress, None, Footage], stage: str) -> Generator[Progress, None, Footage]:
+def _relabelled(work: Generator[Progress, None, list[Footage]], stage: str) -> Generator[Progress, None, list[Footage]]:
     while True:
         try:
             yield dataclasses.replace(next(work), stage=stage)
@@ -302,6 +356,10 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
     return Accelerator(mixed_precision=_precision(settings), **options)
 
 
+def _precision(settings: TuneSettings) -> str:
+    return models.precision(settings.mixed_precision, low=settings.memory is not None)
+
+
 def _kept(run: RunFolder) -> tuple[Footage, Moments] | None:
     """Clip and latents of a run that was begun; None if one is missing or damaged."""
     if not (run.latents.is_file() and run.source.is_file()):
@@ -311,12 +369,8 @@ def _kept(run: RunFolder) -> tuple[Footage, Moments] | None:
     return (clip, moments) if moments else None
 
 
-def _precision(settings: TuneSettings) -> str:
-    return models.precision(settings.mixed_precision, low=settings.memory is not None)
-
-
-def _clip(settings: TuneSettings, pipe: StableDiffusionPipeline, folder: Path) -> Footage:
-    """The frames to learn from, at a size the model takes."""
+def clip_of(settings: TuneSettings, pipe: Pipeline, folder: Path) -> Footage:
+    """The frames to learn from, at a size the model takes; a long clip lies in a file in `folder`."""
 
     def near(width: int, height: int) -> tuple[int, int]:
         side = settings.resolution or models.default_size(pipe)
@@ -372,7 +426,7 @@ def _claimed(
             yield run
         except Exception as error:
             if run.source.is_file():
-                error.add_note(f"go on with: tuneavideo tune --resume {run.path}")
+                error.add_note(f"go on with: tuneavideo tune --resume {run.quoted}")
             elif accelerator.is_main_process and not resume:
                 run.remove()
             raise
@@ -405,19 +459,15 @@ def _memory_told(own: TuneSettings, edits: Sampling | None = None) -> Generator[
 
 
 def _budgeted(
-    settings: TuneSettings, accelerator: Accelerator, pipe: StableDiffusionPipeline, clip: Footage
+    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: Footage
 ) -> tuple[TuneSettings, str]:
     """Settings that fit into the memory given, or that of the GPU, and what there is to tell of them."""
     on_gpu = accelerator.device.type == "cuda"
     if not (settings.memory or on_gpu):
         return settings, ""
     room = settings.memory * budget.GB if settings.memory else float(models.memory_left(accelerator.device)[1])
-    width = models.PRECISIONS[accelerator.mixed_precision].itemsize
-    model, size, stride = (
-        budget.Model.of(pipe, settings, width),
-        (clip.frames, clip.height, clip.width),
-        models.stride(pipe),
-    )
+    model = budget.Model.of(pipe, settings, models.PRECISIONS[accelerator.mixed_precision].itemsize)
+    size, stride = (clip.frames, clip.height, clip.width), models.stride(pipe)
     plan = budget.chosen(settings, model, room, size, stride)
     if settings.memory and not settings.mixed_precision:
         plan = plan.model_copy(update={"mixed_precision": accelerator.mixed_precision})
@@ -432,19 +482,21 @@ def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder)
         accelerator.init_trackers("tuneavideo", config=plain)
 
 
-def _moments(pipe: StableDiffusionPipeline, clip: Footage, run: RunFolder) -> Moments:
-    """Latents of a clip, from the cache; those of a clip on the disk lie in the run folder and nowhere else."""
+def moments_of(pipe: Pipeline, clip: Footage, path: Path) -> Moments:
+    """Latents of a clip, from the cache; those of a clip on the disk lie in `path` and nowhere else."""
     if isinstance(clip, Spool):
-        if not cache.read(run.latents, by_frames=True):  # another process may have been first
-            streaming.encode(pipe, clip, run.latents)
-        return cache.read(run.latents, by_frames=True) or {}
+        if not cache.read(path, by_frames=True):  # another process may have been first
+            streaming.encode(pipe, clip, path)
+        return cache.read(path, by_frames=True) or {}
     name = cache.key("moments", clip.frames_THWC, pipe.vae.config.scaling_factor, pipe.vae)
     return cache.cached(name, lambda: models.encode(pipe, clip))
 
 
-def _text(pipe: StableDiffusionPipeline, prompt: str) -> Tensor:
-    name = cache.key("text", pipe.tokenizer(prompt).input_ids, pipe.text_encoder)
-    return cache.cached(name, lambda: {"text": models.embed(pipe, [prompt])})["text"]
+def _text(pipe: Pipeline, prompt: str) -> Conditions:
+    encoders = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
+    name = cache.key("text", pipe.tokenizer(prompt).input_ids, *encoders)
+    tensors = cache.cached(name, lambda: models.embed(pipe, [prompt]).tensors())
+    return Conditions(**tensors, stride=models.stride(pipe))
 
 
 def _reopened(settings: EditSettings) -> _Studio:
@@ -452,20 +504,24 @@ def _reopened(settings: EditSettings) -> _Studio:
     run = RunFolder.open(settings.run)
     own = run.read_settings()
     if not run.is_tuned:
-        raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.path}")
+        raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.quoted}")
     dtype = models.PRECISIONS[_precision(own)]
-    pipe = models.open(own.base, adapter=run.adapter, dtype=dtype)
-    if own.offload:
-        models.offload(pipe)
+    pipe = models.open_image_model(settings.edit_model or own.base, dtype=dtype)
     kept = _kept(run)
     source, moments = kept or (videos.footage(run.source, run.path), {})
+    if isinstance(source, Spool) and settings.controlnet:
+        raise SettingsError(f"controlnet does not go with a clip of {source.frames} frames, which lies on the disk")
+    style = styles.load(pipe, settings, source)
+    video = Adapter.load(run.adapter).attach(pipe.unet, any_base=settings.edit_model is not None).video
     _refuse_fast_gif(settings, source)
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
-        moments = _moments(pipe, source, run)
+        moments = moments_of(pipe, source, run.latents)
         if isinstance(source, Video):
             cache.write(run.latents, moments)
-    return _Studio(run, pipe, video_unet(pipe.unet), moments, source)
+    if own.offload:
+        models.offload(pipe)
+    return _Studio(run, pipe, style.controlled(video), moments, source, style=style)
 
 
 def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int, video: Footage) -> Path:
@@ -480,7 +536,7 @@ def _write_edit(studio: _Studio, settings: EditSettings, prompt: str, seed: int,
     return folder
 
 
-def _warn_of_cuts(pipe: StableDiffusionPipeline, prompts: Iterable[str]) -> None:
+def _warn_of_cuts(pipe: Pipeline, prompts: Iterable[str]) -> None:
     for prompt in prompts:
         if cut := models.cut(pipe, prompt):
             logger.warning("the prompt %r is longer than the text encoder takes; left out: %r", prompt, cut)

@@ -72,7 +72,8 @@ class Keeper:
         """Refuse to begin what the disk cannot hold. Raises DiskError, with what is needed and what is there."""
         settings, tuning = self.tuning.settings, self.tuning
         learned = sum(parameter.numel() for parameter in tuning.parameters.values())
-        state = 4 * learned * (1 + REMEMBERED.get(settings.optimizer, 2) + settings.use_ema)
+        moved = sum(parameter.numel() for parameter in tuning.optimised.values())
+        state = 4 * (moved * (1 + REMEMBERED.get(settings.optimizer, 2)) + learned * settings.use_ema)
         states = 1 + min(settings.checkpoints_total_limit, settings.max_train_steps // settings.checkpointing_steps)
         added = added_parameters(tuning.video.unet)
         adapter = 2 * (learned + sum(added[name].numel() for name in added.keys() - tuning.parameters.keys()))

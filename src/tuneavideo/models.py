@@ -11,16 +11,16 @@ import psutil
 import torch
 from accelerate import PartialState, cpu_offload_with_hook
 from accelerate.hooks import CpuOffload
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionXLPipeline
 from einops import rearrange
-from huggingface_hub.constants import HF_HUB_CACHE
 from torch import Tensor
 
-from tuneavideo import machine
+from tuneavideo import machine, opening
 from tuneavideo.adapter import Adapter
-from tuneavideo.bases import BASES
+from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError, SettingsError
 from tuneavideo.inflate import inflate
+from tuneavideo.opening import Pipeline
 from tuneavideo.reels import Reel
 from tuneavideo.settings import Inflation
 from tuneavideo.video import Spool, Video
@@ -49,7 +49,7 @@ def open(
     inflation: Inflation | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> StableDiffusionPipeline:
+) -> Pipeline:
     """Open a base as a stock diffusers pipeline whose UNet is inflated in place.
 
     Args:
@@ -73,40 +73,30 @@ def open(
 
 def open_image_model(
     base: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-) -> StableDiffusionPipeline:
+) -> Pipeline:
     """Like `open`, with the UNet still an image UNet."""
-    place = source(base)
-    try:
-        if Path(place).is_file():
-            pipe: Any = StableDiffusionPipeline.from_single_file(place, dtype=dtype or torch.float32)
-        else:
-            pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype or torch.float32, **without_checker(place))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(missing(base, error)) from error
-    if not isinstance(pipe, StableDiffusionPipeline) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+    pipe = opening.opened(base, dtype=dtype or torch.float32)
+    if not isinstance(pipe, Pipeline) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(
-            f"{base}: found a {type(pipe).__name__}; a Stable Diffusion 1.x or 2.x text-to-image model is needed"
+            f"{base}: found a {type(pipe).__name__}; a Stable Diffusion 1.x, 2.x or XL text-to-image model is needed"
         )
+    if isinstance(pipe, StableDiffusionXLPipeline) and pipe.vae.config.force_upcast and dtype == torch.float16:
+        pipe.vae.to(dtype=torch.float32)  # its activations are beyond what half precision holds
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device or PartialState().device)
 
 
-def source(base: str) -> str:
-    """Hub id, folder or file that a base is opened from."""
-    return BASES[base].source if base in BASES else base
-
-
-def default_size(pipe: StableDiffusionPipeline) -> int:
+def default_size(pipe: Pipeline) -> int:
     """Side in pixels that the base was trained at."""
     return pipe.unet.config.sample_size * stride(pipe)
 
 
-def stride(pipe: StableDiffusionPipeline) -> int:
+def stride(pipe: Pipeline) -> int:
     """Pixels per latent along each side."""
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
 
-def encode(pipe: StableDiffusionPipeline, video: Video) -> dict[str, Tensor]:
+def encode(pipe: Pipeline, video: Video) -> dict[str, Tensor]:
     """Moments of the clip's latents: `mean` and `std`, each `1 C T H W`, scaled as the UNet expects them.
 
     Frames go through the VAE one by one, so memory does not grow with the clip.
@@ -115,10 +105,12 @@ def encode(pipe: StableDiffusionPipeline, video: Video) -> dict[str, Tensor]:
     return {"mean": torch.stack(means, dim=2), "std": torch.stack(stds, dim=2)}
 
 
-def offload(pipe: StableDiffusionPipeline) -> None:
+def offload(pipe: Pipeline) -> None:
     """Keep VAE and text encoder in the computer's memory but for the moments in which they work."""
-    for part in (pipe.vae, pipe.text_encoder):
-        cpu_offload_with_hook(part, pipe._execution_device)
+    device = pipe._execution_device
+    for part in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if part is not None:
+            cpu_offload_with_hook(part, device)
 
 
 def _rest(part: Any) -> None:
@@ -128,7 +120,7 @@ def _rest(part: Any) -> None:
 
 
 @torch.no_grad()
-def encoded(pipe: StableDiffusionPipeline, video: Video | Spool) -> Iterator[tuple[Tensor, Tensor]]:
+def encoded(pipe: Pipeline, video: Video | Spool) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and standard deviation of each frame's latents, `1 C H W`."""
     vae, device = pipe.vae, pipe._execution_device
     for frame_HWC in video.images:
@@ -138,13 +130,13 @@ def encoded(pipe: StableDiffusionPipeline, video: Video | Spool) -> Iterator[tup
     _rest(vae)
 
 
-def decode(pipe: StableDiffusionPipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
+def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
     """Latents to clips, one per entry of the batch, frame by frame."""
     return [Video(np.stack(list(decoded(pipe, latents[None]))), fps) for latents in latents_BCTHW]
 
 
 @torch.no_grad()
-def decoded(pipe: StableDiffusionPipeline, latents_1CTHW: Tensor | Reel) -> Iterator[np.ndarray]:
+def decoded(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[np.ndarray]:
     """The frames of a clip's latents, `H W C`, one at a time."""
     vae, device = pipe.vae, pipe._execution_device
     for number in range(latents_1CTHW.shape[2]):
@@ -156,14 +148,24 @@ def decoded(pipe: StableDiffusionPipeline, latents_1CTHW: Tensor | Reel) -> Iter
 
 
 @torch.no_grad()
-def embed(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
-    """Text embeddings of prompts, `B L D`, without what is `cut`."""
-    embedding = pipe.encode_prompt(prompts, pipe._execution_device, 1, False)[0]
-    _rest(pipe.text_encoder)
-    return embedding
+def embed(pipe: Pipeline, prompts: list[str]) -> Conditions:
+    """Text conditions of prompts, without what is `cut`; Stable Diffusion XL learned the empty prompt as zeros."""
+    device = pipe._execution_device
+    if not isinstance(pipe, StableDiffusionXLPipeline):
+        told = Conditions(pipe.encode_prompt(prompts, device, 1, False)[0])
+        _rest(pipe.text_encoder)
+        return told
+    xl: Any = pipe  # diffusers' annotations know one prompt only
+    text, _, pooled, _ = xl.encode_prompt(prompts, None, device, 1, False)
+    _rest(xl.text_encoder)
+    _rest(xl.text_encoder_2)
+    told = torch.tensor([bool(prompt) for prompt in prompts], device=text.device)
+    if xl.config.force_zeros_for_empty_prompt:
+        text, pooled = text * told[:, None, None], pooled * told[:, None]
+    return Conditions(text, pooled, stride=stride(pipe))
 
 
-def cut(pipe: StableDiffusionPipeline, prompt: str) -> str:
+def cut(pipe: Pipeline, prompt: str) -> str:
     """The words at the end of a prompt that the text encoder does not take whole; empty if it takes all."""
     places = pipe.tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
     most = pipe.tokenizer.model_max_length
@@ -189,22 +191,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says, in one of the ways that torch, numpy and the system have, that memory is at its end."""
     told = ("out of memory", "not enough memory", "allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)
-
-
-def without_checker(source: str) -> dict[str, Any]:
-    """What keeps diffusers from loading the safety checker, which sees single images only, where there is one."""
-    index = Path(source) / "model_index.json"
-    has_checker = not index.is_file() or "safety_checker" in index.read_text(encoding="utf-8")
-    return {"safety_checker": None, "requires_safety_checker": False} if has_checker else {}
-
-
-def missing(base: str, error: Exception) -> str:
-    """What to do about a base that cannot be opened, in one line."""
-    place, first = source(base), " ".join(str(error).split())[:300]
-    if Path(place).exists():
-        return f"{place}: cannot be opened as a Stable Diffusion model: {first}"
-    return (
-        f"base {base!r} is not there: no such folder, and not in the hub's cache ({HF_HUB_CACHE}). Download it with "
-        f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases. "
-        f"({first})"
-    )

@@ -127,7 +127,9 @@ class Sampler:
         """`x` as the model wants to see it at timestep `t`."""
         return self.scheduler.scale_model_input(x, t)
 
-    def step(self, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def step(
+        self, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> Tensor:
         """One step towards the clean latents."""
         extra = {"generator": generator} if self._takes_generator else {}
         return self.scheduler.step(output, t, x, return_dict=False, **extra)[0]

@@ -1,15 +1,15 @@
-"""A diffusers pipeline for Python users: a stock Stable Diffusion pipeline whose UNet sees clips."""
+"""Diffusers pipelines for Python users: stock Stable Diffusion pipelines whose UNet sees clips."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from tuneavideo import models
 from tuneavideo.adapter import Adapter, Attached
+from tuneavideo.conditions import Conditions
 from tuneavideo.editing import generate
 from tuneavideo.errors import ModelError
 from tuneavideo.inflate import VideoUNet, deflate, inflate, video_unet
 from tuneavideo.inversion import invert
 from tuneavideo.noise import Levels, Sampler
+from tuneavideo.opening import opened
 from tuneavideo.video import Video
 
 
@@ -37,32 +39,28 @@ class TuneAVideoPipelineOutput(BaseOutput):
     frames: list[list[Image.Image]] | np.ndarray | Tensor
 
 
-class TuneAVideoPipeline(StableDiffusionPipeline):
-    """Text to video with a Stable Diffusion base and a tuned adapter.
+_Stock: Any = object  # for type checkers: whichever stock pipeline it is mixed into
 
-    Everything a `StableDiffusionPipeline` can do with its components (offload, VAE slicing and tiling,
-    `load_lora_weights`, textual inversion, schedulers) works as there; its UNet is inflated in place. It serves one
-    request at a time.
-    """
+
+class _SeesClips(_Stock):
+    """What makes a stock pipeline one of clips."""
 
     _attached: Attached | None = None
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, base: str | Path, *, adapter: Adapter | str | Path | None = None, **kwargs: Any
-    ) -> TuneAVideoPipeline:
+    ) -> Self:
         """Open a base as diffusers does, with a run's adapter if one is given.
 
         Args:
-            base: A name of `tuneavideo models`, a hub id or a folder.
+            base: A name of `tuneavideo models`, a hub id, a folder or a single file.
             adapter: An `Adapter`, or the `adapter` folder of a run.
             **kwargs: What `DiffusionPipeline.from_pretrained` takes (`dtype`, `variant`, `scheduler`, ...).
         """
-        place = models.source(str(base))
-        try:
-            pipe: TuneAVideoPipeline = super().from_pretrained(place, **models.without_checker(place) | kwargs)
-        except OSError as error:
-            raise ModelError(models.missing(str(base), error)) from error
+        pipe = opened(str(base), super(), **kwargs)
+        if pipe.unet.config.addition_embed_type and not issubclass(cls, StableDiffusionXLPipeline):
+            raise ModelError(f"{base} is a Stable Diffusion XL: open it with TuneAVideoXLPipeline")
         if adapter is not None:
             pipe.load_video_adapter(adapter)
         return pipe
@@ -116,6 +114,8 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
@@ -135,6 +135,8 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
             latents: Noise to start from, `B C T H W` or `1 C T H W`, such as `invert` returns.
             prompt_embeds: Text embedding `B L D`, instead of `prompt`.
             negative_prompt_embeds: The same, instead of `negative_prompt`.
+            pooled_prompt_embeds: Goes with `prompt_embeds` in Stable Diffusion XL, `B D`.
+            negative_pooled_prompt_embeds: Goes with `negative_prompt_embeds`.
             output_type: `pil`, `np`, `pt` or `latent`.
             return_dict: A `TuneAVideoPipelineOutput`, or a tuple of its fields.
             callback_on_step_end: Called with the pipeline, the step's index, its timestep and `{"latents": ...}`;
@@ -143,17 +145,15 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
         """
         if set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise ValueError(f"callbacks are given latents only; asked for {list(callback_on_step_end_tensor_inputs)}")
-        text = models.embed(self, _listed(prompt)) if prompt_embeds is None else prompt_embeds
-        negative = negative_prompt_embeds
-        if negative is None:
-            negative = models.embed(self, _listed(negative_prompt or ""))
+        text = self._told(prompt, prompt_embeds, pooled_prompt_embeds)
+        negative = self._told(negative_prompt or "", negative_prompt_embeds, negative_pooled_prompt_embeds)
         self.scheduler.set_timesteps(num_inference_steps)
         sampler = Sampler(self.scheduler, 0)
         latents = self._start(latents, len(text), (num_frames, height, width), generator)
         steps = generate(
-            self._video(), sampler, latents, text, negative.expand_as(text), guidance_scale, generator=generator
+            self._video(), sampler, latents, text, negative.expand(len(text)), guidance_scale, generator=generator
         )
-        with cast(Any, self).progress_bar(total=len(sampler.timesteps)) as bar:
+        with self.progress_bar(total=len(sampler.timesteps)) as bar:
             for index, step in enumerate(steps):
                 latents = step.latents
                 if callback_on_step_end:
@@ -164,6 +164,11 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
         frames = self._pictured(latents, output_type)
         self.maybe_free_model_hooks()
         return TuneAVideoPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _told(self, prompt: str | list[str] | None, text: Tensor | None, pooled: Tensor | None) -> Conditions:
+        if text is None:
+            return models.embed(self, _listed(prompt))
+        return Conditions(text, pooled, stride=models.stride(self))
 
     def _video(self) -> VideoUNet:
         try:
@@ -194,6 +199,19 @@ class TuneAVideoPipeline(StableDiffusionPipeline):
         if output_type == "pt":
             return torch.from_numpy(pixels).permute(0, 1, 4, 2, 3)
         return pixels
+
+
+class TuneAVideoPipeline(_SeesClips, StableDiffusionPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Text to video with a Stable Diffusion 1.x or 2.x base and a tuned adapter.
+
+    Everything a `StableDiffusionPipeline` can do with its components (offload, VAE slicing and tiling,
+    `load_lora_weights`, textual inversion, schedulers) works as there; its UNet is inflated in place. It serves one
+    request at a time.
+    """
+
+
+class TuneAVideoXLPipeline(_SeesClips, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """The same for a Stable Diffusion XL base."""
 
 
 def _listed(prompt: str | list[str] | None) -> list[str]:

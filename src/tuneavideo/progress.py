@@ -23,7 +23,8 @@ class Progress:
     """Where a job stands.
 
     Attributes:
-        stage: `open`, `memory` (what was chosen to fit), `encode`, `tune`, `preview`, `invert` or `edit`.
+        stage: `open`, `memory` (what was chosen to fit), `encode`, `tune`, `preview`, `invert`, `edit`, `picture` or
+            `evaluate`.
         number: Steps of the stage that are done.
         total: Steps of the stage.
         step: The tuning step just made.

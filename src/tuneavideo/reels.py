@@ -18,11 +18,11 @@ Place = tuple[slice, slice, Sequence[int] | slice]
 
 @dataclass(frozen=True)
 class Reel:
-    """A float32 tensor `1 C T H W` in a file. `reel[:, :, frames]` reads and writes frames, and nothing else is read.
+    """A float32 tensor `B C T H W` in a file. With B = 1, `reel[:, :, frames]` reads and writes those frames only.
 
     Attributes:
         file: Open, unbuffered.
-        shape: `(1, C, T, H, W)`.
+        shape: `(B, C, T, H, W)`.
         offset: Where its bytes begin.
         device: Where frames are put that are read.
     """
@@ -62,6 +62,14 @@ class Reel:
             left -= len(piece)
             yield piece
 
+    def split(self, size: int) -> list[Reel]:
+        """Reels of one clip each; `size` is 1."""
+        assert size == 1, "a reel is read clip by clip"
+        shape = (1, *self.shape[1:])
+        return [
+            replace(self, shape=shape, offset=self.offset + 4 * math.prod(shape) * at) for at in range(self.shape[0])
+        ]
+
     def fill(self, other: Reel) -> None:
         """Take over the latents of a reel of the same shape."""
         at = self.offset
@@ -75,7 +83,8 @@ class Reel:
 
     def _images(self, numbers: Sequence[int], frames: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Where each channel of each frame lies in the file, and in `frames`."""
-        _, channels, count, height, width = self.shape
+        clips, channels, count, height, width = self.shape
+        assert clips == 1, "a reel of several clips is split first"
         for channel in range(channels):
             for place, number in enumerate(numbers):
                 yield self.offset + 4 * height * width * (channel * count + number), frames[0, channel, place]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import unicodedata
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if out is not None:
                 if any(file.name != LOCK and file.suffix != files.PART for file in path.iterdir()):
-                    raise RunError(f"{path} exists and is not empty; give another --out, or --resume {path}")
+                    run = f", or --resume {cls(path).quoted}" if cls(path).settings.is_file() else ""
+                    raise RunError(f"{path} exists and is not empty; give another --out{run}")
                 return cls(path)
             number = 1
             while True:
@@ -93,6 +96,12 @@ class RunFolder:
         """Leave nothing of a run that has not begun."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def written_with(self) -> dict[str, str]:
+        """The `about` of `write_settings`: versions of packages, and the base's fingerprint."""
+        lines = self.settings.read_text(encoding="utf-8").splitlines()
+        notes = takewhile(lambda line: line.startswith("# "), lines)
+        return dict(note[2:].split(": ", 1) for note in notes if ": " in note)
+
     def write_settings(self, settings: TuneSettings, about: dict[str, Any]) -> None:
         """The first file of a run: resolved settings, and as comments what they were resolved with."""
         notes = "".join(f"# {name}: {value}\n" for name, value in about.items())
@@ -101,6 +110,11 @@ class RunFolder:
     def read_settings(self) -> TuneSettings:
         """The settings the run was made with."""
         return checked(TuneSettings, read_yaml(self.settings, TuneSettings), str(self.settings))
+
+    @property
+    def quoted(self) -> str:
+        """The folder as a shell takes it."""
+        return shlex.quote(str(self.path))
 
     @property
     def settings(self) -> Path:
@@ -121,8 +135,43 @@ class RunFolder:
 
     def edited(self) -> set[tuple[str, int]]:
         """Prompt and seed of the edits that are there."""
-        made = (json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("edits/*/edit.json"))
+        made = map(self.read_edit, self.whole_edits())
         return {(edit["prompt"], edit["seed"]) for edit in made}
+
+    def edits(self) -> list[Path]:
+        """Folders of the edits, oldest first; one whose `edit.json` is not there yet is unfinished."""
+        return sorted(path for path in self.path.glob("edits/[0-9][0-9][0-9]-*") if path.is_dir())
+
+    def whole_edits(self) -> list[Path]:
+        """Folders of the edits that are finished, oldest first."""
+        return [edit for edit in self.edits() if (edit / "edit.json").is_file()]
+
+    @staticmethod
+    def read_edit(edit: Path) -> dict[str, Any]:
+        """Prompt, seed and settings of an edit."""
+        return json.loads((edit / "edit.json").read_text(encoding="utf-8"))
+
+    @staticmethod
+    def clip_of(edit: Path) -> Path:
+        """An edit's clip in the form that lost least."""
+        forms = (edit / "frames", edit / "edit.mp4", edit / "edit.gif")
+        return next((form for form in forms if form.exists()), forms[1])
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.json"
+
+    def read_scores(self) -> dict[str, Any] | None:
+        """What `tuneavideo evaluate` wrote; None if it has not."""
+        return json.loads(self.scores.read_text(encoding="utf-8")) if self.scores.is_file() else None
+
+    def is_newer(self, edit: Path) -> bool:
+        """Whether an edit was made after the scores were written."""
+        return (edit / "edit.json").stat().st_mtime > self.scores.stat().st_mtime
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def sheet(self) -> Path:

@@ -44,6 +44,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "heun": ("HeunDiscreteScheduler", {"clip_sample": False, **_PLAIN}),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
 }
+# Samplers whose steps are not those of a DDIM inversion of as many steps.
+OTHER_LEVELS = {"dpm++-karras", "plms", "heun"}
 STOCHASTIC_SAMPLERS = {"euler-ancestral"}
 
 
@@ -66,12 +68,16 @@ class Sampling(Settings):
 
     num_inference_steps: PositiveInt = 50
     """Denoising steps of an edit."""
-    num_inv_steps: PositiveInt = 50
-    """Steps of the DDIM inversion that finds the noise the clip came from."""
+    num_inv_steps: PositiveInt | None = None
+    """Steps of the DDIM inversion that finds the noise the clip came from; none: as many as denoising steps."""
     guidance_scale: NonNegativeFloat = 12.5
     """Classifier-free guidance; 1 turns it off."""
     negative_prompt: str = ""
     """What the edits should not show."""
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    """Guidance only between these shares of the steps; elsewhere a step costs half."""
+    attention_injection: Share = 0.6
+    """Share of the first steps in which edits look where the clip does: keeps its motion and layout, resists change."""
     sampler: Literal["ddim", "dpm++", "dpm++-karras", "unipc", "deis", "plms", "euler", "heun", "euler-ancestral"] = (
         "ddim"
     )
@@ -86,6 +92,10 @@ class Sampling(Settings):
     """One edit per prompt and seed; seeds differ only with fresh noise or a sampler that adds noise."""
     batch_guidance: bool = True
     """Both halves of guidance in one batch; off: one after the other, in less memory."""
+    batch_prompts: PositiveInt = 1
+    """Edits made together in one batch, in as many times the memory."""
+    feature_reuse: PositiveInt = 1
+    """Inner features are computed at every so many steps of an edit and used again in between; 1: at every step."""
     fps: PositiveFloat | None = None
     """Frame rate of the edits, without sound; none: that of the frames taken, with the source's sound."""
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
@@ -95,6 +105,28 @@ class Sampling(Settings):
     """Frames that the model sees at once, in tuning and in editing; none: all, or as many as `memory` allows."""
     window_overlap: NonNegativeInt | None = None
     """Frames that neighbouring windows of a longer clip share; none: a third of the window."""
+
+    @property
+    def inversion_steps(self) -> int:
+        """Steps of the inversion."""
+        return self.num_inv_steps or self.num_inference_steps
+
+    @model_validator(mode="after")
+    def _the_way_back_is_known(self) -> Sampling:
+        if self.attention_injection and self.inversion_steps != self.num_inference_steps:
+            raise ValueError(
+                f"attention_injection needs the clip at every level of the sampling: set num_inv_steps (now "
+                f"{self.inversion_steps}) to num_inference_steps ({self.num_inference_steps}), or attention_injection "
+                "to 0"
+            )
+        if self.attention_injection and self.sampler in OTHER_LEVELS:
+            raise ValueError(f"attention_injection does not go with sampler {self.sampler}: take ddim, or set it to 0")
+        if self.attention_injection and self.sampler != "ddim" and self.timestep_spacing != "trailing":
+            raise ValueError(
+                f"attention_injection with sampler {self.sampler} needs timestep_spacing trailing (now "
+                f"{self.timestep_spacing}), or set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _seeds_matter(self) -> Sampling:
@@ -125,9 +157,10 @@ class TuneSettings(Sampling):
     edit: tuple[str, ...] = ()
     """New prompts to edit the clip with when it is tuned; also used for previews."""
     base: str = "miniature"
-    """Text-to-image model: a name of `tuneavideo models`, a hub id, a folder or a single file."""
-    preset: Literal["default", "official"] = "default"
-    """`default`: corrected and improved; `official`: the published code's arithmetic, faults included."""
+    """Text-to-image model: a name of `tuneavideo models`, a hub id, a folder, or a .safetensors or .ckpt file."""
+    preset: Literal["default", "official", "fast"] = "default"
+    """`default`: corrected and improved; `official`: the published code's arithmetic, faults included; `fast`: edits in
+    a third of the time."""
 
     start: NonNegativeInt = 0
     """First frame taken."""
@@ -148,7 +181,7 @@ class TuneSettings(Sampling):
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """`crop` keeps the clip's aspect; `pad` its edges too, between black bars; `stretch` makes a square of it."""
 
-    references: tuple[Literal["first", "previous", "own"], ...] = ("first", "previous")
+    references: tuple[Literal["first", "middle", "previous", "own"], ...] = ("first", "previous")
     """Frames that sparse-causal attention looks at."""
     clip_norm: bool = True
     """Group norms of the residual blocks span all frames."""
@@ -175,6 +208,26 @@ class TuneSettings(Sampling):
     """Batches per optimiser step."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
+
+    timestep_sampling: Literal["uniform", "stratified", "antithetic"] = "uniform"
+    """`stratified`: any stretch of steps covers all noise levels evenly; `antithetic`: each second one mirrored."""
+    noise_shared: Share = 0.0
+    """Share of the noise's variance that all frames have in common."""
+    snr_gamma: PositiveFloat | None = None
+    """Signal-to-noise ratio above which noise levels count less (min-SNR; 5 is usual); none: all count alike."""
+    debias_weight: NonNegativeFloat = 0.0
+    """Weight of the loss on differences to one frame, which looks at motion more than at appearance (1 is usual)."""
+    prior_weight: NonNegativeFloat = 0.0
+    """Weight of staying with the image model's predictions for single frames without a prompt."""
+    lora_rank: PositiveInt | None = None
+    """Rank of what is added to each tuned matrix; none: the matrices themselves are tuned."""
+    early_stopping: Share | None = None
+    """Stop when a fixed measure of the loss falls by less than this share; none: make all steps."""
+    early_stopping_steps: PositiveInt = 25
+    """Steps from one such measurement to the next."""
+    early_stopping_patience: PositiveInt = 2
+    """Measurements that may bring too little before tuning stops."""
+
     optimizer: str = "adamw"
     """`adamw`, `adamw8bit`, `adafactor`, or any `package.Class`."""
     adam_beta1: Share = 0.9
@@ -230,7 +283,38 @@ class TuneSettings(Sampling):
         return Inflation(self.references, self.clip_norm, self.temporal_init)
 
 
-class EditSettings(Sampling):
+class Styling(Settings):
+    """What an edit has besides its prompt."""
+
+    edit_model: str | None = None
+    """Another base of the same shape to edit with, such as a DreamBooth model; none: the one that was tuned."""
+    lora: tuple[str, ...] = ()
+    """LoRA files of diffusers or kohya, or hub ids, each with a weight if need be: style.safetensors:0.8."""
+    embedding: tuple[str, ...] = ()
+    """Files of textual inversions; prompts name them by their token, or by the file's name if they have none."""
+    controlnet: str | None = None
+    """ControlNet that holds the edits to the clip's maps: a folder, a file or a hub id."""
+    control: str = "canny"
+    """Its maps: canny or depth, found in the clip, or a video or folder of maps, one per frame."""
+    control_scale: NonNegativeFloat = 1.0
+    """Strength of the ControlNet."""
+    ip_adapter: str | None = None
+    """IP-Adapter file with its image_encoder folder beside it, or OWNER/REPOSITORY/FOLDER/FILE on the hub."""
+    ip_image: str | None = None
+    """Picture that the edits should resemble, for the IP-Adapter."""
+    ip_scale: NonNegativeFloat = 0.6
+    """Strength of the IP-Adapter."""
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Styling:
+        if (self.ip_adapter is None) != (self.ip_image is None):
+            raise ValueError("ip_adapter and ip_image go together: give both, or none")
+        if self.controlnet is None and self.control != "canny":
+            raise ValueError(f"control {self.control!r} needs a controlnet that reads such maps")
+        return self
+
+
+class EditSettings(Styling, Sampling):
     """New prompts for a clip that has been tuned."""
 
     run: str
@@ -253,10 +337,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_scheduler": "constant",
         "use_ema": False,
         "train_batch_size": 1,
+        "timestep_sampling": "uniform",
+        "noise_shared": 0.0,
+        "snr_gamma": None,
+        "debias_weight": 0.0,
+        "prior_weight": 0.0,
+        "lora_rank": None,
+        "early_stopping": None,
         "sampler": "ddim",
         "timestep_spacing": "leading",
         "num_inference_steps": 50,
         "num_inv_steps": 50,
+        "attention_injection": 0.0,
+        "guidance_interval": (0.0, 1.0),
+    },
+    "fast": {
+        "sampler": "dpm++",
+        "num_inference_steps": 20,
+        "feature_reuse": 2,
     },
 }
 
@@ -274,19 +372,31 @@ def layers(flags: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> dict[str
 
 
 def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:
-    """Settings of a YAML file, by name; values are not checked yet.
+    """Settings of a YAML file, by name; together they are not checked yet.
 
     Raises:
         SettingsError: It is no mapping of names to values, or a name is not one of `kind`'s.
     """
+    return stated_values(kind, parse_yaml(path), str(path))
+
+
+def parse_yaml(path: Path | str) -> dict[str, Any]:
+    """Names and values of a YAML file. Raises SettingsError when it is no mapping of names to values."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # a date may have a month 13
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # a date may have a month 13
         raise SettingsError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise SettingsError(f"{path}: expected lines like 'learning_rate: 3e-5'; found {type(values).__name__}")
-    _refuse_unknown(kind, values, str(path))
-    return {name: _read_value(kind, name, value, str(path)) for name, value in values.items()}
+    return values
+
+
+def stated_values(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values as the settings of `kind` want them, each by itself. Raises SettingsError for unknown names and values."""
+    _refuse_unknown(kind, values, where)
+    return {name: _read_value(kind, name, value, where) for name, value in values.items()}
 
 
 def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings") -> Kind:
@@ -304,7 +414,7 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     if name == "mixed_precision" and value is False:
         value = "no"
     if get_origin(field.annotation) is tuple:
-        value = tuple(value) if isinstance(value, list) else (value,)
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
     try:
         kind_of_value: Any = Annotated[field.annotation, Field(), *field.metadata]
         return TypeAdapter(kind_of_value).validate_python(value)

@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from tuneavideo import cache, editing, models
-from tuneavideo.noise import Levels, Sampler, ddim_move, split
+from tuneavideo.conditions import Conditions
+from tuneavideo.editing import Guided, Source
+from tuneavideo.inflate import VideoUNet
+from tuneavideo.inversion import moved
+from tuneavideo.noise import Levels, Sampler
+from tuneavideo.opening import Pipeline
 from tuneavideo.reels import Reel
 from tuneavideo.video import Spool
 from tuneavideo.windows import WindowedUNet
@@ -31,7 +36,7 @@ class ReelStep:
     latents: Reel
 
 
-def encode(pipe: StableDiffusionPipeline, clip: Spool, path: Path) -> None:
+def encode(pipe: Pipeline, clip: Spool, path: Path) -> None:
     """Keep the moments of a clip's latents, as `models.encode` returns them, in the file `path`."""
     moments = models.encoded(pipe, clip)
     mean, std = next(moments)
@@ -56,19 +61,32 @@ def mix_noise(
 
 @torch.no_grad()
 def invert(
-    video: WindowedUNet, levels: Levels, latents: Reel, text_BLD: Tensor, timesteps: list[int], *, folder: Path
+    video: WindowedUNet,
+    levels: Levels,
+    latents: Reel,
+    text: Conditions | Tensor,
+    timesteps: list[int],
+    *,
+    whole: bool,
+    folder: Path,
 ) -> Iterator[ReelStep]:
-    """See `inversion.invert`; the latents of all steps are one reel, in a file without a name in `folder`."""
+    """See `inversion.invert`; the latents of all steps are one reel, in a file without a name in `folder`.
+
+    It holds the last step's latents, or, for the `whole` way, those of all steps, the last first, and the clean ones.
+    """
     x, alpha = _copy(latents, folder), levels.final_alpha.to(latents.device)
+    way = _blank((len(timesteps) + 1 if whole else 1, *latents.shape[1:]), latents.device, folder)
+    stations = way.split(1)
+    stations[-1].fill(latents)
     for number, t in enumerate(timesteps, start=1):
-        predict = partial(video.video, t=torch.tensor(t, device=x.device), text_BLD=text_BLD)
-        above = levels.alphas[t].to(x.device)
+        above, now = levels.alphas[t].to(x.device), torch.tensor(t, device=x.device)
+        predict = partial(_predicted, video.video, t=now, text=text)
         for frames, output in video.windows.blended(predict, partial(_frames, x), x.shape[2], float(t)):
             part = x[:, :, frames]
-            clean, noise = split(part, output.to(part.dtype), alpha, levels.prediction_type)
-            x[:, :, frames] = ddim_move(clean, noise, above)
+            x[:, :, frames] = moved(part, output.to(part.dtype), alpha, above, levels.prediction_type)
         alpha = above
-        yield ReelStep(number, len(timesteps), x)
+        stations[-1 - number if whole else 0].fill(x)
+        yield ReelStep(number, len(timesteps), way)
 
 
 @torch.no_grad()
@@ -76,11 +94,13 @@ def generate(
     video: WindowedUNet,
     sampler: Sampler,
     start: Reel,
-    text_BLD: Tensor,
-    negative_BLD: Tensor,
+    text: Conditions,
+    negative: Conditions,
     guidance_scale: float,
     *,
     batch_guidance: bool = True,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    source: Source | None = None,
     generator: torch.Generator | None = None,
     folder: Path,
 ) -> Iterator[ReelStep]:
@@ -89,24 +109,37 @@ def generate(
     Every frame has a twin of the sampler. Of DDIM and Euler these remember nothing; samplers that look back keep their
     last predictions in memory. Noise that a sampler adds is drawn frame by frame.
     """
-    x = _copy(start, folder)
+    x, timesteps = _copy(start, folder), sampler.timesteps.to(start.device)
     twins = [sampler.twin() for _ in range(x.shape[2])]
     for place in _places(x):
         x[place] = sampler.enter(x[place])
+    guided = Guided(video.video, Conditions.of(text), Conditions.of(negative), batch_guidance)
 
-    def guided(seen: Tensor, t: Tensor) -> Tensor:
-        return editing.guided(video.video, seen, t, text_BLD, negative_BLD, guidance_scale, batch_guidance)
+    def look(frames: list[int], t: Tensor, leader: Any) -> Tensor:
+        seen = torch.cat([twins[each].scaled(x[:, :, [each]], t) for each in frames], dim=2)
+        return torch.cat([leader[0][:, :, frames], seen]) if leader else seen
 
-    def scaled(frames: list[int], t: Tensor) -> Tensor:
-        return torch.cat([twins[each].scaled(x[:, :, [each]], t) for each in frames], dim=2)
+    def predict(part: Tensor, t: Tensor, scale: float, leader: Any) -> Tensor:
+        return guided(part[-1:], t, scale, (part[:1], leader[1]) if leader else None)
 
-    for number, t in enumerate(sampler.timesteps.to(x.device), start=1):
-        parts = video.windows.blended(partial(guided, t=t), partial(scaled, t=t), x.shape[2], float(t))
+    for number, t in enumerate(timesteps):
+        inside = guidance_interval[0] <= number / len(timesteps) < guidance_interval[1]
+        leader = source.leader(number, len(timesteps)) if source else None
+        parts = video.windows.blended(
+            partial(predict, t=t, scale=guidance_scale if inside else 1.0, leader=leader),
+            partial(look, t=t, leader=leader),
+            x.shape[2],
+            float(t),
+        )
         for frames, output in parts:
             for each, one in zip(frames, output.split(1, dim=2), strict=True):
                 before = x[:, :, [each]]
                 x[:, :, [each]] = twins[each].step(one.to(before.dtype), t, before, generator)
-        yield ReelStep(number, len(sampler.timesteps), x)
+        yield ReelStep(number + 1, len(timesteps), x)
+
+
+def _predicted(video: VideoUNet, part: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
+    return video(part, t, text)
 
 
 def _frames(x: Reel, frames: list[int]) -> Tensor:
@@ -119,7 +152,11 @@ def _places(x: Reel) -> list[tuple[slice, slice, list[int]]]:
 
 
 def _copy(reel: Reel, folder: Path) -> Reel:
-    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it goes with the reel
-    copy = Reel(file, reel.shape, device=reel.device)
+    copy = _blank(reel.shape, reel.device, folder)
     copy.fill(reel)
     return copy
+
+
+def _blank(shape: tuple[int, ...], device: Any, folder: Path) -> Reel:
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it goes with the reel
+    return Reel(file, shape, device=device)

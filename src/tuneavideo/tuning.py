@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -16,23 +14,24 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
+from tuneavideo import losses
 from tuneavideo.adapter import tuned_parameters
-from tuneavideo.errors import MissingExtra, RunError, SettingsError
+from tuneavideo.conditions import Conditions
+from tuneavideo.errors import RunError
 from tuneavideo.inflate import VideoUNet
+from tuneavideo.lora import LowRank
 from tuneavideo.models import memory
 from tuneavideo.noise import Levels, add_noise, target
+from tuneavideo.optimizers import optimizer
+from tuneavideo.prior import Prior
 from tuneavideo.progress import Step
 from tuneavideo.reels import Reel
 from tuneavideo.settings import TuneSettings
 from tuneavideo.windows import Windows
 
-OPTIMIZERS = {
-    "adamw": "torch.optim.AdamW",
-    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
-    "adafactor": "transformers.optimization.Adafactor",
-}
+# Pairs of noise and level at which early stopping measures.
+MEASURED = 4
 
 
 class Tuning:
@@ -45,9 +44,10 @@ class Tuning:
         video: The inflated UNet, changed in place.
         levels: Noise levels of the base.
         moments: `mean` and `std` of the clip's latents, `1 C T H W` each; those of a long clip stay on the disk.
-        text: Embedding of the caption, `1 L D`.
+        text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
         settings: See `TuneSettings`.
         accelerator: Owns devices, precision and processes.
+        empty: The same of the empty prompt; needed with `prior_weight`.
     """
 
     def __init__(
@@ -55,17 +55,21 @@ class Tuning:
         video: VideoUNet,
         levels: Levels,
         moments: Mapping[str, Tensor | Reel],
-        text: Tensor,
+        text: Conditions | Tensor,
         settings: TuneSettings,
         accelerator: Accelerator,
+        empty: Conditions | Tensor | None = None,
     ) -> None:
         self.settings, self.accelerator = settings, accelerator
         self.parameters = self._choose(video)
-        optimizer = _optimizer(settings, list(self.parameters.values()))
-        unet, self.optimizer = accelerator.prepare(video.unet, optimizer)
+        rank = settings.lora_rank
+        self.low_rank = LowRank(self.parameters, rank, settings.seed) if rank else None
+        self.optimised = self.low_rank.factors if self.low_rank else self.parameters
+        chosen = optimizer(settings, list(self.optimised.values()))
+        unet, self.optimizer = accelerator.prepare(video.unet, chosen)
         self.schedule = get_scheduler(
             settings.lr_scheduler,
-            optimizer,
+            chosen,
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=settings.max_train_steps,
         )
@@ -73,8 +77,10 @@ class Tuning:
         self.ema = EMAModel(self.parameters.values(), decay=settings.ema_decay) if settings.use_ema else None
         device = accelerator.device
         self.alphas, self.prediction_type = levels.alphas.to(device), levels.prediction_type
-        self.mean, self.std, self.text = moments["mean"].to(device), moments["std"].to(device), text.to(device)
-        self.number = 0
+        self.mean, self.std = moments["mean"].to(device), moments["std"].to(device)
+        self.text = Conditions.of(text).to(device)
+        self.prior = Prior.of(self.video, self.parameters, levels, empty, device) if settings.prior_weight else None
+        self.number, self.measured = 0, list[float]()
 
     def __iter__(self) -> Iterator[Step]:
         """Tune on from step `number`; yields after every optimiser step.
@@ -82,22 +88,55 @@ class Tuning:
         Raises:
             RunError: The loss of the weights at hand, or its gradient, is not finite; they are not moved.
         """
-        while self.number < self.settings.max_train_steps:
+        while self.number < self.settings.max_train_steps and not self.settled:
             began = time.perf_counter()
-            losses = [self._learn(batch) for batch in range(self.settings.gradient_accumulation_steps)]
-            loss = float(torch.as_tensor(self.accelerator.gather(torch.stack(losses))).mean())
+            learned = [self.learn(batch) for batch in range(self.settings.gradient_accumulation_steps)]
+            loss = self._over_processes(torch.stack(learned))
             self._move(loss)
             self.number += 1
+            if self.settings.early_stopping is not None and self.number % self.settings.early_stopping_steps == 0:
+                self.measured.append(self.measure())
             rate = float(self.schedule.get_last_lr()[0])
             yield Step(self.number, loss, rate, time.perf_counter() - began, memory(self.accelerator.device))
 
-    def loss(self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
-        """Mean squared error of the prediction at timesteps `t_B` (DDPM, eq. 14), in float32."""
-        alpha_B = self.alphas[t_B]
+    def loss(
+        self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Error of the prediction at timesteps `t_B`, in float32; `generator` chooses the frame of `debias_weight`."""
+        settings, alpha_B = self.settings, self.alphas[t_B]
         noisy = add_noise(clean_BCTHW, noise_BCTHW, alpha_B)
-        text_BLD = self.text.expand(len(t_B), -1, -1)
-        prediction = self.video(noisy, t_B, text_BLD)
-        return mse_loss(prediction.float(), target(clean_BCTHW, noise_BCTHW, alpha_B, self.prediction_type))
+        prediction = self.video(noisy, t_B, self.text.expand(len(t_B))).float()
+        wanted = target(clean_BCTHW, noise_BCTHW, alpha_B, self.prediction_type)
+        weight_B = losses.min_snr(alpha_B, settings.snr_gamma, self.prediction_type) if settings.snr_gamma else None
+        loss = losses.squared_error(prediction, wanted, weight_B)
+        if settings.debias_weight:
+            anchor_B = torch.randint(noisy.shape[2], t_B.shape, generator=generator).to(t_B.device)
+            seen, asked = (losses.debiased(x, anchor_B) for x in (prediction, wanted))
+            loss = loss + settings.debias_weight * losses.squared_error(seen, asked, weight_B)
+        return loss
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Mean squared error of the weights that would be kept, at `MEASURED` fixed pairs of noise and level.
+
+        Of a long clip it is that of the first window.
+        """
+        generator, errors = torch.Generator().manual_seed(self.settings.seed), []
+        mean = self.mean[:, :, : Windows.of(self.settings, self.mean.shape[2]).size]
+        with self.averaged():
+            for stratum in range(MEASURED):
+                t_B = torch.tensor([int((stratum + 0.5) * len(self.alphas) / MEASURED)]).to(mean.device)
+                noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+                prediction = self.video(add_noise(mean, noise, self.alphas[t_B]), t_B, self.text)
+                wanted = target(mean, noise, self.alphas[t_B], self.prediction_type)
+                errors.append(losses.squared_error(prediction.float(), wanted))
+        return self._over_processes(torch.stack(errors))
+
+    @property
+    def settled(self) -> bool:
+        """Whether early stopping has seen enough; what it `measured` is part of the state."""
+        share, patience = self.settings.early_stopping, self.settings.early_stopping_patience
+        return share is not None and losses.settled(self.measured, share, patience)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -122,18 +161,21 @@ class Tuning:
         scaler = self.accelerator.scaler
         return {
             "number": self.number,
-            "parameters": {name: parameter.detach().cpu() for name, parameter in self.parameters.items()},
+            "parameters": {name: parameter.detach().cpu() for name, parameter in self.optimised.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
+            "measured": self.measured,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned, at the learning rate of the settings."""
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name, parameter in self.optimised.items():
                 parameter.copy_(state["parameters"][name])
+        if self.low_rank:
+            self.low_rank.merge()
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.schedule.base_lrs = [self.settings.learning_rate for _ in self.schedule.base_lrs]
@@ -144,11 +186,11 @@ class Tuning:
             self.ema.to(self.accelerator.device)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.number = state["number"]
+        self.number, self.measured = state["number"], state.get("measured", [])
 
     def _choose(self, video: VideoUNet) -> dict[str, Any]:
         """Freeze all but the chosen layers, which learn in float32 whatever the rest is kept in."""
-        video.unet.requires_grad_(False).train()
+        video.unet.to(self.accelerator.device).requires_grad_(False).train()
         chosen = tuned_parameters(video.unet, self.settings.trainable_modules, self.settings.frozen_modules)
         for parameter in chosen.values():
             parameter.data = parameter.data.float()
@@ -157,17 +199,27 @@ class Tuning:
             video.unet.enable_gradient_checkpointing()
         return chosen
 
-    def _learn(self, batch: int) -> Tensor:
-        """Loss and gradients of one batch."""
-        last = batch + 1 == self.settings.gradient_accumulation_steps
-        with nullcontext() if last else self.accelerator.no_sync(self.video.unet):
-            loss = self.loss(*self.draw(batch))
-            self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
-        return loss.detach()
+    def learn(self, batch: int) -> Tensor:
+        """Loss and gradients of one batch; each term goes back at once, since layers know one number of frames."""
+        clean, noise, t_B = self.draw(batch)
+        generator = self._generator(batch, 1)  # not the draw's: that is the same whatever the loss
+        terms = [lambda: self.loss(clean, noise, t_B, generator)]
+        if prior := self.prior:
+            terms.append(lambda: self.settings.prior_weight * prior.loss(clean, generator))
+        batches, told = self.settings.gradient_accumulation_steps, []
+        for term in terms:
+            last = batch + 1 == batches and term is terms[-1]
+            with nullcontext() if last else self.accelerator.no_sync(self.video.unet):
+                loss = term()
+                self.accelerator.backward(loss / batches)
+            told.append(loss.detach())
+        return torch.stack(told).sum()
 
     def _move(self, loss: float) -> None:
         """Move the weights, unless that would spoil them."""
-        clipped: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        if self.low_rank:
+            self.low_rank.take_gradients()
+        clipped: Any = self.accelerator.clip_grad_norm_(self.optimised.values(), self.settings.max_grad_norm)
         norm = float(clipped)
         skipped = self.accelerator.scaler is not None  # the scaler of fp16 leaves out steps that overflow
         if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
@@ -179,23 +231,41 @@ class Tuning:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
+        if self.low_rank:
+            self.low_rank.merge()
         if self.ema:
             self.ema.step(self.parameters.values())
 
+    def _generator(self, batch: int, *purpose: int) -> torch.Generator:
+        place = (self.settings.seed, self.accelerator.process_index, self.number, batch, *purpose)
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+
+    def _numbers(self, batch: int) -> list[int]:
+        """What numbers the clips of this batch have among all that are drawn in a run, in all its processes."""
+        batches, processes = self.settings.gradient_accumulation_steps, self.accelerator.num_processes
+        before = (self.number * batches + batch) * processes + self.accelerator.process_index
+        size = self.settings.train_batch_size
+        return list(range(before * size, (before + 1) * size))
+
+    def _over_processes(self, values: Tensor) -> float:
+        return float(torch.as_tensor(self.accelerator.gather(values)).mean())
+
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents from the posterior, noise of every frame, and one timestep a clip; of a long clip a random window."""
-        generator = self.generator(batch)
+        settings, generator, levels = self.settings, self._generator(batch), len(self.alphas)
         frames = self._window(generator)
         mean, std = self.mean[:, :, frames], self.std[:, :, frames]
-        shape = (self.settings.train_batch_size, *mean.shape[1:])
-        sample, noise = (torch.randn(shape, generator=generator).to(mean.device) for _ in range(2))
-        t_B = torch.randint(len(self.alphas), shape[:1], generator=generator).to(mean.device)
+        shape = (settings.train_batch_size, *mean.shape[1:])
+        sample, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+        t_B = torch.randint(levels, shape[:1], generator=generator)
+        if settings.timestep_sampling != "uniform":
+            choose = {"stratified": losses.stratified, "antithetic": losses.antithetic}[settings.timestep_sampling]
+            t_B = choose(levels, self._numbers(batch), settings.seed)
+        if settings.noise_shared:
+            common = torch.randn((*shape[:2], 1, *shape[3:]), generator=generator)
+            noise = losses.shared(noise, common, settings.noise_shared)
+        sample, noise, t_B = (x.to(mean.device) for x in (sample, noise, t_B))
         return mean + std * sample, noise, t_B
-
-    def generator(self, batch: int) -> torch.Generator:
-        """Random numbers of a batch of the step at hand."""
-        place = (self.settings.seed, self.accelerator.process_index, self.number, batch)
-        return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
     def _window(self, generator: torch.Generator) -> slice | list[int]:
         """All frames, or those of a random window as they lie in the clip, with its first frame in front."""
@@ -206,31 +276,3 @@ class Tuning:
         length = windows.size - 1
         begin = int(torch.randint(1, frames - length + 1, (), generator=generator))
         return [0, *range(begin, begin + length)]
-
-
-def _optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Optimizer:
-    path = OPTIMIZERS.get(settings.optimizer, settings.optimizer)
-    package, _, name = path.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(package), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        if settings.optimizer == "adamw8bit":
-            raise MissingExtra("The 8-bit optimizer", "8bit") from None
-        known = ", ".join(OPTIMIZERS)
-        raise SettingsError(
-            f"optimizer {settings.optimizer!r}: {error}; known are {known} and any package.Class"
-        ) from None
-    wished = {
-        "lr": settings.learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "weight_decay": settings.adam_weight_decay,
-        "eps": settings.adam_epsilon,
-        "relative_step": False,
-        "fused": True,
-    }
-    taken = inspect.signature(kind).parameters
-    if isinstance(taken.get("eps") and taken["eps"].default, tuple):
-        del wished["eps"]  # Adafactor's eps is a pair of another meaning
-    if not issubclass(kind, torch.optim.Optimizer):
-        raise SettingsError(f"optimizer {settings.optimizer!r} is no torch.optim.Optimizer; name a class that is one")
-    return kind(parameters, **{name: value for name, value in wished.items() if name in taken})

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuneavideo.attention import Clip
+from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.settings import Sampling
 
@@ -113,10 +115,15 @@ class WindowedUNet:
     video: VideoUNet
     windows: Windows
 
-    def __call__(self, x_BCTHW: Tensor, t: Tensor, text_BLD: Tensor, added: dict[str, Tensor] | None = None) -> Tensor:
+    @property
+    def clip(self) -> Clip:
+        """What the layers are told of the batch."""
+        return self.video.clip
+
+    def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
         """Predict noise or velocity, `B C T H W`; arguments as of `VideoUNet`, but `t` is one for all clips."""
         parts = self.windows.blended(
-            lambda part: self.video(part, t, text_BLD, added),
+            lambda part: self.video(part, t, text),
             lambda frames: x_BCTHW[:, :, frames],
             x_BCTHW.shape[2],
             float(t.flatten()[0]),

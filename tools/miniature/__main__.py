@@ -46,7 +46,7 @@ STAGES = {
     "export": Stage(lambda settings, chosen: export.export(settings.build, chosen.product)),
     "measure": Stage(
         lambda settings, chosen: measure.measure(
-            chosen.product, World.open(settings.build), chosen.count, chosen.seeds, settings.processes
+            chosen.product, World.open(settings.build), chosen.count, chosen.seeds, settings.processes, chosen.again
         )
     ),
     "card": Stage(lambda _, chosen: card.write(chosen.product)),
@@ -70,6 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--product", type=Path, default=PRODUCT, help="where model, judge, clips and card are written")
     parser.add_argument("--count", type=int, default=256, help="pictures of each kind and seed to measure")
     parser.add_argument("--seeds", type=int, default=3, help="seeds to measure with")
+    parser.add_argument("--again", choices=measure.KINDS, nargs="+", default=(), help="measure only these, again")
     return parser.parse_args()
 
 

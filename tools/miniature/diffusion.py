@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,6 @@ SHARD = 2048
 MIN_SNR = ((0.0, 1.0), (0.75, 5.0))
 """From which share of the training on, which gamma: shapes first, which much noise hides, and fine detail last."""
 EMA = 0.99
-DRAWN_AGAIN = 0.5
-"""Share of the scenes without a colour that are exchanged for another one: colours are learned last."""
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -67,14 +64,7 @@ class Shard:
 def shard_scenes(seed: int, number: int) -> list[Scene]:
     """The scenes of one shard; they follow from its number."""
     rng = generator("shard", seed, number)
-    return [_training_scene(rng) for _ in range(SHARD)]
-
-
-def _training_scene(rng: random.Random) -> Scene:
-    scene = random_scene(rng)
-    while not scene.colour and rng.random() < DRAWN_AGAIN:
-        scene = random_scene(rng)
-    return scene
+    return [random_scene(rng) for _ in range(SHARD)]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,8 +62,13 @@ def paint(pipeline: StableDiffusionPipeline, captions: list[str], seed: int, gui
 
 @torch.no_grad()
 def followed(judge: Judge, painted: Tensor, scenes: list[Scene]) -> dict[str, list[bool]]:
-    """For every picture whether subject, background, style and colour are the ones asked for."""
+    """For every picture whether subject, background, style and colour are the ones asked for.
+
+    Where a colour is asked for, the judge says which of the colours it is, "its own" left out: a star's own is yellow.
+    """
     said = judge(painted)
+    coloured = torch.tensor([scene.colour is not None for scene in scenes])
+    said["colour"][coloured, 0] = -torch.inf
     return {
         kind: [
             words[k] == (getattr(scene, kind) or words[0])
@@ -131,15 +137,21 @@ def grid(pipeline: StableDiffusionPipeline, file: Path, guidance: float, zoom: i
     whole.resize((whole.width * zoom, whole.height * zoom), Image.Resampling.NEAREST).save(file, optimize=True)
 
 
-def measure(product: Path, world: World, count: int, seeds: int, processes: int) -> None:
-    """Write `measured.json` and the grid beside the model."""
+def measure(product: Path, world: World, count: int, seeds: int, processes: int, again: Sequence[str] = ()) -> None:
+    """Write `measured.json` and the grid beside the model; or take only some kinds of captions `again`."""
+    file = product / "measured.json"
+    before = json.loads(file.read_text()) if again else {}
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        guidance = best_guidance(pool, product, count // 8)
+        guidance = before.get("guidance") or best_guidance(pool, product, count // 8)
         runs = {
             kind: [pool.submit(text_to_image, product, kind, count, seed, guidance) for seed in range(seeds)]
-            for kind in KINDS
+            for kind in again or KINDS
         }
-        kinds = {kind: [run.result() for run in of_kind] for kind, of_kind in runs.items()}
+        kinds = {kind: _mean([run.result() for run in of_kind]) for kind, of_kind in runs.items()}
+    if again:
+        before["text to image"].update(kinds)
+        file.write_text(json.dumps(before, indent=2) + "\n")
+        return
     pipeline, judge = open_pipeline(product / "model"), Judge.open(product / "judge")
     measured = {
         "count": count, "seeds": seeds, "steps": STEPS, "guidance": guidance,
@@ -153,9 +165,9 @@ def measure(product: Path, world: World, count: int, seeds: int, processes: int)
             for part in ("vae", "text_encoder", "unet")
         },
         "training": json.loads((product / "model" / "training.json").read_text())["training"],
-        "text to image": {kind: _mean(runs) for kind, runs in kinds.items()},
+        "text to image": kinds,
     }  # fmt: skip
-    (product / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
+    file.write_text(json.dumps(measured, indent=2) + "\n")
     grid(pipeline, product / "samples.png", guidance)
 
 

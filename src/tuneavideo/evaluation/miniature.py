@@ -13,21 +13,23 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tuneavideo import cache, editing, inversion, miniature, models
 from tuneavideo import video as videos
-from tuneavideo.inflate import inflate
+from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.metrics.judge import Judge, Reading
 from tuneavideo.noise import Levels
-from tuneavideo.settings import TuneSettings, checked, layers
+from tuneavideo.settings import Sampling, TuneSettings, checked, layers
 from tuneavideo.tuning import Tuning
 from tuneavideo.video import Video
 
@@ -73,10 +75,7 @@ def benchmark(
     chosen = [clip for clip in miniature.clips() if clip["set"] == part]
     chosen = chosen[:: max(1, len(chosen) // clips)][:clips] if clips else chosen
     wanted = {
-        _key(variant, clip["name"], seed): (variant, clip, seed)
-        for clip in chosen
-        for variant in variants
-        for seed in seeds
+        _key(variant, clip, seed): (variant, clip, seed) for clip in chosen for variant in variants for seed in seeds
     }
     had = {row["key"]: row for row in read(ledger)}
     yield from (had[key] for key in wanted if key in had)
@@ -101,8 +100,14 @@ def edits_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [edit | {name: row[name] for name in ("variant", "clip", "seed")} for row in rows for edit in row["edits"]]
 
 
-def _key(variant: Variant, clip: str, seed: int) -> str:
-    return cache.key(_weights(), dict(variant.settings), variant.tuned, clip, seed)
+def _key(variant: Variant, clip: Mapping[str, Any], seed: int) -> str:
+    own = _settings(variant, clip, seed).model_dump(mode="json", exclude={"video"}, exclude_defaults=True)
+    return cache.key(_weights(), own, variant.tuned)
+
+
+def _settings(variant: Variant, clip: Mapping[str, Any], seed: int) -> TuneSettings:
+    stated = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "seed": seed}
+    return checked(TuneSettings, layers({**stated, **variant.settings}, {}))
 
 
 def _weights() -> str:
@@ -111,8 +116,7 @@ def _weights() -> str:
 
 def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    stated = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "seed": seed}
-    settings = checked(TuneSettings, layers({**stated, **variant.settings}, {}))
+    settings = _settings(variant, clip, seed)
     source, made, spent = _edited(settings, [edit["prompt"] for edit in clip["edits"]], tuned=variant.tuned)
     judge = Judge.open()
     before = judge.read(source)
@@ -129,23 +133,15 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     """The clip as it was used, its edits, and seconds and operations of each stage."""
     pipe = models.open_image_model(settings.base, device="cpu")
     side = models.default_size(pipe)
-    source = videos.read(
+    clip = videos.read(
         settings.video, start=settings.start, stride=settings.stride, count=settings.num_frames, size=(side, side)
     )
-    moments, levels = models.encode(pipe, source), Levels.of(pipe.scheduler)
+    moments, levels = models.encode(pipe, clip), Levels.of(pipe.scheduler)
     empty = models.embed(pipe, [settings.negative_prompt])
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
-    stages = {}
+    stages: dict[str, Any] = {}
     if tuned:
-        tuning = Tuning(video, levels, moments, models.embed(pipe, [settings.prompt]), settings, Accelerator(cpu=True))
-        step = _operations(lambda: tuning.loss(*tuning.draw(0)).backward())
-        tuning.optimizer.zero_grad()
-        with _timed(stages, "tune", step * settings.max_train_steps * settings.train_batch_size):
-            losses = [told.loss for told in tuning]
-        stages["tune"]["loss"] = float(np.mean(losses[-20:]))
-        with torch.no_grad():
-            for name, value in tuning.learned().items():
-                pipe.unet.get_parameter(name).copy_(value)
+        stages["tune"] = _tune(pipe, video, settings, moments)
     pipe.unet.requires_grad_(False).eval()
     sampler = levels.sampler(
         settings.sampler,
@@ -153,23 +149,47 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
         spacing=settings.timestep_spacing,
         strength=settings.strength,
     )
-    x, t = moments["mean"], sampler.timesteps[0]
-    call = _operations(lambda: video(x, t, empty))
-    path = inversion.path_to(sampler, levels, settings.num_inv_steps, settings.timestep_spacing)
-    with _timed(stages, "invert", call * len(path)):
-        for inverted in inversion.invert(video, levels, x, empty, path):
-            x = inverted.latents
+    path = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
+    way = [moments["mean"]]
+    with _noted(stages, "invert", video) as counted:
+        way += [step.latents for step in inversion.invert(counted, levels, way[0], empty, path)]
     generator = torch.Generator().manual_seed(settings.seed)
-    start = editing.mix_noise(x, moments["mean"], sampler.start_alpha, settings.fresh_noise, generator)
+    start = editing.mix_noise(way[-1], way[0], sampler.start_alpha, settings.fresh_noise, generator)
     text, count = models.embed(pipe, list(prompts)), len(prompts)
-    calls = len(sampler.timesteps) * count * (1 if settings.guidance_scale == 1 else 2)
-    with _timed(stages, "edit", call * calls):
+    caption = models.embed(pipe, [settings.prompt])
+    source = editing.Source(way[::-1], caption, settings.attention_injection)
+    with _noted(stages, "edit", video) as counted:
         steps = editing.generate(
-            video, sampler, start.expand(count, -1, -1, -1, -1), text, empty.expand(count, -1, -1),
-            settings.guidance_scale, batch_guidance=settings.batch_guidance, generator=generator,
+            counted, sampler, start.expand(count, -1, -1, -1, -1), text, empty.expand(count),
+            settings.guidance_scale, batch_guidance=settings.batch_guidance,
+            guidance_interval=settings.guidance_interval, source=source, generator=generator,
         )  # fmt: skip
         *_, last = steps
-    return source, models.decode(pipe, last.latents, source.fps), {"stages": stages}
+    return clip, models.decode(pipe, last.latents, clip.fps), {"stages": stages}
+
+
+def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str, Tensor]) -> dict[str, Any]:
+    """Tune, or take the weights of the same tuning from the cache: variants of editing share them."""
+    own = settings.model_dump(mode="json", exclude=set(Sampling.model_fields))
+    caption, empty = (models.embed(pipe, [text]) for text in (settings.prompt, ""))
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True), empty)
+    batch = _operations(lambda: tuning.learn(0))
+    measuring = _operations(tuning.measure) if settings.early_stopping is not None else 0
+    pipe.unet.zero_grad()
+
+    def learned() -> dict[str, Tensor]:
+        began = time.perf_counter()
+        losses = [told.loss for told in tuning]
+        told = (tuning.number, len(tuning.measured), np.mean(losses[-20:]), time.perf_counter() - began)
+        return {name: value.clone() for name, value in tuning.learned().items()} | {"told": torch.tensor(told)}
+
+    kept = cache.cached(cache.key("tuned", _weights(), moments["mean"], own), learned)
+    steps, measured, loss, seconds = kept.pop("told").tolist()
+    with torch.no_grad():
+        for name, value in kept.items():
+            pipe.unet.get_parameter(name).copy_(value)
+    operations = batch * steps * settings.gradient_accumulation_steps + measuring * measured
+    return {"tflop": round(operations / 1e12, 4), "seconds": round(seconds, 2), "steps": int(steps), "loss": loss}
 
 
 def judged(
@@ -216,17 +236,27 @@ def background_psnr(source: Video, made: Video, *centres_TD: torch.Tensor) -> fl
     return float(10 * np.log10(255**2 / max(np.mean(difference**2), 1e-10)))
 
 
-class _timed:
-    """Notes the seconds of a stage beside its operations."""
+class _Counted:
+    """A video UNet that counts the operations of its calls, each shape and way of calling looked at once."""
 
-    def __init__(self, stages: dict[str, Any], name: str, operations: int) -> None:
-        self.stage = stages.setdefault(name, {"tflop": round(operations / 1e12, 4)})
+    def __init__(self, video: VideoUNet) -> None:
+        self.video, self.clip, self.total = video, video.clip, 0
+        self.each: dict[tuple, int] = {}
 
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
+    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        kind = (tuple(x.shape), self.clip.led)
+        if kind not in self.each:
+            self.each[kind] = _operations(lambda: self.video(x, *rest))
+        self.total += self.each[kind]
+        return self.video(x, *rest)
 
-    def __exit__(self, *_: object) -> None:
-        self.stage["seconds"] = round(time.perf_counter() - self.began, 2)
+
+@contextmanager
+def _noted(stages: dict[str, Any], name: str, video: VideoUNet) -> Iterator[Any]:
+    """Note the seconds of a stage and the operations of the UNet, which it calls through what is yielded."""
+    began, counted = time.perf_counter(), _Counted(video)
+    yield counted
+    stages[name] = {"tflop": round(counted.total / 1e12, 4), "seconds": round(time.perf_counter() - began, 2)}
 
 
 def _operations(work: Callable[[], Any]) -> int:

@@ -12,7 +12,7 @@ Axes: T frames, H rows, W columns, C = 3 channels (red, green, blue), pixels uin
 
 from tuneavideo.video.clip import Fit, Frames, Spool, Video, area_size, fitted, shelved
 from tuneavideo.video.reading import footage, read
-from tuneavideo.video.writing import FASTEST_GIF, write, write_frames, write_image
+from tuneavideo.video.writing import FASTEST_GIF, for_page, write, write_frames, write_image
 
 __all__ = [
     "FASTEST_GIF",
@@ -23,6 +23,7 @@ __all__ = [
     "area_size",
     "fitted",
     "footage",
+    "for_page",
     "read",
     "shelved",
     "write",

@@ -5,6 +5,7 @@ a tick. In a clip of constant rate these are the file's frames one by one; where
 repeatedly and crowded ones left out, so that the clip plays at its true speed and in time with its sound.
 """
 
+import errno
 import math
 import struct
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from tuneavideo.errors import VideoError
 from tuneavideo.video.clip import Fit, Shelf, Spool, Video, fitted
 from tuneavideo.video.sources import READABLE, Source, opened
 
+SHORT = {errno.ENOMEM, errno.EAGAIN}  # the second: no room for the stack of a decoder's thread
 MEMORY = 2**33  # bytes of the frames of a clip
 BROKEN_PICTURE = (SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # of Pillow's decoders
 
@@ -108,6 +110,8 @@ def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: flo
     _check_choice(path, choice)
     if not path.exists():
         raise VideoError(f"{path} does not exist; give {READABLE}")
+    if path.is_file() and not path.stat().st_size:
+        raise VideoError(f"{path} cannot be read as a video: it is empty (0 bytes); give {READABLE}")
     try:
         with opened(path, choice.begin, fps) as source:
             end = _choose(path, source, choice, size, fit, shelf)
@@ -115,11 +119,11 @@ def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: flo
             step = choice.step(source.fps)
             sound = source.sound(source.origin + choice.begin(source.fps), shelf.count * step)
         return shelf.clip(1 / step, sound)
-    except (FFmpegError, OSError, *BROKEN_PICTURE) as error:
+    except (FFmpegError, OSError, MemoryError, *BROKEN_PICTURE) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in SHORT:
+            raise VideoError(f"{path}: not enough memory to read it; take fewer frames, or smaller ones") from error
         reason = getattr(error, "strerror", None) or error
         raise VideoError(f"{path} cannot be read as a video: {reason}; give {READABLE}") from error
-    except MemoryError as error:
-        raise VideoError(f"{path} needs more memory than there is; take fewer frames, or make them smaller") from error
 
 
 def _check_choice(path: Path, choice: _Choice) -> None:

@@ -1,5 +1,6 @@
 """From a clip to a file or a folder: frame by frame, whole or not at all."""
 
+import io
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from fractions import Fraction
 from heapq import merge
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from uuid import uuid4
 
 import av
@@ -21,7 +22,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image
 
 from tuneavideo.errors import VideoError
-from tuneavideo.video.clip import Frames, Spool, Video
+from tuneavideo.video.clip import Frames, Spool, Video, fitted
 from tuneavideo.video.display import pulled
 from tuneavideo.video.sound import RATE, sounds
 
@@ -59,7 +60,17 @@ def write(video: Video | Spool | Frames, path: str | Path) -> None:
         most = f"a GIF shows at most {FASTEST_GIF} frames a second, this clip has {video.fps:g}"
         raise VideoError(f"{path}: {most}; write .mp4, or take fewer frames")
     with _replacing(path) as draft:
-        _encode(video, draft, suffix)
+        _encode(video, draft, suffix, FORMATS[suffix])
+
+
+def for_page(video: Video, most: int = 512) -> bytes:
+    """A clip as the bytes of an .mp4 for a web page: without sound, no side above `most` pixels, quick to seek in."""
+    scale = min(1, most / max(video.width, video.height))
+    width, height = (max(1, round(side * scale)) for side in (video.width, video.height))
+    images = (fitted(image, width, height, "stretch") for image in video.images) if scale < 1 else video.images
+    with io.BytesIO() as file:
+        _encode(Frames(images, video.fps), file, ".mp4", PAGE)
+        return file.getvalue()
 
 
 def write_frames(video: Video | Spool | Frames, folder: str | Path) -> None:
@@ -108,12 +119,11 @@ def _replacing(path: Path) -> Generator[Path, None, None]:
         raise VideoError(f"{path} cannot be written: {reason}; free this place or choose another") from error
 
 
-def _encode(video: Video | Spool | Frames, file: Path, suffix: str) -> None:
-    kind = FORMATS[suffix]
+def _encode(video: Video | Spool | Frames, file: Path | IO[bytes], suffix: str, kind: _Format) -> None:
     rate = Fraction(video.fps).limit_denominator(10_000)  # 29.97002997… becomes 30000/1001
     frames = kind.frames(video.images, rate)
     first = next(frames)
-    with av.open(str(file), "w", format=suffix[1:], options=kind.file_options) as container:
+    with av.open(file, "w", format=suffix[1:], options=kind.file_options) as container:
         stream: Any = container.add_stream(kind.codec, rate, kind.codec_options)
         for name in ("width", "height", "colorspace", "color_range", "color_trc", "color_primaries"):
             setattr(stream, name, getattr(first, name))
@@ -202,3 +212,5 @@ FORMATS = {
     ".webm": _Format("libvpx-vp9", _in_yuv, {"crf": "24", "b": "0", "cpu-used": "4"}, {}, "libopus"),
     ".gif": _Format("gif", _in_palette, {}, {"loop": "0"}, None),
 }
+# Bytes in memory: no faststart, which opens the file a second time; a keyframe every few frames, for stepping back.
+PAGE = _Format("libx264", _in_yuv, {"crf": "23", "preset": "medium", "bf": "0", "g": "6"}, {}, None)

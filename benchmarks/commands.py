@@ -1,13 +1,7 @@
-"""Time and memory of what the README names, on this machine's CPU; writes benchmarks/results/cpu.json.
-
-    python -m benchmarks.cpu --clip man-skiing.mp4 [--only help demo ...]
-
-Each row is one whole process, measured from outside: wall seconds and the largest resident memory.
-"""
+"""Whole commands, measured from outside: wall seconds and the largest resident memory (benchmarks/results/cpu.json)."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -57,23 +51,21 @@ def measured(words: list[str]) -> dict[str, object]:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clip", type=Path, required=True, help="man-skiing.mp4 of the published code's data folder")
-    parser.add_argument("--base", type=Path, default=Path("build/sd15-sized"), help="see benchmarks.random_base")
-    parser.add_argument("--only", nargs="*", help="rows to measure; others keep their last figures")
-    options = parser.parse_args()
+def measure(clip: Path, base: Path, only: list[str]) -> None:
+    """Measure what the README names; commands that are not among `only` keep their last figures, if it names any.
+
+    Args:
+        clip: man-skiing.mp4 of the published code's data folder.
+        base: Folder that `benchmarks.random_base` wrote.
+        only: Names of commands.
+    """
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     machine = (f"{os.cpu_count()} cores", platform.machine(), platform.system(), f"Python {platform.python_version()}")
     results["machine"] = ", ".join(machine)
     with tempfile.TemporaryDirectory() as work:
-        for name, words in commands(options.clip, options.base, Path(work)).items():
-            if options.only is None or name in options.only:
+        for name, words in commands(clip, base, Path(work)).items():
+            if not only or name in only:
                 results[name] = measured(words)
                 print(name, json.dumps(results[name]), flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,176 @@
+"""Time, memory and operations of tuning and editing; writes benchmarks/results/<machine>.json and a table.
+
+    python -m benchmarks [ROW ...] [--all] [--tiny] [--list] [--device cuda] [--name h100]
+    python -m benchmarks --commands man-skiing.mp4 [NAME ...]      whole commands, as the README names them
+
+Each row runs in a process of its own. What was measured before and is not measured now keeps its figures; ratios
+against the last figures are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", help="names of rows; by default the default set")
+    parser.add_argument("--all", action="store_true", help="every row (hours)")
+    parser.add_argument("--list", action="store_true", help="print the rows' names")
+    parser.add_argument("--tiny", action="store_true", help="every base at a tiny size, to see that it runs")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--set", default="cpu", choices=("cpu", "gpu"), help="which registry of rows")
+    parser.add_argument("--name", help="of the result; by default the machine's")
+    parser.add_argument("--commands", type=Path, metavar="CLIP", help="measure whole commands with this clip")
+    parser.add_argument("--base", type=Path, default=Path("build/sd15-sized"), help="of --commands; see random_base")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        _in_this_process(options.here, options.device, options.tiny)
+        return
+    if options.commands:
+        from benchmarks import commands
+
+        commands.measure(options.commands, options.base, options.rows)
+        return
+    rows = _chosen(options)
+    if options.list:
+        print("\n".join(rows))
+        return
+    path = RESULTS / f"{options.name or _machine_name(options.device)}{'-tiny' if options.tiny else ''}.json"
+    before = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    result: dict[str, Any] = {"machine": _machine(options.device), "rows": dict(before["rows"])}
+    for name in rows:
+        row = _elsewhere(name, options.device, options.tiny)
+        result["rows"][name] = row
+        print(f"{name:48} {_told(row)}{_against(row, before['rows'].get(name))}", flush=True)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".md").write_text(table(result))
+    print("\n".join(comparisons(result["rows"])))
+    print(path)
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    known = _rows(options.set)
+    if not options.rows:
+        return [name for name, row in known.items() if options.all or row.default]
+    for name in options.rows:
+        if name not in known:
+            raise SystemExit(f"no row is called {name!r}; --list tells the names")
+    return options.rows
+
+
+def _rows(which: str) -> dict[str, Any]:
+    from benchmarks.rows import GPU_ROWS, ROWS
+
+    return GPU_ROWS if which == "gpu" else ROWS
+
+
+def _in_this_process(name: str, device: str, tiny: bool) -> None:
+    from benchmarks.rows import GPU_ROWS, ROWS, described, matmul_rate, measured
+
+    row = (ROWS | GPU_ROWS)[name]
+    if tiny:
+        row = replace(row, base="tiny", frames=min(row.frames, 4), pixels=64)
+    rate = matmul_rate(device, row.precision)
+    figures = measured(row, device=device)
+    rate = max(rate, matmul_rate(device, row.precision))
+    share = figures["gflop_per_second"] * 1e9 / rate
+    print(
+        json.dumps(described(row) | figures | {"matmul_gflop_per_second": round(rate / 1e9), "share": round(share, 3)})
+    )
+
+
+def _elsewhere(name: str, device: str, tiny: bool) -> dict[str, Any]:
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--here", name, "--device", device]
+    done = subprocess.run([*words, *(["--tiny"] if tiny else [])], capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        return {"failed": last[0][:300]}
+    load = os.getloadavg()[0]
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"load": round(load, 1)}
+
+
+def _told(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return row["failed"]
+    return (
+        f"{row['seconds']:8.3f} s ({row['busy_seconds']:.3f} busy)  {row['peak_mb']:6d} MB  {row['tflop']:8.3f} TFLOP  "
+        f"{row['gflop_per_second']:8.1f} GFLOP/s  {row['share']:4.0%} of a matrix product"
+    )
+
+
+def _against(row: dict[str, Any], last: dict[str, Any] | None) -> str:
+    if not last or "failed" in row or "failed" in last:
+        return ""
+    return f"  x{row['busy_seconds'] / last['busy_seconds']:.2f} of the last time"
+
+
+def comparisons(rows: dict[str, Any]) -> list[str]:
+    """Ours against the reference, wherever both were measured."""
+    lines = []
+    for name, ours in rows.items():
+        theirs = rows.get(f"reference-{_plain(name)}")
+        failed = theirs and {"failed"} & (ours.keys() | theirs.keys())
+        if theirs and not failed and not name.startswith("reference"):
+            faster = theirs["busy_seconds"] * ours["prompts"] / ours["busy_seconds"]
+            lines.append(
+                f"{name}: {faster:.2f} times as fast as the reference, "
+                f"{ours['tflop'] / theirs['tflop'] / ours['prompts']:.3f} of its operations, "
+                f"{ours['activations_mb'] / max(1, theirs['activations_mb']):.2f} of its activations"
+            )
+    return lines
+
+
+def _plain(name: str) -> str:
+    """The reference has no variants but the frozen down path."""
+    return re.sub(r"-(checkpointing|compiled|channels_last|reused|\d-prompts)", "", name)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        f"{result['machine']}", "",
+        "| row | seconds | busy | above weights, MB | activations, MB | TFLOP | GFLOP/s | of a matrix product |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, row in result["rows"].items():
+        if "failed" in row:
+            lines.append(f"| {name} | failed: {row['failed']} | | | | | | |")
+        else:
+            lines.append(
+                f"| {name} | {row['seconds']:.3f} | {row['busy_seconds']:.3f} | {row['peak_mb']} | "
+                f"{row['activations_mb']} | {row['tflop']:.3f} | {row['gflop_per_second']:.0f} | {row['share']:.0%} |"
+            )
+    return "\n".join([*lines, "", *(f"- {line}" for line in comparisons(result["rows"]))]) + "\n"
+
+
+def _machine(device: str) -> str:
+    import torch
+
+    what = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    return f"{what}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _machine_name(device: str) -> str:
+    if device == "cpu":
+        return f"{os.cpu_count()}-cores"
+    import torch
+
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What is tried on the miniature benchmark, what was expected of it, and what came of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+OFFICIAL = {"preset": "official", "guidance_scale": 3.0, "learning_rate": 3e-4, "max_train_steps": 150}
+"""The published arithmetic with the best of the rates and numbers of steps in `SWEEP`."""
+BRIEF = {"num_inference_steps": 25, "num_inv_steps": 25, "guidance_scale": 3.0}
+SWEEP = {
+    f"official, rate {rate:g}, {steps} steps": {
+        "preset": "official",
+        **BRIEF,
+        "learning_rate": rate,
+        "max_train_steps": steps,
+    }
+    for rate in (3e-4, 1e-3, 3e-3)
+    for steps in (75, 150)
+}
+"""The published arithmetic at rates and numbers of steps to choose from."""
+ANCHOR = {"preset": "official", **BRIEF, "learning_rate": 1e-3, "max_train_steps": 75}
+"""What single ideas are added to."""
+
+
+class Idea(NamedTuple):
+    """A change to the anchor, what it should do, and the decision with its reason."""
+
+    change: dict[str, Any]
+    expected: str
+    decision: str = ""
+
+
+IDEAS = {
+    "down blocks learn": Idea({"frozen_modules": ()}, "the third of the layers that the published code froze helps"),
+    "temporal attention starts at zero": Idea({"temporal_init": "zero"}, "tuning starts from the image model"),
+    "norms per frame": Idea({"clip_norm": False}, "frames keep what the image model knows of contrast"),
+    "references first + own": Idea({"references": ("first", "own")}, "every frame sees itself: sharper"),
+    "stratified noise levels": Idea({"timestep_sampling": "stratified"}, "less noise in few steps"),
+    "min-SNR 5": Idea({"snr_gamma": 5.0}, "levels count more evenly"),
+    "debiased loss": Idea({"debias_weight": 1.0}, "motion is learned, appearance less"),
+    "LoRA, rank 8": Idea({"lora_rank": 8}, "remembers less of the clip's look"),
+    "attention injected, 0.4": Idea({"attention_injection": 0.4}, "layout and motion of the clip are kept"),
+    "attention injected, 0.6": Idea({"attention_injection": 0.6}, "the same, longer"),
+    "attention injected, 0.8": Idea({"attention_injection": 0.8}, "the same, nearly to the end"),
+    "guidance 5": Idea({"guidance_scale": 5.0}, "more of what is asked for"),
+    "guidance in the first 0.6": Idea({"guidance_interval": (0.0, 0.6)}, "a fifth less work, nothing lost"),
+    "fresh noise 0.2": Idea({"fresh_noise": 0.2}, "noise more like that of training: better pictures, looser track"),
+    "strength 0.8": Idea({"strength": 0.8}, "nearer to the clip for less work"),
+}
+
+_OURS = {
+    "num_inference_steps": 25,
+    "num_inv_steps": 25,
+    "max_train_steps": 75,
+    "attention_injection": 0.6,
+    "guidance_scale": 5.0,
+}
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "ours": _OURS,
+    "ours, 40 steps": _OURS | {"max_train_steps": 40},
+    "ours, guidance 4": _OURS | {"guidance_scale": 4.0},
+    "ours, injected 0.75": _OURS | {"attention_injection": 0.75},
+    "ours, 40 steps, injected 0.75": _OURS | {"max_train_steps": 40, "attention_injection": 0.75},
+    "ours, dpm++ in 12 steps": _OURS | {"sampler": "dpm++", "num_inference_steps": 12, "num_inv_steps": 12},
+    "ours, not tuned": _OURS | {"max_train_steps": 1, "learning_rate": 1e-9},
+}
+"""What survived, together."""
+REPORTED = ("default", "official", "untuned", "official, not tuned")
+"""What is measured on the clips that nothing was chosen by."""

@@ -1,0 +1,58 @@
+"""Time and memory of a call, above what was held before."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Peak:
+    """The most memory held since it was made, above what was held then: resident on a CPU, allocated on a GPU.
+
+    Linux forgets its high-water mark when told so; elsewhere the mark is of the whole process.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.base = torch.cuda.memory_allocated()
+        else:
+            if _RESET.exists():
+                _RESET.write_text("5")
+            self.base = psutil.Process().memory_info().rss
+
+    def above(self) -> int:
+        """Bytes."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.base
+        return max(0, _high_water() - self.base)
+
+    def timed(self, run: Callable[[], Any]) -> tuple[float, float]:
+        """Wall seconds of one call, the device waited for, and the seconds that this process's threads computed.
+
+        The second tells what the first would be if nothing else ran here.
+        """
+        began, before = time.perf_counter(), time.process_time()
+        run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, time.process_time() - before
+
+
+def _high_water() -> int:
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,323 @@
+"""What is measured: one row is one piece of work at one size, timed in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from benchmarks import work
+from benchmarks.parity.golden import levels
+from benchmarks.reference import TUNED, Reference
+from benchmarks.resident import Peak
+from benchmarks.sized import Parts, parts
+from tuneavideo.adapter import tuned_parameters
+from tuneavideo.inflate import VideoUNet, inflate
+from tuneavideo.reuse import reusing
+from tuneavideo.settings import TuneSettings
+from tuneavideo.tuning import Tuning
+
+Task = Literal["tune", "reference-tune", "invert", "reference-invert", "edit", "reference-edit", "decode"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        task: A step of tuning, a step of inversion, a guided step of sampling, or the decoding of a clip.
+        base: A name of `benchmarks.sized`.
+        frames: Of the clip.
+        pixels: Side of the clip.
+        precision: Of the frozen weights and the computation.
+        checkpointing: Activations computed twice.
+        compiled: Transformer blocks compiled, each kind once.
+        channels_last: Layout of the UNet's convolutions.
+        prompts: Edited in one batch.
+        reused: Inner features are those of an earlier step (`feature_reuse`).
+        frozen: Whether the down path learns nothing (as published).
+        default: Among those that are measured unless `--all` is said.
+    """
+
+    task: Task
+    base: str = "sd15"
+    frames: int = 8
+    pixels: int = 256
+    precision: str = "fp32"
+    checkpointing: bool = False
+    compiled: bool = False
+    channels_last: bool = False
+    prompts: int = 1
+    reused: bool = False
+    frozen: bool = False
+    default: bool = True
+
+    @property
+    def name(self) -> str:
+        more = [
+            word for word in ("checkpointing", "compiled", "channels_last", "frozen", "reused") if getattr(self, word)
+        ]
+        more += [f"{self.prompts}-prompts"] * (self.prompts > 1) + [self.precision] * (self.precision != "fp32")
+        return "-".join([self.task, self.base, f"{self.frames}x{self.pixels}", *more])
+
+
+@dataclass
+class Bench:
+    """What a row runs: `step` once, on a model that is `held` in memory."""
+
+    step: Callable[[], Any]
+    count: Callable[[], Any]
+
+
+def measured(row: Row, *, device: str, seconds: float = 40.0) -> dict[str, Any]:
+    """Run a row: once to warm up, then three times or for about `seconds`."""
+    network = parts(row.base, device, DTYPES[row.precision])
+    weights = Peak(device)
+    bench = TASKS[row.task](row, network, device)
+    first, _ = weights.timed(bench.step)
+    first_peak = weights.above()
+    settled = Peak(device)
+    times: list[tuple[float, float]] = []
+    while len(times) < 3 or (sum(wall for wall, _ in times) < 2.0 and len(times) < 20):
+        times.append(settled.timed(bench.step))
+        if sum(wall for wall, _ in times) + first > seconds:
+            break
+    flops = counted(row)
+    wall, computing = (statistics.median(each) for each in zip(*times, strict=True))
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    busy = computing / threads if device == "cpu" else wall
+    return {
+        "seconds": round(wall, 4),
+        "busy_seconds": round(busy, 4),
+        "threads": threads,
+        "first_seconds": round(first, 3),
+        "peak_mb": round(max(first_peak, settled.above() + settled.base - weights.base) / 1e6),
+        "activations_mb": round(settled.above() / 1e6),
+        "tflop": round(flops / 1e12, 4),
+        "gflop_per_second": round(flops / busy / 1e9, 1),
+    }
+
+
+def counted(row: Row) -> float:
+    """Operations of the row's step, on torch's meta device."""
+    return work.counted(TASKS[row.task](row, parts(row.base, "meta"), "meta").count)
+
+
+def least(row: Row) -> float:
+    """The least operations of a tuning step (see `work.Least`)."""
+    network = parts(row.base, "meta")
+    video, tuned = _learning(row, network)
+    x, t, text = _inputs(row, network, "meta")
+    added = network.added(1, x)
+    total = work.least(lambda: video(x, t, text, added), video.unet, tuned, video.clip, network.words)
+    return total.forward + total.backward
+
+
+def matmul_rate(device: str, precision: str = "fp32", size: int = 2048) -> float:
+    """Operations per second of a large matrix product: the best of five."""
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
+    times = [Peak(device).timed(lambda: a @ b) for _ in range(6)]
+    best = min(busy / torch.get_num_threads() if device == "cpu" else wall for wall, busy in times)
+    return 2.0 * size**3 / best
+
+
+def _latents(row: Row, network: Parts, device: str, clips: int = 1) -> Tensor:
+    side, channels = row.pixels // network.stride, network.unet.config.in_channels
+    return torch.randn(clips, channels, row.frames, side, side, device=device)
+
+
+def _inputs(row: Row, network: Parts, device: str, clips: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    width = network.unet.config.cross_attention_dim
+    text = torch.randn(clips, network.words, width, device=device)
+    return _latents(row, network, device, clips), torch.tensor([500], device=device).expand(clips), text
+
+
+def _learning(row: Row, network: Parts) -> tuple[VideoUNet, list[Any]]:
+    """An inflated UNet whose tuned layers learn, on whatever device it is."""
+    video = inflate(network.unet)
+    network.unet.requires_grad_(False).train()
+    tuned = list(tuned_parameters(network.unet, TUNED, ("down_blocks",) if row.frozen else ()).values())
+    for parameter in tuned:
+        parameter.requires_grad_(True)
+    if row.checkpointing:
+        network.unet.enable_gradient_checkpointing()
+    return video, tuned
+
+
+class Steps(Tuning):
+    """Tuning whose every step can be called by itself; XL's further conditions are zeros."""
+
+    added: dict[str, Tensor] | None = None
+
+    def step(self) -> None:
+        self._move(float(self._learn(0)))
+        self.number += 1
+
+    def _predicted(self, noisy: Tensor, t_B: Tensor, text_BLD: Tensor) -> Tensor:
+        return self.video(noisy, t_B, text_BLD, self.added)
+
+
+def tune(row: Row, network: Parts, device: str) -> Bench:
+    """The default step, or with `checkpointing` the one for little memory."""
+    if device == "meta":
+        video, _ = _learning(row, network)
+        x, t, text = _inputs(row, network, device)
+        added = network.added(1, x)
+        return Bench(lambda: None, lambda: video(x, t, text, added).square().mean().backward())
+    settings = TuneSettings(
+        video="-", prompt="-", gradient_checkpointing=row.checkpointing,
+        frozen_modules=("down_blocks",) if row.frozen else (),
+    )  # fmt: skip
+    x, _, text = _inputs(row, network, device)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if row.precision == "fp32" else row.precision)
+    video = _prepared(row, inflate(network.unet))
+    tuning = Steps(video, levels(), {"mean": x, "std": torch.ones_like(x)}, text, settings, accelerator)
+    tuning.added = network.added(1, x)
+    return Bench(tuning.step, lambda: None)
+
+
+def _prepared(row: Row, video: VideoUNet) -> VideoUNet:
+    if row.channels_last:
+        torch.nn.Module.to(video.unet, memory_format=torch.channels_last)
+    if row.compiled:
+        video.unet.compile_repeated_blocks(dynamic=False)
+    return video
+
+
+def reference_tune(row: Row, network: Parts, device: str) -> Bench:
+    reference = Reference(network, levels(), reentrant=row.frozen)
+    pixels = torch.randn(row.frames, 3, row.pixels, row.pixels, device=device)
+    ids = torch.zeros(1, network.words, dtype=torch.long, device=device)
+    optimizer = reference.optimizer()
+
+    def step() -> None:
+        with torch.autocast(device, DTYPES[row.precision], enabled=row.precision != "fp32"):
+            reference.step(optimizer, pixels, ids)
+
+    return Bench(step, lambda: reference.gradients(pixels, ids))
+
+
+def invert(row: Row, network: Parts, device: str) -> Bench:
+    return _called(row, network, device, clips=1)
+
+
+def edit(row: Row, network: Parts, device: str) -> Bench:
+    """One guided step of all prompts."""
+    return _called(row, network, device, clips=2 * row.prompts)
+
+
+def _called(row: Row, network: Parts, device: str, clips: int) -> Bench:
+    video = _prepared(row, inflate(network.unet.requires_grad_(False)))
+    x, t, text = _inputs(row, network, device, clips)
+    added = network.added(clips, x)
+    video = reusing(video, 1_000_000 if row.reused else 1)
+    call = torch.no_grad()(lambda: video(x, t[0], text, added))
+    if row.reused:
+        call()
+    return Bench(call, call)
+
+
+def reference_invert(row: Row, network: Parts, device: str) -> Bench:
+    return _reference_called(row, network, device, clips=1)
+
+
+def reference_edit(row: Row, network: Parts, device: str) -> Bench:
+    return _reference_called(row, network, device, clips=2)
+
+
+def _reference_called(row: Row, network: Parts, device: str, clips: int) -> Bench:
+    reference = Reference(network, levels())
+    network.unet.eval()
+    x, t, text = (part.to(DTYPES[row.precision]) if part.is_floating_point() else part
+                  for part in _inputs(row, network, device, clips))  # fmt: skip
+    call = torch.no_grad()(lambda: reference.unet(x, t, text))
+    return Bench(call, call)
+
+
+def decode(row: Row, network: Parts, device: str) -> Bench:
+    """A clip, frame by frame."""
+    latents = _latents(row, network, device).to(DTYPES[row.precision])
+
+    def run() -> None:
+        with torch.no_grad():
+            for frame in latents[0].unbind(1):
+                network.vae.decode(frame[None, : network.vae.config.latent_channels]).sample.float().cpu()
+
+    count = torch.no_grad()(lambda: [network.vae.decode(frame[None]).sample for frame in latents[0].unbind(1)])
+    return Bench(run, count)
+
+
+TASKS: dict[str, Callable[[Row, Parts, str], Bench]] = {
+    "tune": tune, "reference-tune": reference_tune, "invert": invert, "reference-invert": reference_invert,
+    "edit": edit, "reference-edit": reference_edit, "decode": decode,
+}  # fmt: skip
+
+_MINI = {"base": "miniature", "pixels": 64}
+ROWS = {
+    row.name: row
+    for row in (
+        Row("reference-tune"),
+        Row("reference-tune", frozen=True),
+        Row("tune"),
+        Row("tune", frozen=True),
+        Row("tune", checkpointing=True),
+        Row("reference-invert"),
+        Row("invert"),
+        Row("reference-edit"),
+        Row("edit"),
+        Row("edit", reused=True),
+        Row("decode"),
+        *(Row(task, **_MINI) for task in ("reference-tune", "tune", "invert", "reference-edit", "edit", "decode")),
+        Row("edit", **_MINI, prompts=4),
+        Row("edit", **_MINI, reused=True),
+        Row("tune", **_MINI, checkpointing=True),
+        Row("tune", frames=4, pixels=128),
+        Row("tune", base="sd21", frames=4, pixels=128),
+        Row("edit", base="sd21", frames=4, pixels=128),
+        Row("invert", base="xl", frames=4, pixels=128),
+        *(Row("tune", frames=frames, pixels=128, default=False) for frames in (8, 16, 32, 64, 128)),
+        *(Row("invert", frames=frames, pixels=128, default=False) for frames in (8, 16, 32, 64, 128)),
+        *(Row("tune", frames=4, pixels=pixels, default=False) for pixels in (256, 384, 512)),
+        *(Row("invert", frames=4, pixels=pixels, default=False) for pixels in (256, 384, 512, 768)),
+        Row("tune", base="sd21", default=False),
+        Row("tune", base="xl", frames=4, pixels=128, default=False),
+        Row("edit", base="xl", frames=4, pixels=128, default=False),
+        Row("tune", precision="bf16", default=False),
+        Row("invert", precision="bf16", default=False),
+        Row("tune", channels_last=True, default=False),
+        Row("edit", channels_last=True, default=False),
+        Row("edit", prompts=4, default=False),
+        *(Row(task, **_MINI, compiled=True, default=False) for task in ("tune", "edit")),
+        *(Row(task, **_MINI, channels_last=True, default=False) for task in ("tune", "edit")),
+        Row("edit", compiled=True, default=False),
+    )
+}
+
+_CARD = {"precision": "bf16", "frames": 12, "pixels": 512}
+GPU_ROWS = {
+    row.name: row
+    for row in (
+        Row("reference-tune", **_CARD),
+        Row("tune", **_CARD),
+        Row("tune", **_CARD, checkpointing=True),
+        Row("tune", precision="bf16", frames=24, pixels=512, checkpointing=True),
+        Row("tune", **_CARD, compiled=True),
+        Row("reference-edit", **_CARD),
+        Row("invert", **_CARD),
+        Row("edit", **_CARD),
+        Row("edit", **_CARD, channels_last=True),
+        Row("decode", **_CARD),
+    )
+}
+
+
+def described(row: Row) -> dict[str, Any]:
+    """A row's fields, without its place in the default set."""
+    return {name: value for name, value in dataclasses.asdict(row).items() if name != "default"}

@@ -1,0 +1,59 @@
+"""A run made of what another program tuned, so that it is edited like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuneavideo import cache, jobs, models
+from tuneavideo import video as videos
+from tuneavideo.adapter import Adapter, fingerprint
+from tuneavideo.checkpoints.convert import convert
+from tuneavideo.checkpoints.names import UNET
+from tuneavideo.checkpoints.opening import Checkpoint, opened_at
+from tuneavideo.checkpoints.writing import is_temporal, tuned
+from tuneavideo.errors import CheckpointError
+from tuneavideo.progress import Job, Progress
+from tuneavideo.runs import RunFolder
+from tuneavideo.settings import EditSettings, Inflation, Sampling, TuneSettings
+
+
+def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = None, own_base: bool = False) -> Job:
+    """See `api.adopting`."""
+    found = opened_at(checkpoint)
+    layers = tuned(found)
+    if not any(map(is_temporal, layers)):
+        raise CheckpointError(f"{checkpoint} has no temporal layers: it was not tuned on a clip")
+    run = RunFolder.create(settings.video, out)
+    with run.locked():
+        try:
+            yield Progress("open", path=run.path, about=str(checkpoint))
+            if own_base:
+                convert(checkpoint, run.path / "base", "diffusers")
+                settings = settings.model_copy(update={"base": str((run.path / "base").absolute())})
+            run.write_settings(settings, {"adopted from": checkpoint})
+            _fill(run, settings, found)
+        except Exception:
+            run.remove()
+            raise
+    yield Progress("tune", path=run.path)
+    if settings.edit:
+        sampling = settings.model_dump(include=set(Sampling.model_fields))
+        yield from jobs.edit(EditSettings(run=str(run.path), prompt=settings.edit, **sampling))
+
+
+def _fill(run: RunFolder, settings: TuneSettings, found: Checkpoint) -> None:
+    """The clip's frames and latents, and the adapter last, which says that the run is whole."""
+    pipe = models.open_image_model(settings.base)
+    clip = jobs.clip_of(settings, pipe, run.path)
+    videos.write(clip, run.source)
+    cache.write(run.latents, jobs.moments_of(pipe, clip, run.latents))
+    inflation = found.learned.get("inflation")
+    adapter = Adapter(
+        {name.removeprefix(UNET): tensor.read() for name, tensor in tuned(found).items()},
+        Inflation(**{**inflation, "references": tuple(inflation["references"])}) if inflation else Inflation(),
+        settings.base,
+        fingerprint(pipe.unet),
+        {"prompt": settings.prompt, "adopted from": found.kind},
+    )
+    adapter.attach(pipe.unet)  # refuses what does not fit
+    adapter.save(run.adapter, dtype=None)

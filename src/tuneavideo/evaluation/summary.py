@@ -1,0 +1,62 @@
+"""The miniature benchmark as one table: every variant's scores, and how it differs from the first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tuneavideo import files
+from tuneavideo.evaluation.compare import difference, estimate
+from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of
+from tuneavideo.progress import Job, Progress
+
+SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
+
+
+def summarised(
+    names: Sequence[str], out: Path, *, seeds: int = 1, part: str = "development", quick: bool = False, processes: int
+) -> Job:
+    """Run the benchmark for presets (or `untuned`) by name; ends with `results.json` in the folder `out`."""
+    variants = [variant_of(name) for name in names]
+    out.mkdir(parents=True, exist_ok=True)
+    rows = benchmark(
+        variants, out / "rows.jsonl", seeds=range(seeds), part=part, clips=4 if quick else None, processes=processes
+    )
+    had = []
+    for row in rows:
+        had.append(row)
+        yield Progress("benchmark", about=f"{row['variant']} {row['clip']} {row['seed']}")
+    about = {"format": 1, "part": part, "seeds": seeds, "clips": len({row["clip"] for row in had})}
+    files.write(out / "results.json", json.dumps(about | {"variants": summary(had, names)}, indent=1))
+    yield Progress("results", path=out / "results.json")
+
+
+def variant_of(name: str) -> Variant:
+    """A preset, or the model as it is before tuning."""
+    if name == CONTROL.name:
+        return CONTROL
+    return Variant(name, {} if name == "default" else {"preset": name})
+
+
+def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """For each variant its `scores` and their `differences` from the first one's: `mean`, `low`, `high` (95 %)."""
+    edits = {name: edits_of([row for row in rows if row["variant"] == name]) for name in names}
+    return {
+        name: {
+            "edits": len(edits[name]),
+            "scores": {score: asdict(estimate(edits[name], score)) for score in SCORES if _has(edits[name], score)},
+            "differences": {
+                score: asdict(difference(edits[name], edits[names[0]], score))
+                for score in SCORES
+                if name != names[0] and _has(edits[name], score) and _has(edits[names[0]], score)
+            },
+        }
+        for name in names
+    }
+
+
+def _has(edits: Sequence[dict[str, Any]], score: str) -> bool:
+    return any(edit[score] is not None for edit in edits)

@@ -1,0 +1,150 @@
+"""`tuneavideo evaluate` as users run it, on run folders whose clips are made here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import Said
+from tests.test_metrics import passing, still
+from tuneavideo import api, cli, miniature
+from tuneavideo.errors import RunError
+from tuneavideo.metrics.table import METRICS
+from tuneavideo.runs import RunFolder
+from tuneavideo.settings import TuneSettings
+from tuneavideo.video import Video, read, write, write_image
+
+
+def made_run(path: Path, base: str, caption: str, source: Video, edits: dict[str, Video]) -> Path:
+    """A run folder as far as evaluation looks into it."""
+    run = RunFolder.create("clip", path)
+    run.write_settings(TuneSettings(video="clip.mp4", prompt=caption, base=base), {})
+    write(source, run.source)
+    for number, (prompt, video) in enumerate(edits.items()):
+        folder = run.new_edit(prompt)
+        write(video, folder / ("frames" if number == 0 else "edit.mp4"))
+        (folder / "edit.json").write_text(json.dumps({"prompt": prompt, "seed": number}))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    edits = {"a red circle": passing((3, 1), seed=1), "a blue circle": still(2)}
+    return made_run(tmp_path / "run", "sd1.5", "a square", passing((3, 1)), edits)
+
+
+def scores_of(run: Path) -> dict:
+    return json.loads((run / "scores.json").read_text())
+
+
+def test_offline_what_is_missing_is_named_and_the_rest_is_measured(run: Path) -> None:
+    assert api.evaluate(run) == [run / "scores.json"]
+    told = scores_of(run)
+    assert told["format"] == 1 and set(told["metrics"]) == {"warp_error", "motion_fidelity", "motion_fidelity_all"}
+    whys = {each["metric"]: each["why"] for each in told["missing"]}
+    assert set(whys) == {name for name, each in METRICS.items() if each.need != "judge"} - set(told["metrics"])
+    assert whys["clip_frame"].startswith(
+        "openai/clip-vit-large-patch14 cannot be opened; give a folder (--clip, --pick), or"
+    )
+    assert whys["pick_score"].startswith("yuvalkirstain/PickScore_v1 cannot be opened")
+    assert whys["background_psnr"] == "needs a mask of what may change: --mask FILE or FOLDER"
+    assert whys["flicker"] == "hardly anything stands still in the source"
+    faithful, frozen = (edit["scores"]["motion_fidelity"]["value"] for edit in told["edits"])
+    assert faithful > 0.9 and frozen < 0.2
+
+
+def test_every_result_names_model_revision_frames_and_size(run: Path, clip_model: Path, tmp_path: Path) -> None:
+    write_image(np.zeros((64, 64, 3), np.uint8), tmp_path / "mask.png")
+    api.evaluate(run, clip=str(clip_model), pick=str(clip_model), mask=tmp_path / "mask.png")
+    told = scores_of(run)
+    assert [(edit["folder"], edit["prompt"], edit["seed"]) for edit in told["edits"]] == [
+        ("000-a-red-circle", "a red circle", 0), ("001-a-blue-circle", "a blue circle", 1),
+    ]  # fmt: skip
+    assert [each["metric"] for each in told["missing"]] == ["flicker"]
+    for edit in told["edits"]:
+        for name, score in edit["scores"].items():
+            assert set(score) == {"value", "model", "revision", "frames", "width", "height"}
+            assert (score["frames"], score["width"], score["height"]) == (6, 64, 64) and np.isfinite(score["value"])
+            assert score["model"] and score["revision"], name
+    assert told["edits"][0]["scores"]["clip_text"]["model"] == str(clip_model)
+    metric = told["metrics"]["pick_score"]
+    assert set(metric) == {"unit", "better", "about", "baseline", "baseline_source"} and metric["baseline"] == 20.36
+
+
+def test_scores_come_out_the_same_and_what_was_measured_before_stays(run: Path, clip_model: Path) -> None:
+    api.evaluate(run, metrics=["clip_text", "motion_fidelity"], clip=str(clip_model))
+    first = scores_of(run)
+    api.evaluate(run / "edits/000-a-red-circle", metrics=["motion_fidelity", "warp_error"])
+    later = scores_of(run)
+    for old, new in zip(first["edits"], later["edits"], strict=True):
+        assert old["scores"].items() <= new["scores"].items()
+    assert "warp_error" in later["edits"][0]["scores"] and "warp_error" not in later["edits"][1]["scores"]
+
+
+def test_scores_of_an_edit_that_was_made_anew_or_is_gone_are_dropped(run: Path, clip_model: Path) -> None:
+    api.evaluate(run, metrics=["clip_text"], clip=str(clip_model))
+    os.utime(run / "edits/000-a-red-circle/edit.json", (2e9, 2e9))
+    shutil.rmtree(run / "edits/001-a-blue-circle")
+    api.evaluate(run, metrics=["warp_error"])
+    (edit,) = scores_of(run)["edits"]
+    assert set(edit["scores"]) == {"warp_error"}
+
+
+def test_the_miniature_has_its_judge_in_place_of_clip(tmp_path: Path) -> None:
+    """A bundled clip of a rabbit stands for an edit of that of a dog on the same path."""
+    clips = {clip["name"]: clip for clip in miniature.clips()}
+    source, edit = (read(clips[name]["path"], size=(64, 64)) for name in ("dog-jumping", "rabbit-jumping"))
+    edits = {"a rabbit is jumping on the grass": edit, "a dog is jumping on the grass, neon style": source}
+    run = made_run(tmp_path / "run", "miniature", clips["dog-jumping"]["caption"], source, edits)
+    api.evaluate(run)
+    told = scores_of(run)
+    assert "clip_text" not in {*told["metrics"], *(each["metric"] for each in told["missing"])}
+    rabbit, neon = ({name: each["value"] for name, each in edit["scores"].items()} for edit in told["edits"])
+    assert rabbit["success"] > 0.9 and rabbit["track_distance"] < 3 and rabbit["background_psnr"] > 15
+    assert neon["success"] == 0 and neon["preserved"] == 1 and "background_psnr" not in neon
+    api.evaluate(run, mask=next(run.glob("edits/*/frames/00000.png")), metrics=["background_psnr"])
+    assert "background_psnr" in scores_of(run)["edits"][1]["scores"]
+    api.evaluate(run)  # without a mask again: what was measured with it does not stay beside the reason
+    told = scores_of(run)
+    assert "background_psnr" not in told["edits"][1]["scores"]
+    assert {"metric": "background_psnr", "why": "001-a-dog-is-jumping-on-the-grass-neon-style: the prompt asks for "
+            "another background or style"} in told["missing"]  # fmt: skip
+
+
+def test_the_command_prints_a_row_for_every_metric_and_what_is_missing(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cli.main(["evaluate", str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in lines if line.split()[:1] == ["motion_fidelity"]]
+    assert row[1] == "↑" and len(row) == 6 and float(row[2]) > 0.9 and row[-1] == "-"
+    (line,) = [line for line in lines if "pick_score" in line]
+    assert line.startswith("not measured: pick_score: yuvalkirstain/PickScore_v1 cannot be opened")
+    cli.main(["evaluate", str(run / "edits/000-a-red-circle"), "--metrics", "warp_error", "--json"])
+    (told,) = json.loads(capsys.readouterr().out).values()
+    assert told["edits"][0]["scores"]["warp_error"]["value"] > 0
+
+
+def test_mistakes_are_one_line(run: Path, refused: Said, tmp_path: Path) -> None:
+    line = "unknown metric 'clip_txt'; did you mean 'clip_text'?"
+    assert refused(["evaluate", str(run), "--metrics", "clip_txt"]) == line
+    line = f"{tmp_path}/none is no run folder: settings.yaml is missing; 'tuneavideo tune' makes one"
+    assert refused(["evaluate", f"{tmp_path}/none"]) == line
+    write(still(frames=2), tmp_path / "masks")
+    line = f"{tmp_path}/masks: expected 1 frame or 6, as the clip has; found 2"
+    assert refused(["evaluate", str(run), "--mask", f"{tmp_path}/masks"]) == line
+    assert not (run / "scores.json").exists()
+
+
+def test_an_edit_of_other_frames_and_a_run_without_edits_are_refused(run: Path) -> None:
+    write(still(frames=4), run / "edits/000-a-red-circle/frames")
+    with pytest.raises(RunError, match=r"000-a-red-circle: found 4 frames of 64 x 64; its source.mp4 has 6 frames of"):
+        api.evaluate(run, metrics=["warp_error"])
+    shutil.rmtree(run / "edits")
+    with pytest.raises(RunError, match="has no edits to measure; 'tuneavideo edit "):
+        api.evaluate(run)

@@ -1,0 +1,271 @@
+"""What is true of style and control at edit time: each changes the edit, and leaves no trace in the next one."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessorPil,
+)
+
+from tests.conftest import base_folder, image_unet, moving_square
+from tests.test_bases import Malicious
+from tests.test_job import BRIEF
+from tuneavideo import api, control, models, style
+from tuneavideo.adapter import Adapter
+from tuneavideo.attention import SparseCausalAttention
+from tuneavideo.errors import AdapterError, MissingExtra, SettingsError, TuneAVideoError, VideoError
+from tuneavideo.inflate import inflate, video_unet
+from tuneavideo.settings import EditSettings, checked
+from tuneavideo.video import Video, read, write
+
+PROMPT = "a <mine> circle"
+Files = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    clip = moving_square(tmp_path_factory.mktemp("clip") / "square.mp4")
+    return api.tune(clip, "a square", base=str(base), out=tmp_path_factory.mktemp("runs") / "square", **BRIEF)
+
+
+def edited(run: Path, **settings: Any) -> np.ndarray:
+    (folder,) = api.edit(run, PROMPT, formats=("frames",), **settings)
+    return read(folder / "frames").frames_THWC.astype(int)
+
+
+@pytest.fixture(scope="module")
+def plain(run: Path) -> np.ndarray:
+    return edited(run)
+
+
+def lora(folder: Path) -> dict[str, torch.Tensor]:
+    """A style LoRA of rank 2, in diffusers' format in `folder` and as tensors by peft's names."""
+    torch.manual_seed(2)
+    donor = image_unet()
+    donor.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    tensors = get_peft_model_state_dict(donor)
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=tensors)
+    return tensors
+
+
+def kohya(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same LoRA by kohya's names."""
+    named = {}
+    for name, value in tensors.items():
+        layer, part, _ = name.rsplit(".", 2)
+        layer = "lora_unet_" + layer.replace(".", "_")
+        named[f"{layer}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value
+        named[f"{layer}.alpha"] = torch.tensor(2.0)
+    return named
+
+
+def controlnet(folder: Path, **changes: Any) -> Path:
+    torch.manual_seed(3)
+    net = ControlNetModel.from_unet(image_unet(**changes), conditioning_embedding_out_channels=(4, 8))
+    for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        torch.nn.init.normal_(layer.weight, std=0.2)
+    net.save_pretrained(folder)
+    return folder
+
+
+def ip_adapter(folder: Path) -> Path:
+    """An IP-Adapter's file beside its image encoder."""
+    torch.manual_seed(4)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                              image_size=16, patch_size=8, projection_dim=12)  # fmt: skip
+    CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
+    widths = [layer.to_k.weight.shape[0] for name, layer in image_unet().named_modules() if name.endswith("attn2")]
+    tensors = {f"ip_adapter.{1 + 2 * i}.to_{x}_ip.weight": torch.randn(width, 24)
+               for i, width in enumerate(widths) for x in "kv"}  # fmt: skip
+    tensors |= {"image_proj.proj.weight": torch.randn(4 * 24, 12), "image_proj.proj.bias": torch.randn(4 * 24)}
+    tensors |= {"image_proj.norm.weight": torch.ones(24), "image_proj.norm.bias": torch.zeros(24)}
+    save_file(tensors, folder / "ip-adapter.safetensors")
+    return folder / "ip-adapter.safetensors"
+
+
+@pytest.fixture(scope="module")
+def styles(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Settings of each kind of style, with their files."""
+    folder = tmp_path_factory.mktemp("styles")
+    save_file(kohya(lora(folder / "lora")), folder / "kohya.safetensors")
+    save_file({"<mine>": 3 * torch.randn(24)}, folder / "mine.safetensors")
+    torch.save({"string_to_param": {"*": 3 * torch.randn(2, 24)}, "name": "other"}, folder / "<mine>.pt")
+    (folder / "ip").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)).save(folder / "picture.png")
+    return {
+        "lora": {"lora": (str(folder / "lora/pytorch_lora_weights.safetensors"),)},
+        "kohya": {"lora": (str(folder / "kohya.safetensors"),)},
+        "embedding": {"embedding": (str(folder / "mine.safetensors"),)},
+        "embedding of another tool": {"embedding": (str(folder / "<mine>.pt"),)},
+        "controlnet": {"controlnet": str(controlnet(folder / "controlnet"))},
+        "picture": {"ip_adapter": str(ip_adapter(folder / "ip")), "ip_image": str(folder / "picture.png")},
+    }
+
+
+@pytest.mark.parametrize("kind", ["lora", "kohya", "embedding", "embedding of another tool", "controlnet", "picture"])
+def test_each_style_changes_the_edit_and_leaves_no_trace(
+    kind: str, run: Path, plain: np.ndarray, styles: Files
+) -> None:
+    assert abs(edited(run, **styles[kind]) - plain).max() > 0
+    assert (edited(run) == plain).all()
+
+
+def test_a_lora_of_either_format_and_any_weight(run: Path, plain: np.ndarray, styles: Files) -> None:
+    (ours,), (theirs,) = styles["lora"]["lora"], styles["kohya"]["lora"]
+    assert (edited(run, lora=(ours,)) == edited(run, lora=(theirs,))).all()
+    assert (edited(run, lora=(f"{ours}:0",)) == plain).all()
+    half, both = edited(run, lora=(f"{ours}:0.5",)), edited(run, lora=(f"{ours}:0.25", f"{theirs}:0.25"))
+    assert (half != edited(run, lora=(ours,))).any() and abs(half - both).max() <= 1
+
+
+def test_an_inversion_is_shared_by_edits_whose_weights_are_the_same(run: Path, styles: Files) -> None:
+    def kept() -> int:
+        return len(list((run / "inversion").iterdir()))
+
+    edited(run)
+    before = kept()
+    edited(run, **styles["embedding"])
+    assert kept() == before
+    edited(run, lora=(f"{styles['lora']['lora'][0]}:0.7",))
+    assert kept() == before + 1
+
+
+def test_attention_still_refers_to_other_frames_beside_an_ip_adapter(run: Path, base: Path, styles: Files) -> None:
+    pipe = models.open_image_model(str(base))
+    settings = EditSettings(run=str(run), prompt=(PROMPT,), **styles["picture"])
+    loaded = style.load(pipe, settings, read(run / "source.mp4"))
+    video = Adapter.load(run / "adapter").attach(pipe.unet).video
+    assert sum(isinstance(layer, SparseCausalAttention) for layer in pipe.unet.modules()) == 4
+    x, told = torch.randn(1, 4, 3, 8, 8), loaded.told(models.embed(pipe, [""]))
+    with torch.no_grad():
+        before = video(x, torch.tensor(500), told)
+        x[:, :, 0] += 1
+        assert not torch.allclose(before[:, :, 2], video(x, torch.tensor(500), told)[:, :, 2], atol=1e-4)
+
+
+def test_another_base_of_the_same_shape_edits_when_it_is_named(run: Path, plain: np.ndarray, tmp_path: Path) -> None:
+    bases = [base_folder(tmp_path / name) for name in ("other", "wider")]
+    for base, unet in zip(bases, (image_unet(7), image_unet(block_out_channels=(32, 32))), strict=True):
+        unet.save_pretrained(base / "unet")
+    assert (edited(run, edit_model=str(bases[0])) != plain).any()
+    assert (edited(run) == plain).all()
+    with pytest.raises(AdapterError, match="does not fit this UNet"):
+        edited(run, edit_model=str(bases[1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"ip_image": "a.png"}, "ip_adapter and ip_image go together"),
+        ({"control": "depth"}, "control 'depth' needs a controlnet"),
+        ({"lora": ("no.safetensors:0.5",)}, r"LoRA no.safetensors: cannot be used with this base"),
+        ({"embedding": ("no.safetensors",)}, "embedding no.safetensors: cannot be used"),
+        ({"controlnet": "no/where"}, "ControlNet no/where: cannot be used"),
+        ({"ip_adapter": "no/where", "ip_image": "a.png"}, "IP-Adapter no/where: cannot be used"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(settings: dict[str, Any], told: str, run: Path) -> None:
+    with pytest.raises(TuneAVideoError, match=told) as refused:
+        edited(run, **settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_of_another_base_is_refused(run: Path, styles: Files, tmp_path: Path) -> None:
+    elsewhere = {"lora_down.weight": torch.zeros(2, 4), "lora_up.weight": torch.zeros(4, 2), "alpha": torch.tensor(1.0)}
+    save_file({f"lora_unet_nowhere.{name}": value for name, value in elsewhere.items()}, tmp_path / "x.safetensors")
+    save_file({"<mine>": torch.randn(32)}, tmp_path / "wide.safetensors")
+    other = controlnet(tmp_path / "wide", cross_attention_dim=32)
+    for settings, told in (
+        ({"lora": (str(tmp_path / "x.safetensors"),)}, "LoRA .*x.safetensors: "),
+        ({"embedding": (str(tmp_path / "wide.safetensors"),)}, "embedding .*wide.safetensors: cannot be used"),
+        ({"controlnet": str(other)}, "its cross_attention_dim is 32, the base's is 24"),
+    ):
+        with pytest.raises(AdapterError, match=told):
+            edited(run, **settings)
+
+
+def test_a_malicious_embedding_runs_nothing(run: Path, tmp_path: Path) -> None:
+    torch.save({"<mine>": Malicious(tmp_path / "ran")}, tmp_path / "mine.pt")
+    (tmp_path / "bare.bin").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    for name, told in {"mine.pt": "refused, and nothing of it was run", "bare.bin": "cannot be used"}.items():
+        with pytest.raises(AdapterError, match=told):
+            edited(run, embedding=(str(tmp_path / name),))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def square(tmp_path: Path) -> Video:
+    return read(moving_square(tmp_path / "square.mp4"), count=3)
+
+
+def test_edges_are_where_the_square_ends(square: Video, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = control.maps("canny", square)
+    assert found.shape == (3, 3, 32, 32) and set(found.unique().tolist()) == {0.0, 1.0}
+    assert found[0, 0, 8:20, 0:13].sum() == found[0, 0].sum() > 20
+    monkeypatch.setitem(__import__("sys").modules, "cv2", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'tuneavideo\[control\]'"):
+        control.maps("canny", square)
+
+
+def test_maps_may_be_a_clip_of_the_user(square: Video, tmp_path: Path) -> None:
+    write(Video(np.full((4, 64, 64, 3), 255, np.uint8), 8.0), tmp_path / "maps")
+    assert control.maps(str(tmp_path / "maps"), square).shape == (3, 3, 32, 32)
+    write(Video(np.full((2, 64, 64, 3), 255, np.uint8), 8.0), tmp_path / "short")
+    with pytest.raises(VideoError, match="2 frames"):
+        control.maps(str(tmp_path / "short"), square)
+    with pytest.raises(SettingsError, match="neither canny, depth nor the path"):
+        control.maps("pose", square)
+
+
+def test_depth_comes_from_a_model_of_transformers(
+    square: Video, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = DPTConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, image_size=32,
+                       patch_size=16, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8],
+                       fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5])  # fmt: skip
+    model = DPTForDepthEstimation(config)
+    for weight in model.parameters():  # an untrained one sees nothing
+        torch.nn.init.normal_(weight, std=0.3)
+    torch.nn.init.constant_(model.head.head[-2].bias, 50.0)
+    model.save_pretrained(tmp_path / "dpt")
+    DPTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dpt")
+    monkeypatch.setattr(control, "DEPTH_MODEL", str(tmp_path / "dpt"))
+    found = control.maps("depth", square)
+    assert found.shape == (3, 3, 32, 32) and found.min() == 0 and found.max() == 1
+    monkeypatch.setattr(control, "DEPTH_MODEL", "no/where")
+    with pytest.raises(SettingsError, match="'hf download no/where', or give maps of your own"):
+        control.maps("depth", square)
+
+
+def test_a_control_is_given_to_every_clip_of_a_batch(base: Path, tmp_path: Path) -> None:
+    net = ControlNetModel.from_pretrained(controlnet(tmp_path / "net"))
+    maps = torch.rand(3, 3, 16, 16)
+    video = inflate(image_unet())
+    helped = style.Style(control=control.Control(net, maps, 1.0)).controlled(video_unet(video.unet))
+    x, text = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 24)
+    with torch.no_grad():
+        one, both = (helped(x.expand(n, -1, -1, -1, -1), torch.tensor(9), text.expand(n, -1, -1)) for n in (1, 2))
+        assert torch.allclose(both[0], one[0], atol=1e-5) and torch.allclose(both[1], one[0], atol=1e-5)
+        assert not torch.allclose(one, video(x, torch.tensor(9), text), atol=1e-3)
+
+
+def test_settings_of_style_are_part_of_an_edits_settings() -> None:
+    made = checked(EditSettings, {"run": "r", "prompt": ("a",), "lora": ("a.safetensors:0.8",)})
+    assert style._weighed(made.lora[0]) == ("a.safetensors", 0.8)
+    assert style._weighed("C:\\a.safetensors") == ("C:\\a.safetensors", 1.0)

@@ -1,0 +1,204 @@
+"""The benchmark runners: LOVEU-TGVE-2023 on a data set of its layout with a tiny base, and the miniature's door."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.conftest import Said
+from tuneavideo import api, cli
+from tuneavideo.errors import SettingsError, VideoError
+from tuneavideo.evaluation import summary
+from tuneavideo.evaluation.tgve import KINDS, clips_of
+
+CLIPS = {"DAVIS_480p": ["bmx", "judo"], "youtube_480p": ["salsa"]}
+BRIEF = {"max_train_steps": 1, "num_inference_steps": 1, "num_inv_steps": 1, "gradient_checkpointing": False}
+
+
+def prompts_of(name: str) -> dict[str, str]:
+    return {kind: f"a red {kind} of {name}" for kind in KINDS}
+
+
+def frames_made(data: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for kind, names in CLIPS.items():
+        for name in names:
+            folder = data / kind / "480p_frames" / name
+            folder.mkdir(parents=True)
+            for t in range(3):
+                Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8)).save(folder / f"{t:05d}.jpg")
+    return data
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Path:
+    """Frames, and configs as the benchmark's repository has them."""
+    data = frames_made(tmp_path / "data")
+    for kind, names in CLIPS.items():
+        for name in names:
+            config = {
+                "pretrained_model_path": "./checkpoints/stable-diffusion-v1-4",
+                "train_data": {"video_path": f"./data/loveu-tgve-2023/{kind}/480p_frames/{name}",
+                               "prompt": f"a {name}", "height": 16, "width": 16, "num_frames": 3, "frame_rate": 1},
+                "validation_data": {"prompts": prompts_of(name), "height": 16, "width": 16},
+                "seed": 33,
+            }  # fmt: skip
+            (data / "configs" / kind).mkdir(parents=True, exist_ok=True)
+            (data / "configs" / kind / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return data
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Frames, and the benchmark's table, whose parts have headings."""
+    data = frames_made(tmp_path / "data")
+    columns = ["Video name", "Our GT caption", "Style Change Caption", "Object Change Caption",
+               "Background Change Caption", "Multiple Changes Caption"]  # fmt: skip
+    with (data / "LOVEU-TGVE-2023_Dataset.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for kind, names in CLIPS.items():
+            writer.writerow([f"{kind} Videos:", "", "", "", "", ""])
+            writer.writerows([name, f"a {name} ", *prompts_of(name).values()] for name in names)
+    return data
+
+
+def test_configs_and_the_table_tell_the_same_clips(configs: Path, tmp_path: Path) -> None:
+    told = clips_of(configs)
+    assert [(clip.set, clip.name, clip.count, clip.seed) for clip in told] == [
+        ("DAVIS_480p", "bmx", 3, 33), ("DAVIS_480p", "judo", 3, 33), ("youtube_480p", "salsa", 3, 33),
+    ]  # fmt: skip
+    assert told[0].prompts == prompts_of("bmx") and told[0].caption == "a bmx" and told[0].width == 16
+
+
+def test_the_table_does_without_configs(table: Path) -> None:
+    told = clips_of(table)
+    assert [(clip.set, clip.name, clip.count) for clip in told] == [
+        ("DAVIS_480p", "bmx", 3), ("DAVIS_480p", "judo", 3), ("youtube_480p", "salsa", 3),
+    ]  # fmt: skip
+    assert told[2].prompts == prompts_of("salsa") and told[2].caption == "a salsa"
+    assert (told[2].width, told[2].height) == (480, 480)
+
+
+def test_clips_are_tuned_edited_measured_and_laid_out_for_submission_once(
+    configs: Path, base: Path, clip_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "brief.yaml").write_text(yaml.safe_dump(BRIEF))
+    out = tmp_path / "out"
+    words = ["benchmark", "tgve", "--data", str(configs), "--out", str(out), "--base", str(base), "--clips", "2"]
+    words += ["--config", str(tmp_path / "brief.yaml"), "--clip", str(clip_model)]
+    cli.main(words)
+    said = capsys.readouterr().out
+    laid = {str(file.relative_to(out / "submission")) for file in (out / "submission").rglob("*.jpg")}
+    assert laid == {
+        f"DAVIS_480p/{name}/{kind}/0000{t}.jpg" for name in CLIPS["DAVIS_480p"] for kind in KINDS for t in range(3)
+    }
+    results = json.loads((out / "results.json").read_text())
+    assert (results["clips"], results["edits"], results["base"]) == (2, 8, str(base))
+    aligned = [row["scores"]["clip_text"]["value"] for row in results["rows"]]
+    assert len(aligned) == 8 and results["means"]["all"]["clip_text"] == pytest.approx(mean(aligned))
+    styles = [row["scores"]["clip_text"]["value"] for row in results["rows"] if row["kind"] == "style"]
+    assert results["means"]["style"]["clip_text"] == pytest.approx(mean(styles))
+    assert results["metrics"]["clip_text"]["baseline"] == 27.12
+    assert "| clip_text |  | higher |" in said and "| 27.12 |" in said and "Not measured: pick_score: yuval" in said
+    assert said.strip() == (out / "results.md").read_text().strip()
+
+    shutil.rmtree(out / "submission/DAVIS_480p/bmx/style")
+    seen = []
+    again = api.benchmarking_tgve(configs, out=out, base=str(base), clips=2, config=tmp_path / "brief.yaml",
+                                  clip=str(clip_model))  # fmt: skip
+    seen = [each.stage for each in again]
+    assert not {"tune", "encode", "edit", "invert"} & set(seen)
+    assert len([*(out / "submission").rglob("*.jpg")]) == 24
+    with pytest.raises(SettingsError, match="was made with max_train_steps 1, not 2; give another --out"):
+        list(api.benchmarking_tgve(configs, out=out, base=str(base), **BRIEF | {"max_train_steps": 2}))
+
+
+def test_a_benchmark_that_was_stopped_goes_on_with_the_clip_it_was_at(
+    configs: Path, base: Path, tmp_path: Path
+) -> None:
+    given = {"out": tmp_path / "out", "base": str(base), "clips": 1, **BRIEF}
+    job = api.benchmarking_tgve(configs, **given)
+    for each in job:
+        if each.stage == "edit" and each.path:
+            job.close()
+            break
+    seen = [each for each in api.benchmarking_tgve(configs, **given)]
+    assert not any(each.step for each in seen)
+    assert len([each for each in seen if each.stage == "edit" and each.path]) == 3
+    assert (tmp_path / "out/results.json").is_file()
+
+
+def test_data_that_is_not_the_benchmarks_is_refused_in_one_line(
+    configs: Path,
+    refused: Said,
+    tmp_path: Path,
+) -> None:
+    line = f"{tmp_path}/none: no frames found; expected <set>/480p_frames/<video>/*.jpg, as LOVEU-TGVE-2023 has"
+    assert refused(["benchmark", "tgve", "--data", f"{tmp_path}/none"]) == line
+    file = configs / "configs/DAVIS_480p/bmx.yaml"
+    config = yaml.safe_load(file.read_text())
+    del config["validation_data"]["prompts"]["multiple"]
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(SettingsError, match=r"bmx.yaml: expected train_data with .* found KeyError 'multiple'"):
+        clips_of(configs)
+    shutil.rmtree(configs / "configs")
+    with pytest.raises(SettingsError, match="no configs .* and no table"):
+        clips_of(configs)
+    (configs / "a.csv").write_text("Video name,Caption\n")
+    with pytest.raises(SettingsError, match="'Our GT caption' is missing"):
+        clips_of(configs)
+
+
+def test_frames_that_are_missing_are_named(configs: Path) -> None:
+    shutil.rmtree(configs / "youtube_480p/480p_frames/salsa")
+    with pytest.raises(VideoError, match="salsa is missing: the frames of youtube_480p/salsa; unpack"):
+        clips_of(configs)
+
+
+def row(variant: str, clip: str, clean: bool, track: float) -> dict:
+    edit = {"clean": clean, "success": clean, "preserved": True, "track": track, "consistency": 0.9}
+    return {"variant": variant, "clip": clip, "seed": 0, "edits": [edit | {"background_db": None}]}
+
+
+ROWS = [row("untuned", "x", False, 5), row("untuned", "y", True, 3), row("default", "x", True, 4),
+        row("default", "y", True, 2)]  # fmt: skip
+
+
+def test_the_miniature_benchmark_compares_with_its_first_variant() -> None:
+    told = summary.summary(ROWS, ["untuned", "default"])
+    assert told["untuned"]["scores"]["clean"]["mean"] == 0.5 and not told["untuned"]["differences"]
+    assert told["default"]["differences"]["track"] == {"mean": -1, "low": -1, "high": -1}
+    assert "background_db" not in told["default"]["scores"]
+
+
+def test_the_miniature_benchmark_is_printed_as_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine, which takes minutes, has tests of its own; here it has given its rows."""
+    asked = {}
+
+    def given(variants: list, ledger: Path, **options) -> list[dict]:
+        asked.update(options, variants=[(each.name, dict(each.settings), each.tuned) for each in variants])
+        return ROWS
+
+    monkeypatch.setattr(summary, "benchmark", given)
+    cli.main(["benchmark", "miniature", "untuned", "default", "--quick", "--out", str(tmp_path), "--seeds", "2"])
+    assert asked["variants"] == [("untuned", {}, False), ("default", {}, True)]
+    assert asked["clips"] == 4 and asked["seeds"] == range(2) and asked["part"] == "development"
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["clean", "0.50", "(0.00…1.00)", "1.00", "(1.00…1.00)"] in lines
+    assert ["track,", "px", "-1.00", "(-1.00…-1.00)"] in lines
+
+
+def test_a_variant_that_is_not_known_is_refused(refused: Said) -> None:
+    line = "unknown variant 'offical'; known are untuned, default, official"
+    assert refused(["benchmark", "miniature", "offical"]) == line
