@@ -116,8 +116,7 @@ def least(row: Row) -> float:
     network = parts(row.base, "meta")
     video, tuned = _learning(row, network)
     x, t, text = _inputs(row, network, "meta")
-    added = network.added(1, x)
-    total = work.least(lambda: video(x, t, text, added), video.unet, tuned, video.clip, network.words)
+    total = work.least(lambda: video(x, t, text), video.unet, tuned, video.clip, network.words)
     return total.forward + total.backward
 
 

@@ -31,9 +31,13 @@ SIZES = {
 }  # fmt: skip
 NEEDED = {"video": "-", "prompt": "-"}
 # As counted for Stable Diffusion 1.5; `test_the_row_used_here_is_the_counted_one` keeps it true.
-SD15 = Model(834_765_124, 74_354_880, 206_714_343, *[Activations(*each) for each in (
-    (58_232, 4_480, -6_400, 217_216), (263_322.5, 1_920, -56_400, 3_849_344), (16_648, 121_472, 0, 118_280),
-)], 98_312)  # fmt: skip
+SD15 = Model(
+    834_765_124, 74_354_880, 206_714_343,
+    Activations(58_232.0, 4_480.0, -6_400.0, 217_216.0),
+    Activations(263_322.5, 1_920.0, -56_400.0, 3_849_344.0),
+    Activations(16_648.0, 121_472.0, 0.0, 118_280.0),
+    98_312,
+)  # fmt: skip
 
 
 @cache
