@@ -31,21 +31,59 @@ class Idea(NamedTuple):
 
 
 IDEAS = {
-    "down blocks learn": Idea({"frozen_modules": ()}, "the third of the layers that the published code froze helps"),
-    "temporal attention starts at zero": Idea({"temporal_init": "zero"}, "tuning starts from the image model"),
-    "norms per frame": Idea({"clip_norm": False}, "frames keep what the image model knows of contrast"),
-    "references first + own": Idea({"references": ("first", "own")}, "every frame sees itself: sharper"),
-    "stratified noise levels": Idea({"timestep_sampling": "stratified"}, "less noise in few steps"),
-    "min-SNR 5": Idea({"snr_gamma": 5.0}, "levels count more evenly"),
-    "debiased loss": Idea({"debias_weight": 1.0}, "motion is learned, appearance less"),
-    "LoRA, rank 8": Idea({"lora_rank": 8}, "remembers less of the clip's look"),
-    "attention injected, 0.4": Idea({"attention_injection": 0.4}, "layout and motion of the clip are kept"),
-    "attention injected, 0.6": Idea({"attention_injection": 0.6}, "the same, longer"),
-    "attention injected, 0.8": Idea({"attention_injection": 0.8}, "the same, nearly to the end"),
-    "guidance 5": Idea({"guidance_scale": 5.0}, "more of what is asked for"),
-    "guidance in the first 0.6": Idea({"guidance_interval": (0.0, 0.6)}, "a fifth less work, nothing lost"),
-    "fresh noise 0.2": Idea({"fresh_noise": 0.2}, "noise more like that of training: better pictures, looser track"),
-    "strength 0.8": Idea({"strength": 0.8}, "nearer to the clip for less work"),
+    "down blocks learn": Idea(
+        {"frozen_modules": ()},
+        "the third of the layers that the published code froze helps",
+        "kept: a correction of the published code, no worse",
+    ),
+    "temporal attention starts at zero": Idea(
+        {"temporal_init": "zero"},
+        "tuning starts from the image model",
+        "kept: a correction (tuning starts from the image model), no worse",
+    ),
+    "norms per frame": Idea(
+        {"clip_norm": False},
+        "frames keep what the image model knows of contrast",
+        "not taken: measured on one clip only",
+    ),
+    "references first + own": Idea(
+        {"references": ("first", "own")}, "every frame sees itself: sharper", "not taken: measured on one clip only"
+    ),
+    "stratified noise levels": Idea(
+        {"timestep_sampling": "stratified"}, "less noise in few steps", "not taken: nothing gained"
+    ),
+    "min-SNR 5": Idea(
+        {"snr_gamma": 5.0}, "levels count more evenly", "not taken: nothing gained, measured on one clip only"
+    ),
+    "debiased loss": Idea({"debias_weight": 1.0}, "motion is learned, appearance less", "not taken: nothing gained"),
+    "LoRA, rank 8": Idea(
+        {"lora_rank": 8}, "remembers less of the clip's look", "not taken: nothing gained, measured on one clip only"
+    ),
+    "attention injected, 0.4": Idea(
+        {"attention_injection": 0.4}, "layout and motion of the clip are kept", "see 0.6; measured on one clip only"
+    ),
+    "attention injected, 0.6": Idea({"attention_injection": 0.6}, "the same, longer", "kept; the default elsewhere"),
+    "attention injected, 0.8": Idea(
+        {"attention_injection": 0.8}, "the same, nearly to the end", "kept; the miniature takes 0.75"
+    ),
+    "guidance 5": Idea(
+        {"guidance_scale": 5.0},
+        "more of what is asked for",
+        "not alone; kept with attention injection, which needs it to change enough",
+    ),
+    "guidance in the first 0.6": Idea(
+        {"guidance_interval": (0.0, 0.6)},
+        "a fifth less work, nothing lost",
+        "an option: an eighth less work for a little",
+    ),
+    "fresh noise 0.2": Idea(
+        {"fresh_noise": 0.2},
+        "noise more like that of training: better pictures, looser track",
+        "an option: seeds differ",
+    ),
+    "strength 0.8": Idea(
+        {"strength": 0.8}, "nearer to the clip for less work", "an option: nearer the track, changes less"
+    ),
 }
 
 _OURS = {
@@ -62,7 +100,6 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "ours, injected 0.75": _OURS | {"attention_injection": 0.75},
     "ours, 40 steps, injected 0.75": _OURS | {"max_train_steps": 40, "attention_injection": 0.75},
     "ours, dpm++ in 12 steps": _OURS | {"sampler": "dpm++", "num_inference_steps": 12, "num_inv_steps": 12},
-    "fast": {"preset": "fast"},
     "ours, not tuned": _OURS | {"max_train_steps": 1, "learning_rate": 1e-9},
 }
 """What survived, together."""

@@ -46,7 +46,7 @@ def test_the_commands_and_the_python_run(
 def test_its_figures_are_those_of_the_committed_results() -> None:
     text = README.read_text(encoding="utf-8")
     results = json.loads((README.parent / "benchmarks/results/cpu.json").read_text())
-    for row in ("demo", "skiing-miniature", "skiing-sd15-sized", "tune-help"):
+    for row in ("demo", "skiing-miniature", "tune-help"):
         assert f"| {results[row]['seconds']:.3g} s | {results[row]['peak_mb']} MB |" in text
     counted = json.loads((README.parent / "benchmarks/results/memory.json").read_text())["frames"]
     for frames, row in counted.items():

@@ -43,6 +43,7 @@ def write(product: Path) -> None:
 def one_shot(variants: Sequence[str]) -> str:
     """What tuning on one clip gives, from the rows of the benchmark's ledger."""
     rows = [row for row in read(LEDGER) if row["set"] == "development" and row["variant"] in variants]
+    variants = [name for name in variants if any(row["variant"] == name for row in rows)]
     if not rows:
         return "Not measured yet: `python -m benchmarks.experiments untuned default official --seeds 3`."
     lines = [
@@ -57,10 +58,11 @@ def one_shot(variants: Sequence[str]) -> str:
         shares += [estimate(near, score).mean for score in ("preserved", "near", "clean")]
         track = estimate(edits, "track")
         told = f"{track.mean:.1f} px ({track.low:.1f} to {track.high:.1f})"
-        lines.append(f"| {name} | " + " | ".join(map(_percent, shares)) + f" | {told} |")
-    seeds, clips = len({row["seed"] for row in rows}), len({row["clip"] for row in rows})
+        seeds = len({edit["seed"] for edit in edits})
+        lines.append(f"| {name}, {seeds} seed(s) | " + " | ".join(map(_percent, shares)) + f" | {told} |")
+    clips = len({row["clip"] for row in rows})
     return (
-        f"The benchmark's development clips ({clips}, {seeds} seed(s), 8 frames, every second one), four edits each; "
+        f"The benchmark's development clips ({clips}, 8 frames, every second one), four edits each; "
         "the first four columns say how often the judge sees what was asked for in most frames, *preserved* how often "
         "all that the prompt does not change is still there, *clean* how often both hold and the subject's centre is "
         "within 4 pixels of its true track on average.\n\n" + "\n".join(lines)
