@@ -24,7 +24,7 @@ demo: $(READY)
 	$(BIN)/tuneavideo demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: lint types layers test
 
