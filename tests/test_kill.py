@@ -221,8 +221,12 @@ def test_ctrl_c_twice_in_the_middle_of_a_write_is_no_error(
 
 def test_ctrl_c_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(api, "models", lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["models"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process that has just begun
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["models"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "tuneavideo: stopped; go on with: the same command\n"
 

@@ -7,6 +7,7 @@ One precedence: flag > YAML > preset > base > built-in. The built-in values stan
 from __future__ import annotations
 
 import difflib
+import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -430,7 +431,10 @@ def _refuse_unknown(kind: type[Settings], values: Iterable[str], where: str) -> 
 
 def as_yaml(settings: Settings) -> str:
     """Settings as YAML that `read_yaml` and `checked` turn back into the same settings."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = settings.model_dump(mode="json")
+    breaks = any(mark in json.dumps(values, ensure_ascii=False) for mark in ("\x85", "\u2028", "\u2029"))
+    # PyYAML reads these breaks of lines back as spaces unless they are escaped
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=not breaks)
 
 
 def _told(error: Any, name: str = "") -> str:
