@@ -34,12 +34,12 @@ IDEAS = {
     "down blocks learn": Idea(
         {"frozen_modules": ()},
         "the third of the layers that the published code froze helps",
-        "kept: a correction of the published code, no worse",
+        "kept as a correction of the published code: no difference that can be told",
     ),
     "temporal attention starts at zero": Idea(
         {"temporal_init": "zero"},
         "tuning starts from the image model",
-        "kept: a correction (tuning starts from the image model), no worse",
+        "kept as a correction (tuning starts from the image model): no difference that can be told",
     ),
     "norms per frame": Idea(
         {"clip_norm": False},

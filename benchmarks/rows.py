@@ -186,6 +186,8 @@ def _prepared(row: Row, video: VideoUNet) -> VideoUNet:
 
 def reference_tune(row: Row, network: Parts, device: str) -> Bench:
     reference = Reference(network, levels(), reentrant=row.frozen)
+    for parameter in reference.tuned.values():
+        parameter.data = parameter.data.float()
     pixels = torch.randn(row.frames, 3, row.pixels, row.pixels, device=device)
     ids = torch.zeros(1, network.words, dtype=torch.long, device=device)
     optimizer = reference.optimizer()
@@ -257,6 +259,9 @@ ROWS = {
     for row in (
         Row("reference-tune"),
         Row("reference-tune", frozen=True),
+        *(Row(task, precision="bf16") for task in ("reference-tune", "tune", "reference-edit", "edit", "invert")),
+        Row("tune", precision="bf16", checkpointing=True),
+        Row("edit", precision="bf16", reused=True),
         Row("tune"),
         Row("tune", frozen=True),
         Row("tune", checkpointing=True),
@@ -281,8 +286,6 @@ ROWS = {
         Row("tune", base="sd21", default=False),
         Row("tune", base="xl", frames=4, pixels=128, default=False),
         Row("edit", base="xl", frames=4, pixels=128, default=False),
-        Row("tune", precision="bf16", default=False),
-        Row("invert", precision="bf16", default=False),
         Row("tune", channels_last=True, default=False),
         Row("edit", channels_last=True, default=False),
         Row("edit", prompts=4, default=False),

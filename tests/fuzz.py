@@ -1,13 +1,15 @@
-"""Damaged copies of small clips, each read in a process of its own.
+"""Damaged copies of small clips and of settings, each read in a process of its own.
 
 A process may take a gigabyte of address space above what its imports took, and ten seconds of computing.
 """
 
 from __future__ import annotations
 
+import random
 import resource
 import signal
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import numpy as np
 
 from tests import forks
 from tests.clips import animate, barcodes, film
-from tuneavideo.errors import VideoError
+from tuneavideo.errors import SettingsError, TuneAVideoError, VideoError
+from tuneavideo.settings import TuneSettings, checked, read_yaml
 from tuneavideo.video import read
 
 GIGABYTE = 2**30
@@ -31,6 +34,9 @@ FILMS = {
 }
 CHOICES = ({"count": 4, "stride": 2, "size": (32, 32)}, {"count": 3, "start_time": 0.3, "sample_fps": 7.0}, {})
 KINDS = (*FILMS, "gif", "webp")
+ODD = [b"\t", b"\n", b": ", b"- ", b"[", b"{", b"}", b"&a ", b"*a", b"!!python/object:os.system ", b"|", b">", b"'",
+       b'"', b"#", b"%", b"\x00", b"\xff\xfe", b"? ", b"---\n", b"9" * 5000, b"1e999", b"~", b"2001-99-99", b"0x", b"=",
+       b"!!binary ", b"<<: ", "\u2028".encode(), b"-.inf", b"[" * 400]  # fmt: skip
 
 
 def clip(kind: str, folder: Path) -> Path:
@@ -77,26 +83,56 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(copy)
 
 
-def attempt(path: Path) -> None:
-    """Read as a tuning and as an edit do, under limits; the last word printed is "read" or "refused"."""
+def mutated(text: str, chance: random.Random) -> bytes:
+    """A few bytes lost, doubled, moved or replaced by what means something in YAML."""
+    data = text.encode()
+    for _ in range(chance.randint(1, 3)):
+        a = chance.choice([chance.randrange(len(data)), data.find(b": ", chance.randrange(len(data))) + 2])
+        b = min(len(data), a + chance.choice([0, 1, 5, max(0, data.find(b"\n", a) - a)]))
+        put = chance.choice([b"", data[b:a], data[a:b] * 2, chance.choice(ODD), chance.choice(ODD)])
+        data = data[:a] + put + data[b:]
+    return data
+
+
+def read_clip(path: Path) -> None:
+    """As a tuning and as an edit do."""
+    refused = 0
+    for options in CHOICES:
+        try:
+            read(path, **options)
+        except VideoError as error:
+            assert "\n" not in str(error), "one line"
+            refused += 1
+    if refused == len(CHOICES):
+        raise VideoError("refused each time")
+
+
+def read_settings(path: Path) -> None:
+    """As a tuning does."""
+    try:
+        checked(TuneSettings, read_yaml(path, TuneSettings), path.name)
+    except SettingsError as error:
+        assert path.name in str(error) and "\n" not in str(error) and len(str(error)) < 2000
+        raise
+
+
+def attempt(reading: Callable[[Path], None], path: Path) -> None:
+    """Read under limits; the last word printed is "read" or "refused"."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + GIGABYTE, size + GIGABYTE))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
-    end = "refused"
-    for options in CHOICES:
-        try:
-            read(path, **options)
-            end = "read"
-        except VideoError as error:
-            assert "\n" not in str(error), "one line"
-    print(f"\n{end}")
+    try:
+        reading(path)
+        print("\nread")
+    except TuneAVideoError:
+        print("\nrefused")
 
 
-def tried(path: Path, log: Path) -> str:
+def tried(reading: Callable[[Path], None], path: Path, log: Path) -> str:
     """How reading ended in a copy of a process: "read", "refused", or what went wrong."""
-    code, said = forks.run(partial(attempt, path), log, 6 * SECONDS)
+    code, said = forks.run(partial(attempt, reading, path), log, 6 * SECONDS)
     if code is None:
         return "hang"
     if code < 0:
@@ -109,8 +145,8 @@ def ends(kind: str, copies: int, folder: Path) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {"read": [], "refused": []}
     path = clip(kind, folder)
     data = path.read_bytes()
-    assert tried(path, folder / "log") == "read", "the whole clip is read under the same limits"
+    assert tried(read_clip, path, folder / "log") == "read", "the whole clip is read under the same limits"
     for seed in range(copies):
         path.write_bytes(damaged(data, np.random.default_rng(seed)))
-        found.setdefault(tried(path, folder / "log"), []).append(seed)
+        found.setdefault(tried(read_clip, path, folder / "log"), []).append(seed)
     return found

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.clips import clapped
 from tests.conftest import base_folder, moving_square
-from tuneavideo import api, cli
+from tuneavideo import api, cli, models
 from tuneavideo.errors import RunError, SettingsError, VideoError
 from tuneavideo.runs import RunFolder
 from tuneavideo.video import read
@@ -174,11 +174,19 @@ def test_velocity_models_are_tuned_and_edited(tmp_path: Path, clip: Path) -> Non
     assert (made / "edits/000-a-circle/edit.mp4").is_file()
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_half_precision_runs_through(precision: str, base: Path, clip: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_either_precision_runs_through(precision: str, base: Path, clip: Path, tmp_path: Path) -> None:
     made = api.tune(clip, "a square", edit=["a circle"], base=str(base), out=tmp_path / "run",
                     mixed_precision=precision, **BRIEF)  # fmt: skip
     assert (made / "edits/000-a-circle/edit.mp4").is_file()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_precision_is_half_where_the_cpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, chosen in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "no")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {has: True})
+        assert models.precision(None) == chosen
+        assert models.precision("no") == "no"
 
 
 def test_frames_that_are_not_there_are_not_made_up(base: Path, clip: Path, tmp_path: Path) -> None:

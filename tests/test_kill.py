@@ -36,7 +36,9 @@ def settings(base: Path, tmp_path_factory: pytest.TempPathFactory) -> TuneSettin
     """Previews and checkpoints at every second step, and an edit."""
     clip = moving_square(tmp_path_factory.mktemp("clip") / "square.mp4")
     stated = {"video": str(clip), "prompt": "a red square moves", "edit": (EDIT,), "base": str(base)}
-    return api.tune_settings(stated | BRIEF | {"validation_steps": 2, "checkpointing_steps": 1})
+    return api.tune_settings(
+        stated | BRIEF | {"validation_steps": 2, "checkpointing_steps": 1, "mixed_precision": "no"}
+    )
 
 
 @pytest.fixture(scope="module")

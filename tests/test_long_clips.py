@@ -26,7 +26,7 @@ from tuneavideo.windows import WindowedUNet, Windows
 
 LEVELS = Levels.of(DDIMScheduler(**STABLE))
 BRIEF = {"num_frames": 40, "window": 8, "max_train_steps": 3, "learning_rate": 1e-2, "num_inference_steps": 2,
-         "num_inv_steps": 2, "gradient_checkpointing": False, "guidance_scale": 3.0,
+         "num_inv_steps": 2, "gradient_checkpointing": False, "guidance_scale": 3.0, "mixed_precision": "no",
          "formats": ("mp4", "frames")}  # fmt: skip
 
 

@@ -42,6 +42,7 @@ _MINIATURE = {
     "guidance_scale": 5.0,
     "attention_injection": 0.75,
     "gradient_checkpointing": False,
+    "mixed_precision": "no",  # half precision is slower at this size
 }
 
 BASES: dict[str, Base] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import logging
 import os
 import shlex
 import signal
@@ -33,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         advice = f"did you mean '{near[0]}'?" if near else f"commands are {', '.join(COMMANDS)}"
         _fail(SettingsError(f"unknown command '{name}'; {advice}"))
     else:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
         try:
             COMMANDS[name](rest)
         except KeyboardInterrupt:
@@ -110,11 +110,11 @@ def adopt(argv: Sequence[str]) -> None:
 
 def convert(argv: Sequence[str]) -> None:
     """Turn weights of one program into files of another, tensor by tensor."""
-    from tuneavideo import api
+    from tuneavideo import api, opening
 
     asked = vars(flags.read(flags.of_convert(convert.__doc__), argv))
     as_json, _, binary = asked.pop("json"), asked.pop("debug"), not asked.pop("no_binary")
-    _hush()
+    opening.hush()
     report = api.convert(asked.pop("source"), asked["out"], binary=binary, **{k: asked[k] for k in asked if k != "out"})
     print(json.dumps(dataclasses.asdict(report)) if as_json else "\n".join([*report.lines(), f"done: {asked['out']}"]))
 
@@ -250,7 +250,9 @@ class _Show:
 
     def run(self, job: Job) -> dict[str, Any]:
         """Run the job to its end; returns the run folder, the edits and other files it made."""
-        _hush()
+        from tuneavideo import opening
+
+        opening.hush()
         before = signal.signal(signal.SIGINT, self._interrupt)
         try:
             with self._bar() as bar:
@@ -407,15 +409,3 @@ def _edit_settings(name: str, about: str | None, argv: Sequence[str]) -> tuple[A
         stated = own.model_dump(include=set(Sampling.model_fields)) | stated
     settings, options = flags.parse(name, about, argv, EditSettings, stated, "run", ("prompt",), {})
     return api.edit_settings(settings), options
-
-
-def _hush() -> None:
-    """Loading bars and notices of libraries say nothing to the user of a command."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for noisy in ("pipeline_utils", "stable_diffusion.pipeline_stable_diffusion"):
-        logging.getLogger(f"diffusers.pipelines.{noisy}").setLevel(logging.ERROR)
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()

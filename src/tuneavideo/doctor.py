@@ -35,8 +35,9 @@ for index in range(torch.accelerator.device_count() if kind else 0):
         device |= {"model": torch.cuda.get_device_name(index), "free": free, "total": total,
                    "bf16": torch.cuda.is_bf16_supported()}
     devices.append(device)
+cpu = getattr(torch.cpu, "get_capabilities", dict)()
 print(json.dumps({"built for": torch.version.cuda or torch.version.hip or "cpu", "threads": torch.get_num_threads(),
-                  "devices": devices}))
+                  "devices": devices, "cpu bf16": bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))}))
 """
 
 
@@ -92,7 +93,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         memory = f", {size(device['free'])} of {size(device['total'])} free" if "total" in device else ""
         bf16 = {True: ", bf16", False: ", no bf16", None: ""}[device.get("bf16")]
         yield f"device      {device['name']} {device.get('model', '')}{memory}{bf16}"
-    yield f"device      cpu, {found['cores']} cores"
+    yield f"device      cpu, {found['cores']} cores" + (", bf16" if torch.get("cpu bf16") else "")
     yield f"memory      {size(found['memory']['free'])} of {size(found['memory']['total'])} free"
     yield f"runs        {found['runs']['folder']}: {size(found['runs']['free'])} free"
     for name in ("cache", "hub"):

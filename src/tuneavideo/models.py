@@ -29,17 +29,23 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 
 def precision(wish: str | None, *, low: bool = False) -> str:
-    """`no`, `fp16` or `bf16`: as wished, or bf16 on a GPU that has it and full precision elsewhere.
+    """`no`, `fp16` or `bf16`: as wished, or bf16 on a device that computes in it and full precision elsewhere.
 
     Where memory is `low`, a GPU that has no bf16 takes fp16.
     """
     if wish == "fp16" and not torch.accelerator.is_available():
         raise SettingsError("mixed_precision fp16 needs a GPU; take bf16, or no")
-    if wish is None:
-        if not torch.cuda.is_available():
-            return "no"
+    if wish is not None:
+        return wish
+    if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16" if low else "no"
-    return wish
+    return "bf16" if has_bf16() and not torch.accelerator.is_available() else "no"
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has instructions for bf16; without them it is slower than float32."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def open(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import pickle
 import re
 from collections.abc import Iterable
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 from torch.nn.functional import cosine_similarity
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tuneavideo.bases import BASES
 from tuneavideo.errors import ModelError
@@ -32,6 +35,15 @@ PADDING = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "
 
 _UNET = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError, pickle.PickleError)
+
+
+def hush() -> None:
+    """Loading bars and notices of libraries say nothing to the user of a command."""
+    for noisy in ("pipeline_utils", "stable_diffusion.pipeline_stable_diffusion"):
+        logging.getLogger(f"diffusers.pipelines.{noisy}").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def opened(base: str, kind: Any = None, **options: Any) -> Any:

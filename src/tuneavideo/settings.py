@@ -161,7 +161,7 @@ class TuneSettings(Sampling):
     """Text-to-image model: a name of `tuneavideo models`, a hub id, a folder, or a .safetensors or .ckpt file."""
     preset: Literal["default", "official", "fast"] = "default"
     """`default`: corrected and improved; `official`: the published code's arithmetic, faults included; `fast`: edits in
-    a third of the time."""
+    fewer steps, with features used again."""
 
     start: NonNegativeInt = 0
     """First frame taken."""
@@ -246,7 +246,7 @@ class TuneSettings(Sampling):
     gradient_checkpointing: bool = True
     """Compute activations twice to save memory."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the computation; none: bf16 on a GPU that has it, full otherwise."""
+    """Precision of the computation; none: bf16 on a GPU or CPU that computes in it, full otherwise."""
     seed: NonNegativeInt = 0
     """Of every random number of tuning."""
 

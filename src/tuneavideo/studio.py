@@ -94,8 +94,8 @@ class Studio:
             for step in steps:
                 start = step.latents
                 yield Progress("edit", step.number, step.total, about=prompt)
-            images = models.decoded(self.pipe, start)
-            clips.append(self._timed(videos.shelved(images, settings.fps or self.source.fps, folder)))
+            images, fps = models.decoded(self.pipe, start), settings.fps or self.source.fps
+            clips.append(self._timed(videos.shelved(images, self.source.frames, fps, folder)))
         return clips
 
     def _windowed(self, settings: Sampling, reuse: int = 1) -> Any:

@@ -17,11 +17,11 @@ PRODUCT = Path("src/tuneavideo/miniature")
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A step of the recipe: minutes, pictures per step and process, and rate, on a CPU and on a GPU."""
+    """A stage of the recipe: steps, pictures per step and process, and rate, on a CPU and on a GPU."""
 
     run: Callable[[Settings, argparse.Namespace], None]
-    cpu: tuple[float, int, float] = (0, 1, 0)
-    gpu: tuple[float, int, float] = (0, 1, 0)
+    cpu: tuple[int, int, float] = (0, 1, 0)
+    gpu: tuple[int, int, float] = (0, 1, 0)
 
 
 def _in_processes(work: Callable[[Settings], None]) -> Callable[[Settings, argparse.Namespace], None]:
@@ -38,11 +38,11 @@ def _diffusion(settings: Settings, chosen: argparse.Namespace) -> None:
 
 STAGES = {
     "clips": Stage(lambda settings, chosen: clips.draw(World.open(settings.build), chosen.product / "clips")),
-    "autoencoder": Stage(_in_processes(autoencoder.train), (12.5, 4, 3e-3), (4, 32, 4e-3)),
+    "autoencoder": Stage(_in_processes(autoencoder.train), (4000, 4, 3e-3), (2000, 32, 4e-3)),
     "latents": Stage(_latents),
-    "diffusion": Stage(_diffusion, (92, 36, 2e-3), (11, 512, 3e-3)),
-    "decoder": Stage(_in_processes(autoencoder.tune_decoder), (3, 4, 1e-3), (2, 32, 1e-3)),
-    "judge": Stage(lambda settings, _: judge.train(settings), (6, 64, 2e-3), (2, 256, 3e-3)),
+    "diffusion": Stage(_diffusion, (6500, 36, 2e-3), (2000, 512, 3e-3)),
+    "decoder": Stage(_in_processes(autoencoder.tune_decoder), (1000, 4, 1e-3), (800, 32, 1e-3)),
+    "judge": Stage(lambda settings, _: judge.train(settings), (2000, 64, 2e-3), (1000, 256, 3e-3)),
     "export": Stage(lambda settings, chosen: export.export(settings.build, chosen.product)),
     "measure": Stage(
         lambda settings, chosen: measure.measure(
@@ -61,7 +61,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, help="two on a CPU, one on a GPU, if not given")
-    parser.add_argument("--minutes", type=float, help="length of the training, instead of the stage's own")
+    parser.add_argument("--steps", type=int, help="length of the training, instead of the stage's own")
     parser.add_argument("--batch", type=int, help="pictures per step and process, instead of the stage's own")
     parser.add_argument("--rate", type=float, help="learning rate, instead of the stage's own")
     parser.add_argument("--seed", type=int, default=0)
@@ -76,9 +76,9 @@ def _arguments() -> argparse.Namespace:
 
 def _settings(stage: Stage, chosen: argparse.Namespace) -> Settings:
     on_cpu = chosen.device == "cpu"
-    minutes, batch, rate = stage.cpu if on_cpu else stage.gpu
+    steps, batch, rate = stage.cpu if on_cpu else stage.gpu
     return Settings(
-        chosen.build, chosen.minutes or minutes, chosen.batch or batch, chosen.rate or rate, device=chosen.device,
+        chosen.build, chosen.steps or steps, chosen.batch or batch, chosen.rate or rate, device=chosen.device,
         processes=chosen.processes or (2 if on_cpu else 1), seed=chosen.seed,
     )  # fmt: skip
 

@@ -61,7 +61,7 @@ def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
 
 
 def train(settings: Settings) -> None:
-    """Train encoder and decoder for the settings' minutes; the state is `autoencoder.pt`."""
+    """Train encoder and decoder for the settings' steps; the state is `autoencoder.pt`."""
     torch.manual_seed(settings.seed)
     vae = new_autoencoder()
     head = PatchHead(vae.config.latent_channels)

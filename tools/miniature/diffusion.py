@@ -131,7 +131,7 @@ class Batches:
 
 
 def train(settings: Settings, start_from: Path | None = None) -> None:
-    """Train for the settings' minutes; the state, with the averaged weights under `ema`, is `diffusion.pt`."""
+    """Train for the settings' steps; the state, with the averaged weights under `ema`, is `diffusion.pt`."""
     vae = autoencoder.finished(settings.build)
     torch.manual_seed(settings.seed)
     painter = Painter(vae.config.latent_channels).to(settings.device, memory_format=torch.channels_last)

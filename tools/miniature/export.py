@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -18,16 +19,23 @@ from tools.miniature.world import words
 
 from tuneavideo.metrics.judge import Judge
 
+PARTS = {
+    "autoencoder": "autoencoder", "decoder alone": "decoder", "UNet and text encoder": "diffusion", "judge": "judge",
+}  # fmt: skip
+
 
 def history(build: Path) -> str:
     """How long every part was trained, in words."""
-    vae, painter, decoder = (load(build / f"{part}.pt") for part in ("autoencoder", "diffusion", "decoder"))
-    said = [vae.get("before") or f"autoencoder {vae['worked'] / 60:.1f} minutes ({vae['step']} steps)"]
-    said += [f"decoder alone {decoder['worked'] / 60:.1f} minutes"] if decoder else []
-    taken = f"{painter['step']} steps, {painter['seen']} pictures"
-    said += [f"UNet and text encoder {painter['worked'] / 60:.1f} minutes ({taken})"]
+    said: list[str] = []
+    for name, part in PARTS.items():
+        if state := load(build / f"{part}.pt"):
+            said += [state.get("before") or f"{name} {_took(state)}"]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
     return ", ".join(said) + f", on {where} ({platform.machine()})"
+
+
+def _took(state: dict[str, Any]) -> str:
+    return f"{state['worked'] / 60:.1f} minutes ({state['step']} steps, {state['seen']} pictures)"
 
 
 def export(build: Path, product: Path) -> None:

@@ -87,7 +87,7 @@ def to_tensor(pictures: list[np.ndarray], device: str = "cpu") -> Tensor:
 
 
 def train(settings: Settings) -> None:
-    """Train a judge for the settings' minutes; the state is `judge.pt`."""
+    """Train a judge for the settings' steps; the state is `judge.pt`."""
     torch.manual_seed(settings.seed + 1)
     torch.set_num_threads(1)
     judge = Judge(WORDS).to(settings.device)

@@ -1,4 +1,4 @@
-"""What the trainings of the recipe share: processes, a clock that pauses are not counted on, states that survive."""
+"""What the trainings of the recipe share: processes, a schedule counted in steps, states that survive."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LONGEST_STEP = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a training runs: where its state lives, on what, how long (`minutes` of work), and from which seed."""
+    """How a training runs: where its state lives, on what, how many steps, and from which seed."""
 
     build: Path
-    minutes: float
+    steps: int
     batch: int
     rate: float
     device: str = "cpu"
@@ -43,18 +43,16 @@ class Settings:
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds of work so far, out of a budget."""
+    """Seconds of work so far."""
 
-    budget: float
     worked: float = 0.0
     _last: float = field(default_factory=time.monotonic)
 
-    def tick(self) -> float:
-        """Count the time since the last tick, pauses left out; return the share of the budget that is spent."""
+    def tick(self) -> None:
+        """Count the time since the last tick, pauses left out."""
         now = time.monotonic()
         self.worked += min(now - self._last, LONGEST_STEP)
         self._last = now
-        return self.worked / self.budget
 
 
 def rank() -> int:
@@ -89,19 +87,15 @@ def _join(number: int, work: Callable[[Settings], None], settings: Settings, mee
     dist.destroy_process_group()
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], *scalars: float) -> list[float]:
-    """Make gradients, and the given scalars, the mean over all processes; return the scalars."""
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Make gradients the mean over all processes."""
     if world_size() == 1:
-        return list(scalars)
+        return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor(scalars, dtype=torch.float32)])
+    flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
-    flat /= world_size()
-    start = 0
-    for g in gradients:
-        g.copy_(flat[start : start + g.numel()].view_as(g))
-        start += g.numel()
-    return flat[start:].tolist()
+    for g, mean in zip(gradients, (flat / world_size()).split([g.numel() for g in gradients]), strict=True):
+        g.copy_(mean.view_as(g))
 
 
 def set_rate(optimizer: Pair, highest: float, progress: float, warm: float = 0.02) -> None:
@@ -139,14 +133,14 @@ class Log:
 class Run:
     """A training that may be stopped at any time: it goes on from its last state on disk, `<name>.pt`.
 
-    Iterating gives the number of each step and the share of the budget that is spent; the loop's body takes the
+    Iterating gives the number of each step and the share of the steps that are taken; the loop's body takes the
     step and calls `learned` with its loss.
     """
 
     def __init__(self, settings: Settings, name: str, optimizer: Pair, **modules: nn.Module) -> None:
         self.settings, self.optimizer, self.modules = settings, optimizer, modules
         self.file, self.log = settings.build / f"{name}.pt", Log(settings.build / f"{name}.log")
-        self.clock, self.step, self.seen = Clock(settings.minutes * 60), 0, 0
+        self.clock, self.step, self.seen = Clock(), 0, 0
         self.losses: deque[float] = deque(maxlen=50)
         if state := load(self.file):
             for key, module in modules.items():
@@ -155,15 +149,15 @@ class Run:
             self.clock.worked, self.step, self.seen = state["worked"], state["step"], state["seen"]
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
-        progress, saved = self.clock.tick(), self.clock.worked
-        while progress < 1:
-            set_rate(self.optimizer, self.settings.rate, progress)
-            yield self.step, progress
+        saved, steps = self.clock.worked, self.settings.steps
+        while self.step < steps:
+            set_rate(self.optimizer, self.settings.rate, self.step / steps)
+            yield self.step, self.step / steps
             self.step, self.seen = self.step + 1, self.seen + self.settings.batch * world_size()
-            (progress,) = average_gradients([], self.clock.tick())
+            self.clock.tick()
             if self.step % 50 == 0:
-                self.log(f"step {self.step} progress {progress:.3f} loss {sum(self.losses) / len(self.losses):.4f}")
-            if self.clock.worked - saved > self.settings.save_every or progress >= 1:
+                self.log(f"step {self.step} of {steps}, loss {sum(self.losses) / len(self.losses):.4f}")
+            if self.clock.worked - saved > self.settings.save_every or self.step == steps:
                 saved = self.clock.worked
                 self.save()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tuneavideo import cache, editing, inversion, miniature, models
+from tuneavideo import cache, editing, inversion, miniature, models, opening
 from tuneavideo import video as videos
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.metrics.judge import Judge, Reading
@@ -80,7 +80,7 @@ def benchmark(
     }
     had = {row["key"]: row for row in read(ledger)}
     yield from (had[key] for key in wanted if key in had)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), opening.hush) as pool:
         runs = [pool.submit(_row, key, *what) for key, what in wanted.items() if key not in had]
         try:
             for run in as_completed(runs):
@@ -102,7 +102,8 @@ def edits_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _key(variant: Variant, clip: Mapping[str, Any], seed: int) -> str:
-    own = _settings(variant, clip, seed).model_dump(mode="json", exclude={"video"}, exclude_defaults=True)
+    unseen = {"video", "mixed_precision"}  # precision is always full here
+    own = _settings(variant, clip, seed).model_dump(mode="json", exclude=unseen, exclude_defaults=True)
     return cache.key(_weights(), own, variant.tuned)
 
 

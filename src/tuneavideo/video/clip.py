@@ -91,16 +91,19 @@ class Spool:
 
 
 class Shelf:
-    """Gathers the frames of a clip: in memory, and from 64 MiB on in a file in `folder`, if there is one."""
+    """Gathers the frames of a clip: in memory, or in a file in `folder`, if there is one, and they take over 64 MiB.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder, self.frames, self.count = folder, [], 0
+    If it is known how many are `expected`, a long clip is in the file from its first frame on.
+    """
+
+    def __init__(self, folder: Path | None = None, expected: int | None = None) -> None:
+        self.folder, self.expected, self.frames, self.count = folder, expected or 0, [], 0
         self.file: IO[bytes] | None = None
 
     def append(self, image_HWC: np.ndarray) -> None:
         self.count, self.shape = self.count + 1, image_HWC.shape
         self.frames.append(image_HWC)
-        if self.folder and not self.file and self.count * image_HWC.nbytes > IN_MEMORY:
+        if self.folder and not self.file and max(self.count, self.expected) * image_HWC.nbytes > IN_MEMORY:
             self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - it outlives this
         if self.file:
             for image in self.frames:
@@ -113,9 +116,9 @@ class Shelf:
         return Video(np.stack(self.frames), fps, sound_SC)
 
 
-def shelved(images: Iterable[np.ndarray], fps: float, folder: Path) -> Video | Spool:
-    """A clip of frames as they come; a long one lies in a file in `folder`."""
-    shelf = Shelf(folder)
+def shelved(images: Iterable[np.ndarray], frames: int, fps: float, folder: Path) -> Video | Spool:
+    """A clip of so many frames as they come; a long one lies in a file in `folder`."""
+    shelf = Shelf(folder, frames)
     for image_HWC in images:
         shelf.append(image_HWC)
     return shelf.clip(fps)

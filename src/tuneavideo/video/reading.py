@@ -103,7 +103,7 @@ def footage(
 ) -> Video | Spool:
     """Like `read`; frames of more than 64 MiB lie in a file without a name in `folder`."""
     choice = _Choice(start, stride, count, start_time, sample_fps)
-    return _gathered(Path(path), choice, size, fit, fps, Shelf(folder))
+    return _gathered(Path(path), choice, size, fit, fps, Shelf(folder, count))
 
 
 def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: float, shelf: Shelf) -> Video | Spool:
