@@ -119,24 +119,26 @@ def _against(row: dict[str, Any], last: dict[str, Any] | None) -> str:
 
 
 def comparisons(rows: dict[str, Any]) -> list[str]:
-    """Ours against the reference, wherever both were measured."""
+    """Ours against the reference in the same precision and in full precision, wherever both were measured."""
     lines = []
     for name, ours in rows.items():
-        theirs = rows.get(f"reference-{_plain(name)}")
-        failed = theirs and {"failed"} & (ours.keys() | theirs.keys())
-        if theirs and not failed and not name.startswith("reference"):
-            faster = theirs["busy_seconds"] * ours["prompts"] / ours["busy_seconds"]
-            lines.append(
-                f"{name}: {faster:.2f} times as fast as the reference, "
-                f"{ours['tflop'] / theirs['tflop'] / ours['prompts']:.3f} of its operations, "
-                f"{ours['activations_mb'] / max(1, theirs['activations_mb']):.2f} of its activations"
-            )
+        same = f"reference-{_plain(name)}"
+        for precision in dict.fromkeys((ours.get("precision", "fp32"), "fp32")):
+            theirs = rows.get(same if precision != "fp32" else same.removesuffix("-bf16"))
+            if theirs and not name.startswith("reference") and not {"failed"} & (ours.keys() | theirs.keys()):
+                as_many = 1 if ours["task"] == "edits" else ours["prompts"]
+                faster = theirs["busy_seconds"] * as_many / ours["busy_seconds"]
+                lines.append(
+                    f"{name}: {faster:.2f} times as fast as the reference in {precision}, "
+                    f"{ours['tflop'] / theirs['tflop'] / as_many:.3f} of its operations, "
+                    f"{ours['activations_mb'] / max(1, theirs['activations_mb']):.2f} of its activations"
+                )
     return lines
 
 
 def _plain(name: str) -> str:
     """The reference has no variants but the frozen down path."""
-    return re.sub(r"-(checkpointing|compiled|channels_last|reused|\d-prompts)", "", name)
+    return re.sub(r"-(checkpointing|compiled|channels_last|reused|fast|not_led|\d-prompts)", "", name)
 
 
 def table(result: dict[str, Any]) -> str:

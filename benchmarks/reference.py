@@ -129,7 +129,7 @@ class Reference:
     def unet(self, x_BCTHW: Tensor, t_B: Tensor, text_BLD: Tensor) -> Tensor:
         """Prediction for clips; the text is repeated for every frame."""
         frames = self.clip.frames = x_BCTHW.shape[2]
-        x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w")
+        x_NCHW = rearrange(x_BCTHW.to(self.parts.unet.dtype), "b c t h w -> (b t) c h w")
         text_NLD = text_BLD.repeat_interleave(frames, dim=0)
         told = Conditions(text_NLD, self.parts.pooled(len(x_NCHW), str(x_NCHW.device)), stride=self.parts.stride)
         added = told.added(*x_NCHW.shape[-2:])

@@ -17,14 +17,27 @@ from benchmarks.parity.golden import levels
 from benchmarks.reference import TUNED, Reference
 from benchmarks.resident import Peak
 from benchmarks.sized import Parts, parts
+from tuneavideo import editing, inversion
 from tuneavideo.adapter import tuned_parameters
 from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.reuse import reusing
-from tuneavideo.settings import TuneSettings
+from tuneavideo.settings import PRESETS, TuneSettings
 from tuneavideo.tuning import Tuning
 
-Task = Literal["tune", "reference-tune", "invert", "reference-invert", "edit", "reference-edit", "decode"]
+Task = Literal[
+    "tune",
+    "reference-tune",
+    "invert",
+    "reference-invert",
+    "edit",
+    "reference-edit",
+    "decode",
+    "edits",
+    "reference-edits",
+]
+PROMPTS, STEPS = 4, 5
+"""Of `edits`; the published evaluation takes 50 steps, of which these are a tenth."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -33,7 +46,8 @@ class Row:
     """One measurement.
 
     Attributes:
-        task: A step of tuning, a step of inversion, a guided step of sampling, or the decoding of a clip.
+        task: A step of tuning, a step of inversion, a guided step of sampling, the decoding of a clip, or four edits,
+            from the clip's latents to those of the edits, in a tenth of the steps.
         base: A name of `benchmarks.sized`.
         frames: Of the clip.
         pixels: Side of the clip.
@@ -43,6 +57,8 @@ class Row:
         channels_last: Layout of the UNet's convolutions.
         prompts: Edited in one batch.
         reused: Inner features are those of an earlier step (`feature_reuse`).
+        led: Of `edits`: whether they follow the clip (`attention_injection`, as by default).
+        fast: Of `edits`: as the preset `fast` makes them, in a tenth of its steps.
         frozen: Whether the down path learns nothing (as published).
         default: Among those that are measured unless `--all` is said.
     """
@@ -57,14 +73,15 @@ class Row:
     channels_last: bool = False
     prompts: int = 1
     reused: bool = False
+    led: bool = True
+    fast: bool = False
     frozen: bool = False
     default: bool = True
 
     @property
     def name(self) -> str:
-        more = [
-            word for word in ("checkpointing", "compiled", "channels_last", "frozen", "reused") if getattr(self, word)
-        ]
+        words = ("checkpointing", "compiled", "channels_last", "frozen", "reused", "fast")
+        more = [word for word in words if getattr(self, word)] + ["not_led"] * (not self.led)
         more += [f"{self.prompts}-prompts"] * (self.prompts > 1) + [self.precision] * (self.precision != "fp32")
         return "-".join([self.task, self.base, f"{self.frames}x{self.pixels}", *more])
 
@@ -78,18 +95,18 @@ class Bench:
 
 
 def measured(row: Row, *, device: str, seconds: float = 40.0) -> dict[str, Any]:
-    """Run a row: once to warm up, then three times or for about `seconds`."""
+    """Run a row: once to warm up, then three times or for about `seconds`; what takes `LONG` is warm by itself."""
     network = parts(row.base, device, DTYPES[row.precision])
     weights = Peak(device)
     bench = TASKS[row.task](row, network, device)
-    first, _ = weights.timed(bench.step)
-    first_peak = weights.above()
+    warm = weights.timed(bench.step)
+    first, first_peak = warm[0], weights.above()
     settled = Peak(device)
-    times: list[tuple[float, float]] = []
+    times: list[tuple[float, float]] = [warm] if row.task in LONG else []
     while len(times) < 3 or (sum(wall for wall, _ in times) < 2.0 and len(times) < 20):
-        times.append(settled.timed(bench.step))
-        if sum(wall for wall, _ in times) + first > seconds:
+        if times and sum(wall for wall, _ in times) + first > seconds:
             break
+        times.append(settled.timed(bench.step))
     flops = counted(row)
     wall, computing = (statistics.median(each) for each in zip(*times, strict=True))
     threads = torch.get_num_threads() if device == "cpu" else 1
@@ -108,6 +125,9 @@ def measured(row: Row, *, device: str, seconds: float = 40.0) -> dict[str, Any]:
 
 def counted(row: Row) -> float:
     """Operations of the row's step, on torch's meta device."""
+    row = dataclasses.replace(row, precision="fp32")
+    if row.task == "edits":
+        return _counted_edits(row)
     return work.counted(TASKS[row.task](row, parts(row.base, "meta"), "meta").count)
 
 
@@ -235,6 +255,59 @@ def _reference_called(row: Row, network: Parts, device: str, clips: int) -> Benc
     return Bench(call, call)
 
 
+def edits(row: Row, network: Parts, device: str) -> Bench:
+    """One inversion and four edits, `row.prompts` of them at a time."""
+    video = _prepared(row, inflate(network.unet.requires_grad_(False)))
+    clean, _, text = _inputs(row, network, device)
+    kind, steps, every, share = _sampling(row)
+    both = text.expand(row.prompts)
+
+    def run() -> None:
+        path = inversion.path_to(levels().sampler(kind, steps, spacing="trailing"), levels(), steps, "trailing")
+        way = [clean, *(step.latents for step in inversion.invert(video, levels(), clean, text, path))][::-1]
+        source, start = editing.Source(way, text, share), way[0].expand(row.prompts, -1, -1, -1, -1)
+        for _ in range(PROMPTS // row.prompts):
+            sampler = levels().sampler(kind, steps, spacing="trailing")
+            *_, _ = editing.generate(reusing(video, every), sampler, start, both, both, 12.5, source=source)
+
+    return Bench(run, run)
+
+
+def _sampling(row: Row) -> tuple[Any, int, int, float]:
+    """Sampler, steps, every how-many-th computes inner features, and the share of steps led by the clip."""
+    told = PRESETS["fast"] if row.fast else {}
+    steps = STEPS * told.get("num_inference_steps", 50) // 50
+    share = TuneSettings.model_fields["attention_injection"].default if row.led else 0.0
+    return told.get("sampler", "ddim"), steps, told.get("feature_reuse", 1), share
+
+
+def _counted_edits(row: Row) -> float:
+    """Operations of `edits`, from those of its calls."""
+    _, steps, every, share = _sampling(row)
+
+    def call(clips: int, reused: bool = False) -> float:
+        one = dataclasses.replace(row, task="edit", reused=reused)
+        return work.counted(_called(one, parts(row.base, "meta"), "meta", clips).count)
+
+    calls = [(2 * row.prompts + (number < share * steps), number % every > 0) for number in range(steps)]
+    return steps * call(1) + PROMPTS // row.prompts * sum(call(*each) for each in calls)
+
+
+def reference_edits(row: Row, network: Parts, device: str) -> Bench:
+    reference = Reference(network, levels())
+    network.unet.eval()
+    x, _, told = _inputs(row, network, device)
+    x, text = (part.to(DTYPES[row.precision]) for part in (x, told.text_BLD))
+    grid = levels().inversion_grid(STEPS, "trailing")
+
+    def run() -> None:
+        start = reference.inverted(x, text, grid)
+        for _ in range(PROMPTS):
+            reference.sampled(start, text.expand(2, -1, -1), grid[::-1], 12.5)
+
+    return Bench(run, run)
+
+
 def decode(row: Row, network: Parts, device: str) -> Bench:
     """A clip, frame by frame."""
     latents = _latents(row, network, device).to(DTYPES[row.precision])
@@ -250,8 +323,10 @@ def decode(row: Row, network: Parts, device: str) -> Bench:
 
 TASKS: dict[str, Callable[[Row, Parts, str], Bench]] = {
     "tune": tune, "reference-tune": reference_tune, "invert": invert, "reference-invert": reference_invert,
-    "edit": edit, "reference-edit": reference_edit, "decode": decode,
+    "edit": edit, "reference-edit": reference_edit, "edits": edits, "reference-edits": reference_edits,
+    "decode": decode,
 }  # fmt: skip
+LONG = ("edits", "reference-edits")
 
 _MINI = {"base": "miniature", "pixels": 64}
 ROWS = {
@@ -260,6 +335,12 @@ ROWS = {
         Row("reference-tune"),
         Row("reference-tune", frozen=True),
         *(Row(task, precision="bf16") for task in ("reference-tune", "tune", "reference-edit", "edit", "invert")),
+        *(Row("reference-edits", precision=precision) for precision in DTYPES),
+        *(
+            Row("edits", precision=precision, **change)
+            for precision in DTYPES
+            for change in ({}, {"led": False}, {"prompts": 4}, {"fast": True})
+        ),
         Row("tune", precision="bf16", checkpointing=True),
         Row("edit", precision="bf16", reused=True),
         Row("tune"),

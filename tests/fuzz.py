@@ -9,7 +9,7 @@ import random
 import resource
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -140,13 +140,13 @@ def tried(reading: Callable[[Path], None], path: Path, log: Path) -> str:
     return said.split()[-1] if code == 0 else said[-2000:]
 
 
-def ends(kind: str, copies: int, folder: Path) -> dict[str, list[int]]:
+def ends(kind: str, seeds: Iterable[int], folder: Path) -> dict[str, list[int]]:
     """How reading damaged copies of a clip ended, with the seeds of the copies that ended so."""
     found: dict[str, list[int]] = {"read": [], "refused": []}
     path = clip(kind, folder)
     data = path.read_bytes()
     assert tried(read_clip, path, folder / "log") == "read", "the whole clip is read under the same limits"
-    for seed in range(copies):
+    for seed in seeds:
         path.write_bytes(damaged(data, np.random.default_rng(seed)))
         found.setdefault(tried(read_clip, path, folder / "log"), []).append(seed)
     return found

@@ -111,7 +111,8 @@ def _filmed(path: Path, begin: Callable[[float], float], fps: float) -> Generato
     rate = _rate(path) or fps
     with _container(path) as container:
         stream = _pictured(path, container)
-        stream.thread_type = "AUTO"
+        # FFmpeg's frame threads for HEVC wait for ever for a picture that a damaged file refers to and does not hold
+        stream.thread_type = "SLICE" if stream.codec_context.name == "hevc" else "AUTO"
         frames, origin = _from_second(path, container, stream, begin(rate))
         length = (container.duration or 0) / av.time_base
         upright = partial(seen, pixel_aspect=stream.sample_aspect_ratio)
