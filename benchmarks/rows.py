@@ -258,17 +258,21 @@ def _reference_called(row: Row, network: Parts, device: str, clips: int) -> Benc
 def edits(row: Row, network: Parts, device: str) -> Bench:
     """One inversion and four edits, `row.prompts` of them at a time."""
     video = _prepared(row, inflate(network.unet.requires_grad_(False)))
-    clean, _, text = _inputs(row, network, device)
+    x, _, told = _inputs(row, network, device, clips=2)
+    clean, (empty, text) = x[:1], told.split(1)
     kind, steps, every, share = _sampling(row)
-    both = text.expand(row.prompts)
+    texts = (text.expand(row.prompts), empty.expand(row.prompts))
 
-    def run() -> None:
+    def run() -> list[Tensor]:
         path = inversion.path_to(levels().sampler(kind, steps, spacing="trailing"), levels(), steps, "trailing")
-        way = [clean, *(step.latents for step in inversion.invert(video, levels(), clean, text, path))][::-1]
+        way = [clean, *(step.latents for step in inversion.invert(video, levels(), clean, empty, path))][::-1]
         source, start = editing.Source(way, text, share), way[0].expand(row.prompts, -1, -1, -1, -1)
+        made: list[Tensor] = []
         for _ in range(PROMPTS // row.prompts):
             sampler = levels().sampler(kind, steps, spacing="trailing")
-            *_, _ = editing.generate(reusing(video, every), sampler, start, both, both, 12.5, source=source)
+            *_, last = editing.generate(reusing(video, every), sampler, start, *texts, 12.5, source=source)
+            made += last.latents.split(1)
+        return made
 
     return Bench(run, run)
 
@@ -296,14 +300,13 @@ def _counted_edits(row: Row) -> float:
 def reference_edits(row: Row, network: Parts, device: str) -> Bench:
     reference = Reference(network, levels())
     network.unet.eval()
-    x, _, told = _inputs(row, network, device)
-    x, text = (part.to(DTYPES[row.precision]) for part in (x, told.text_BLD))
+    x, _, told = _inputs(row, network, device, clips=2)
+    x, texts = (part.to(DTYPES[row.precision]) for part in (x[:1], told.text_BLD))
     grid = levels().inversion_grid(STEPS, "trailing")
 
-    def run() -> None:
-        start = reference.inverted(x, text, grid)
-        for _ in range(PROMPTS):
-            reference.sampled(start, text.expand(2, -1, -1), grid[::-1], 12.5)
+    def run() -> list[Tensor]:
+        start = reference.inverted(x, texts[:1], grid)
+        return [reference.sampled(start, texts, grid[::-1], 12.5) for _ in range(PROMPTS)]
 
     return Bench(run, run)
 

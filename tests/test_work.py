@@ -10,7 +10,7 @@ import torch
 from benchmarks.parity.golden import Golden, levels
 from benchmarks.parity.tuning import started
 from benchmarks.reference import Reference
-from benchmarks.rows import GPU_ROWS, ROWS, Row, counted, least
+from benchmarks.rows import GPU_ROWS, ROWS, TASKS, Row, counted, least
 from benchmarks.sized import Parts, parts
 
 from tuneavideo.inflate import inflate
@@ -57,6 +57,15 @@ def test_the_reference_predicts_what_the_inflated_unet_does() -> None:
     ours = video(x, t, text)
     theirs = Reference(network, levels()).unet(x, t, text)
     assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_edits_of_the_reference_are_ours_when_they_do_not_follow_the_clip() -> None:
+    network, made = parts("tiny"), []
+    for task in ("edits", "reference-edits"):
+        torch.manual_seed(0)
+        made.append(TASKS[task](Row(task, base="tiny", frames=3, pixels=64, led=False), network, "cpu").step())
+    assert len(made[0]) == len(made[1]) == 4
+    assert all((ours - theirs).abs().max() < 1e-3 for ours, theirs in zip(*made, strict=True))
 
 
 def test_rows_have_names_of_their_own() -> None:

@@ -1,0 +1,74 @@
+"""How long `tune` takes to its first step when the clip is cached; writes benchmarks/results/startup.json.
+
+    python -m benchmarks.startup CLIP [--base build/sd15-sized]
+
+The clip is tuned once, so that it is cached, and once more in a fresh process: seconds of the imports, of loading the
+base, and of everything else up to the beginning of the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "startup.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clip", type=Path)
+    parser.add_argument("--base", default="miniature")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(_started(options.clip, options.base, options.child)))
+        return
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.startup", str(options.clip), "--base", options.base]
+    with tempfile.TemporaryDirectory() as work:
+        for number in ("first", "again"):
+            said = subprocess.run(
+                [*words, "--child", f"{work}/{number}"], check=True, stdout=subprocess.PIPE, text=True
+            )
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results[Path(options.base).name] = json.loads(said.stdout.splitlines()[-1])
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(RESULTS.read_text())
+
+
+def _started(clip: Path, base: str, out: Path) -> dict[str, float]:
+    """Seconds of each part of the way to the first step, after which the job is left."""
+    began = time.perf_counter()
+    from tuneavideo import api, jobs, models
+
+    assert jobs
+    imported = time.perf_counter()
+    open_image_model, loading = models.open_image_model, 0.0
+
+    def timed(*given: object, **more: object) -> object:
+        nonlocal loading
+        start = time.perf_counter()
+        try:
+            return open_image_model(*given, **more)  # pyright: ignore
+        finally:
+            loading += time.perf_counter() - start
+
+    models.open_image_model = timed  # pyright: ignore
+    size = {} if base == "miniature" else {"resolution": 128, "num_frames": 8}
+    job = api.tuning(
+        api.tune_settings({"video": str(clip), "prompt": "a man is skiing", "base": base, **size}), out=out
+    )
+    for each in job:
+        if each.step:
+            whole = time.perf_counter() - imported - each.step.seconds
+            job.close()
+            return {"imports": imported - began, "loading": loading, "rest": whole - loading}
+    raise SystemExit("no step was made")
+
+
+if __name__ == "__main__":
+    main()
