@@ -14,6 +14,8 @@ from tuneavideo.evaluation.compare import estimate
 from tuneavideo.evaluation.miniature import NEAR, edits_of, read
 
 TEMPLATE = Path(__file__).with_name("card.md")
+AGAIN = LEDGER.with_name("miniature-again.json")
+"""`measured.json` of a model that was made from nothing in one go, and where and how long that took."""
 
 
 def write(product: Path) -> None:
@@ -31,13 +33,33 @@ def write(product: Path) -> None:
         seeds=measured["seeds"], steps=measured["steps"], guidance=measured["guidance"],
         table="\n".join(_row(kind, scores) for kind, scores in kinds.items()),
         by_subject=", ".join(f"{name} {_percent(share)}" for name, share in kinds["seen"]["by subject"].items()),
-        psnr=vae["psnr"], chroma=vae["chroma error"], judge_subject=_percent(judge["subject"]),
-        judge_background=_percent(judge["background"]), judge_style=_percent(judge["style"]),
-        judge_colour=_percent(judge["colour"]), judge_recoloured=_percent(judge["subject, recoloured"]),
-        judge_pixels=judge["pixels"], one_shot=one_shot(("untuned", "default", "official")),
+        psnr=vae["psnr"], chroma=vae["chroma error"], judge=_sight(judge),
+        one_shot=one_shot(("untuned", "default", "official")), head=HEAD, again=again(),
         package=PACKAGE, version=VERSION,
     )  # fmt: skip
     (product / "README.md").write_text(text)
+
+
+def again() -> str:
+    """What came out when the whole recipe was run in one go."""
+    made = json.loads(AGAIN.read_text())
+    table = "\n".join(_row(kind, scores) for kind, scores in made["text to image"].items())
+    return (
+        f"The whole recipe in one go, from the artwork and seed 0: {made['training']}; {made['took']}. Measured alike, "
+        f"with guidance {made['guidance']}:\n\n{HEAD}\n{table}\n\nIts autoencoder: "
+        f"{made['autoencoder']['psnr']:.1f} dB. Its judge: {_sight(made['judge'])}."
+    )
+
+
+def _sight(judge: dict) -> str:
+    shares = ", ".join(f"{word} {_percent(judge[word])}" for word in ("subject", "background", "style", "colour"))
+    return (
+        f"{shares}; subject on grey or recoloured drawings {_percent(judge['subject, recoloured'])}; the subject's "
+        f"centre is off by {judge['pixels']:.2f} pixels on average"
+    )
+
+
+HEAD = "| asked for | subject | background | style | colour |\n| --- | --- | --- | --- | --- |"
 
 
 def one_shot(variants: Sequence[str]) -> str:
