@@ -46,7 +46,7 @@ def again() -> str:
     table = "\n".join(_row(kind, scores) for kind, scores in made["text to image"].items())
     return (
         f"The whole recipe in one go, from the artwork and seed 0: {made['training']}; {made['took']}. Measured alike, "
-        f"with guidance {made['guidance']}:\n\n{HEAD}\n{table}\n\nIts autoencoder: "
+        f"by a judge of its own, with guidance {made['guidance']}:\n\n{HEAD}\n{table}\n\nIts autoencoder: "
         f"{made['autoencoder']['psnr']:.1f} dB. Its judge: {_sight(made['judge'])}."
     )
 
