@@ -12,13 +12,16 @@ from typing import Any
 import psutil
 import torch
 
+from tuneavideo import machine
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
     """The most memory held since it was made, above what was held then: resident on a CPU, allocated on a GPU.
 
-    Linux forgets its high-water mark when told so; elsewhere the mark is of the whole process.
+    Linux forgets its high-water mark when told so; elsewhere the mark is of the whole process. What the process keeps
+    though it is free is not held.
     """
 
     def __init__(self, device: str) -> None:
@@ -29,6 +32,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
         else:
+            if hasattr(libc := machine.libc(), "malloc_trim"):
+                libc.malloc_trim(0)
             if _RESET.exists():
                 _RESET.write_text("5")
             self.base = psutil.Process().memory_info().rss

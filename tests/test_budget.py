@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_job import BRIEF
-from tuneavideo import api, budget, cli, counting, models
+from tuneavideo import api, budget, cli, counting, machine, models
 from tuneavideo.budget import GB, Activations, Model, chosen, told
 from tuneavideo.errors import MemoryShort
 from tuneavideo.runs import RunFolder
@@ -33,8 +35,8 @@ NEEDED = {"video": "-", "prompt": "-"}
 # As counted for Stable Diffusion 1.5; `test_the_row_used_here_is_the_counted_one` keeps it true.
 SD15 = Model(
     834_765_124, 74_354_880, 206_714_343,
-    Activations(58_232.0, 4_480.0, -6_400.0, 217_216.0),
-    Activations(263_322.5, 1_920.0, -56_400.0, 3_849_344.0),
+    Activations(57_592.0, 4_480.0, -6_400.0, 217_216.0),
+    Activations(257_682.5, 1_920.0, -56_400.0, 3_849_344.0),
     Activations(16_648.0, 121_472.0, 0.0, 118_280.0),
     98_312,
 )  # fmt: skip
@@ -204,3 +206,39 @@ def test_offloaded_parts_work_when_they_are_called_and_give_what_they_gave(base:
 def test_a_run_with_offload_is_tuned_and_edited(base: Path, clip: Path, tmp_path: Path) -> None:
     run = api.tune(clip, "a square", edit=["a circle"], base=str(base), out=tmp_path / "run", offload=True, **BRIEF)
     assert (run / "edits/000-a-circle/edit.mp4").is_file()
+
+
+@pytest.mark.parametrize(
+    ("spare", "flags", "recomputed"),
+    [
+        (0.8, [], False),
+        (0.0, [], True),
+        (0.8, ["--preset", "official"], False),
+        (1, ["--gradient-checkpointing"], True),
+    ],
+)
+def test_on_a_cpu_nothing_is_computed_twice_if_a_step_fits_into_what_is_free(
+    spare: float, flags: list[str], recomputed: bool, base: Path, clip: Path, tmp_path: Path, heard: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(models, "memory", lambda _: 0)
+    monkeypatch.setattr(machine, "memory", lambda: (int(spare * GB), int(16 * GB)))
+    cli.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), "--num-frames", "3", "--max-train-steps",
+              "1", "--out", str(tmp_path / "run"), *flags])  # fmt: skip
+    assert ("gradient_checkpointing off; tuning needs" in heard().err) is not recomputed
+    assert RunFolder.open(tmp_path / "run").read_settings().gradient_checkpointing is recomputed
+
+
+@pytest.mark.skipif(not hasattr(machine.libc(), "mallopt"), reason="glibc only")
+def test_freed_memory_is_kept_until_the_end_or_given_back_at_once() -> None:
+    def held() -> int:
+        return psutil.Process().memory_info().rss
+
+    before = held()
+    with machine.freed_memory(kept=True):
+        np.ones(2**26, np.uint8)
+        assert held() - before > 2**25
+    assert held() - before < 2**25
+    with machine.freed_memory(kept=False):
+        np.ones(2**26, np.uint8)
+        assert held() - before < 2**25

@@ -162,7 +162,7 @@ def test_temporal_attention_in_parts_is_temporal_attention(monkeypatch: pytest.M
     randomised(video.unet)
     x, t, text = torch.randn(1, 4, 3, 8, 8), torch.tensor(4), torch.randn(1, 5, 24)
     whole = video(x, t, text)
-    monkeypatch.setattr("tuneavideo.attention.MAX_SITES", 7)
+    monkeypatch.setattr("tuneavideo.attention.MAX_BATCH", 7)
     assert torch.allclose(video(x, t, text), whole, atol=1e-6)
 
 

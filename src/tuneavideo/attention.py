@@ -18,8 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, scaled_dot_product_attention
 
+from tuneavideo import tiles
+
 # Fast attention kernels take a batch of at most 65,535; temporal attention has one entry per clip and site.
-MAX_SITES = 32768
+MAX_BATCH = 32768
 
 
 @dataclass
@@ -94,8 +96,8 @@ class SparseCausalAttention(Attention):
         start = only_first(frames, references)
         last = frames if {"own", "middle"} & {*references} else max(frames - 1, 1)  # nobody looks at the last frame
         leaders_BTLC = self.clip.leaders(x_BTLC)
-        q_BTLC = self.clip.followed(self.to_q(leaders_BTLC))
-        k_BTLC, v_BTLC = self.clip.followed(self.to_k(leaders_BTLC[:, :last])), self.to_v(x_BTLC[:, :last])
+        q_BTLC, k_BTLC = self.to_q(leaders_BTLC), self.to_k(leaders_BTLC[:, :last])
+        v_BTLC = self.to_v(x_BTLC[:, :last])
         parts = []
         if start:
             q_B1XC = rearrange(q_BTLC[:, :start], "b t l c -> b 1 (t l) c")
@@ -109,7 +111,7 @@ class SparseCausalAttention(Attention):
     def _attend(self, q_BTLC: Tensor, k_BTMC: Tensor, v_BTMC: Tensor) -> Tensor:
         """Every entry of `T` looks at the keys of the same entry."""
         y_NLC = attend(self, q_BTLC.flatten(0, 1), k_BTMC.flatten(0, 1), v_BTMC.flatten(0, 1))
-        return rearrange(y_NLC, "(b t) l c -> b t l c", b=len(q_BTLC))
+        return rearrange(y_NLC, "(b t) l c -> b t l c", b=len(v_BTMC))
 
 
 class TemporalAttention(Attention):
@@ -123,9 +125,7 @@ class TemporalAttention(Attention):
     def forward(self, hidden_states: Tensor, *_, **__) -> Tensor:
         """`S T C` to `S T C`, for S sites of all clips."""
         leaders = self.clip.leaders(hidden_states)
-        q_STC, k_STC = self.clip.followed(self.to_q(leaders)), self.clip.followed(self.to_k(leaders))
-        parts = (x.split(MAX_SITES) for x in (q_STC, k_STC, self.to_v(hidden_states)))
-        y_STC = torch.cat([attend(self, *part) for part in zip(*parts, strict=True)])
+        y_STC = attend(self, self.to_q(leaders), self.to_k(leaders), self.to_v(hidden_states))
         return self.to_out[1](self.to_out[0](y_STC))
 
 
@@ -152,9 +152,21 @@ class TextAttention(Attention):
 
 
 def attend(attn: Attention, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor) -> Tensor:
-    """Scaled-dot-product attention with the heads of `attn`: `N L C`."""
-    q_NHLD, k_NHMD, v_NHMD = (rearrange(x, "n l (h d) -> n h l d", h=attn.heads) for x in (q_NLC, k_NMC, v_NMC))
-    y_NHLD = scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=attn.scale)
+    """Scaled-dot-product attention with the heads of `attn`: `N L C`.
+
+    In a led batch there are several times as many values as queries and keys: those of every clip, whose maps are one.
+    """
+    heads, clips = attn.heads, len(v_NMC) // len(q_NLC)
+    if tiles.suit(q_NLC) and not attn.upcast_attention:
+        q_GLD, k_GMD = (rearrange(x, "n l (h d) -> (n h) l d", h=heads) for x in (q_NLC, k_NMC))
+        v_GMD = rearrange(v_NMC, "(b n) m (h d) -> (n h) m (b d)", b=clips, h=heads)
+        y_GLD = tiles.attend(q_GLD, k_GMD, v_GMD, attn.scale)
+        return rearrange(y_GLD, "(n h) l (b d) -> (b n) l (h d)", b=clips, h=heads)
+    led = (x.repeat(clips, 1, 1) if clips > 1 else x for x in (q_NLC, k_NMC))
+    q_NHLD, k_NHMD, v_NHMD = (rearrange(x, "n l (h d) -> n h l d", h=heads) for x in (*led, v_NMC))
+    batches = zip(*(x.split(MAX_BATCH) for x in (q_NHLD, k_NHMD, v_NHMD)), strict=True)
+    parts = [scaled_dot_product_attention(*batch, scale=attn.scale) for batch in batches]
+    y_NHLD = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rearrange(y_NHLD, "n h l d -> n l (h d)")
 
 

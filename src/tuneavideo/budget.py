@@ -162,7 +162,8 @@ def told(
     frames, sites = size[0], (size[1] // stride) * (size[2] // stride)
     window = min(plan.window or frames, frames)
     named = ("gradient_checkpointing", "offload", "optimizer", "batch_guidance", "window")
-    values = [f"{name} {_word(getattr(plan, name))}" for name in named if name not in before.model_fields_set]
+    own = plan.model_fields_set - before.model_fields_set
+    values = [f"{name} {_word(getattr(plan, name))}" for name in named if name in own]
     tuning, editing = model.tuning(plan, window, sites) / GB, model.editing(plan, window, sites) / GB
     shown = f"{window} of {frames} frames of {size[2]}x{size[1]}, frozen weights of {model.width} bytes"
     needs = f"tuning needs {tuning:.1f} GB, editing {editing:.1f} GB ({shown})"

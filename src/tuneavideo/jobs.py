@@ -8,23 +8,24 @@ import importlib.util
 import json
 import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
-from tuneavideo import budget, cache, files, models, streaming
+from tuneavideo import cache, files, machine, models, streaming
 from tuneavideo import style as styles
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
 from tuneavideo.conditions import Conditions
-from tuneavideo.errors import MemoryShort, MissingExtra, RunError, SettingsError
+from tuneavideo.errors import MissingExtra, RunError, SettingsError
+from tuneavideo.fitting import fitted, memory_told
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.keeping import Keeper
 from tuneavideo.montage import contact_sheet, side_by_side
@@ -46,7 +47,7 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
     """See `api.tuning`."""
     done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
     accelerator = _accelerator(settings)
-    with _claimed(settings, accelerator, out, resume) as run, _memory_told(settings):
+    with _claimed(settings, accelerator, out, resume) as run, memory_told(settings):
         yield Progress("open", path=run.path, about=settings.base)
         if not run.is_tuned:
             yield from _learned(settings, accelerator, run)
@@ -71,7 +72,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     kept = _kept(run)
     clip, moments = kept or (clip_of(settings, pipe, run.path), None)
     marks = fingerprint(pipe.unet)
-    settings, line = _budgeted(settings, accelerator, pipe, clip)
+    settings, line = fitted(settings, accelerator, pipe, clip)
     if line:
         yield Progress("memory", about=line)
     if settings.offload:
@@ -93,7 +94,8 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     keeper.resume()
     _report_to(settings, accelerator, run)
     video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
-    yield from _tuned(keeper, Studio(run, pipe, video, moments, clip, keep_inversions=False))
+    with _freed_memory(run):
+        yield from _tuned(keeper, Studio(run, pipe, video, moments, clip, keep_inversions=False))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.free_memory()
@@ -128,7 +130,7 @@ def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
 def edit(settings: EditSettings) -> Job:
     """See `api.editing`."""
     run = RunFolder.open(settings.run)
-    with run.locked(), _memory_told(run.read_settings(), settings):
+    with run.locked(), memory_told(run.read_settings(), settings):
         yield from _edited(settings)
 
 
@@ -139,10 +141,16 @@ def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset()) ->
     _warn_of_cuts(studio.pipe, (*settings.prompt, settings.negative_prompt))
     due = [each for each in product(settings.prompt, settings.seeds) if each not in done]
     for batch in batched(due, settings.batch_prompts):
-        clips = yield from studio.edited(batch, settings)
+        with _freed_memory(studio.run):
+            clips = yield from studio.edited(batch, settings)
         for (prompt, seed), video in zip(batch, clips, strict=True):
             folder = _write_edit(studio, settings, prompt, seed, video)
             yield Progress("edit", path=folder, about=prompt)
+
+
+def _freed_memory(run: RunFolder) -> AbstractContextManager[None]:
+    """Memory that is freed is kept, unless it was too short to tune without checkpointing."""
+    return machine.freed_memory(kept=not run.read_settings().gradient_checkpointing)
 
 
 def batched(wishes: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[tuple[str, int]]]:
@@ -153,11 +161,12 @@ def batched(wishes: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[t
 def invert(settings: EditSettings) -> Job:
     """See `api.inverting`."""
     run = RunFolder.open(settings.run)
-    with run.locked(), _memory_told(run.read_settings(), settings):
+    with run.locked(), memory_told(run.read_settings(), settings):
         yield Progress("open", about=settings.run)
         studio = _reopened(settings)
         sampler = studio.sampler(settings)
-        yield from studio.inverted(sampler, settings)
+        with _freed_memory(run):
+            yield from studio.inverted(sampler, settings)
         yield Progress("invert", path=studio.inversion_file(sampler, settings))
 
 
@@ -288,48 +297,6 @@ def _claimed(
             elif accelerator.is_main_process and not resume:
                 run.remove()
             raise
-
-
-@contextmanager
-def _memory_told(own: TuneSettings, edits: Sampling | None = None) -> Generator[None, None, None]:
-    """Say what to lower when memory is at its end: in tuning with settings `own`, or in `edits` of that run."""
-    try:
-        yield
-    except Exception as error:
-        if not models.is_out_of_memory(error):
-            raise
-        device = torch.device(PartialState().device or "cpu")
-        free, total = models.memory_left(device)
-        size = f"width x height (now {own.width} x {own.height})" if own.width else (
-            f"resolution (now {own.resolution or 'that of the base'})"
-        )  # fmt: skip
-        advice = [f"lower num_frames (now {own.num_frames}) or {size}"]
-        if not edits and own.train_batch_size > 1:
-            advice.append(f"lower train_batch_size (now {own.train_batch_size})")
-        if not edits and not own.gradient_checkpointing:
-            advice.append("turn gradient_checkpointing on (now off)")
-        if (edits or own).batch_guidance:
-            advice.append("turn batch_guidance off (now on)")
-        raise MemoryShort(
-            f"out of memory: this process holds {files.size(models.memory(device))}, {files.size(free)} of "
-            f"{files.size(total)} are free on {device}; {', or '.join(advice)}"
-        ) from error
-
-
-def _budgeted(
-    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: Footage
-) -> tuple[TuneSettings, str]:
-    """Settings that fit into the memory given, or that of the GPU, and what there is to tell of them."""
-    on_gpu = accelerator.device.type == "cuda"
-    if not (settings.memory or on_gpu):
-        return settings, ""
-    room = settings.memory * budget.GB if settings.memory else float(models.memory_left(accelerator.device)[1])
-    model = budget.Model.of(pipe, settings, models.PRECISIONS[accelerator.mixed_precision].itemsize)
-    size, stride = (clip.frames, clip.height, clip.width), models.stride(pipe)
-    plan = budget.chosen(settings, model, room, size, stride)
-    if settings.memory and not settings.mixed_precision:
-        plan = plan.model_copy(update={"mixed_precision": accelerator.mixed_precision})
-    return plan, budget.told(settings, plan, model, room, size, stride)
 
 
 def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> None:

@@ -207,8 +207,11 @@ def _graph(name: str, inputs: list[av.VideoFrame]) -> av.filter.Graph:
 
 
 FORMATS = {
-    # faststart: a browser can play it while it loads
-    ".mp4": _Format("libx264", _in_yuv, {"crf": "18", "preset": "medium"}, {"movflags": "+faststart"}, "aac"),
+    # faststart: a browser can play it while it loads. Looking 10 frames ahead instead of 40 takes a quarter of the
+    # memory; files are as large and 0.1 dB worse.
+    ".mp4": _Format(
+        "libx264", _in_yuv, {"crf": "18", "preset": "medium", "rc-lookahead": "10"}, {"movflags": "+faststart"}, "aac"
+    ),
     ".webm": _Format("libvpx-vp9", _in_yuv, {"crf": "24", "b": "0", "cpu-used": "4"}, {}, "libopus"),
     ".gif": _Format("gif", _in_palette, {}, {"loop": "0"}, None),
 }

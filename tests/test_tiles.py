@@ -1,0 +1,64 @@
+"""What is true of attention made a tile at a time: it is attention, within the rounding of bf16; so are gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tests.conftest import image_unet
+from tuneavideo import tiles
+from tuneavideo.inflate import inflate
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    return float((found.detach().double() - true.detach()).norm() / true.detach().norm())
+
+
+@pytest.mark.parametrize("tile", [2**21, 64, 7])
+@pytest.mark.parametrize("sharpness", [1.0, 4.0])
+@pytest.mark.parametrize(("rows", "looked", "width"), [(24, 40, 8), (3, 1, 8), (5, 9, 20)])
+def test_it_is_attention_and_so_are_its_gradients(
+    tile: int, sharpness: float, rows: int, looked: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "TILE", tile)
+    torch.manual_seed(0)
+    shapes = ((6, rows, 8), (6, looked, 8), (6, looked, width))
+    ours = [(torch.randn(shape) * sharpness).bfloat16().requires_grad_() for shape in shapes]
+    true = [x.detach().double().requires_grad_() for x in ours]
+    asked = torch.randn(6, rows, width).bfloat16()
+    made, wanted = tiles.attend(*ours, 0.3), scaled_dot_product_attention(*true, scale=0.3)
+    made.backward(asked)
+    wanted.backward(asked.double())
+    assert error(made, wanted) < 0.02
+    for found, right in zip(ours, true, strict=True):
+        assert error(found.grad, right.grad) < 0.02 or right.grad.norm() < 1e-9  # pyright: ignore
+
+
+def test_scores_far_from_zero_keep_their_differences() -> None:
+    q, k = torch.full((1, 1, 2), 16.0).bfloat16(), torch.tensor([[[100.0, 0.0], [100.0, 0.25]]]).bfloat16()
+    v = torch.eye(2)[None].bfloat16()
+    wanted = scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=0.1)
+    assert torch.allclose(tiles.attend(q, k, v, 0.1).float(), wanted, atol=0.005)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("led", [False, True])
+def test_a_unet_in_bf16_predicts_what_it_does_in_full_precision(led: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "_has_tiles", lambda: False)
+    video = inflate(image_unet(2))
+    x, text = torch.randn(3, 4, 4, 8, 8), torch.randn(3, 5, 24)
+    video.clip.led = led
+    full = video(x, torch.tensor(300), text)
+    torch.nn.Module.to(video.unet, torch.bfloat16)
+    assert error(video(x, torch.tensor(300), text), full.double()) < 0.02
+
+
+def test_only_bf16_on_a_cpu_without_tile_instructions_is_made_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 1, 1)
+    for has in (False, True):
+        monkeypatch.setattr(tiles, "_has_tiles", lambda has=has: has)
+        assert tiles.suit(x.bfloat16()) is not has
+        assert not tiles.suit(x)
+        assert not tiles.suit(x.half())
