@@ -1,10 +1,10 @@
 """Time, memory and operations of tuning and editing; writes benchmarks/results/<machine>.json and a table.
 
-    python -m benchmarks [ROW ...] [--all] [--tiny] [--list] [--device cuda] [--name h100]
+    python -m benchmarks [ROW ...] [--all] [--rounds 3] [--tiny] [--list] [--device cuda] [--name h100]
     python -m benchmarks --commands man-skiing.mp4 [NAME ...]      whole commands, as the README names them
 
 Each row runs in a process of its own. What was measured before and is not measured now keeps its figures; ratios
-against the last figures are printed.
+against the last figures are printed. Of several rounds, in each of which every row is run, the median is kept.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help="names of rows; by default the default set")
     parser.add_argument("--all", action="store_true", help="every row (hours)")
     parser.add_argument("--list", action="store_true", help="print the rows' names")
+    parser.add_argument("--rounds", type=int, default=1, help="how often the rows are run, in turn")
     parser.add_argument("--tiny", action="store_true", help="every base at a tiny size, to see that it runs")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--set", default="cpu", choices=("cpu", "gpu"), help="which registry of rows")
@@ -51,9 +52,11 @@ def main() -> None:
     path = RESULTS / f"{options.name or _machine_name(options.device)}{'-tiny' if options.tiny else ''}.json"
     before = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
     result: dict[str, Any] = {"machine": _machine(options.device), "rows": dict(before["rows"])}
-    for name in rows:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
+    for name in rows * options.rounds:
         row = _elsewhere(name, options.device, options.tiny)
-        result["rows"][name] = row
+        found[name].append(row)
+        result["rows"][name] = _middle(found[name])
         print(f"{name:48} {_told(row)}{_against(row, before['rows'].get(name))}", flush=True)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -103,6 +106,14 @@ def _elsewhere(name: str, device: str, tiny: bool) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"load": round(load, 1)}
 
 
+def _middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The round with the median of the busy seconds, with those of all; the last one if any failed."""
+    if any("failed" in row for row in rounds):
+        return rounds[-1]
+    ordered = sorted(rounds, key=lambda row: row["busy_seconds"])
+    return ordered[len(ordered) // 2] | {"rounds": [row["busy_seconds"] for row in rounds]}
+
+
 def _told(row: dict[str, Any]) -> str:
     if "failed" in row:
         return row["failed"]
@@ -128,12 +139,21 @@ def comparisons(rows: dict[str, Any]) -> list[str]:
             if theirs and not name.startswith("reference") and not {"failed"} & (ours.keys() | theirs.keys()):
                 as_many = 1 if ours["task"] == "edits" else ours["prompts"]
                 faster = theirs["busy_seconds"] * as_many / ours["busy_seconds"]
+                times = f"{faster:.2f} times{_each(theirs, ours, as_many)}"
                 lines.append(
-                    f"{name}: {faster:.2f} times as fast as the reference in {precision}, "
+                    f"{name}: {times} as fast as the reference in {precision}, "
                     f"{ours['tflop'] / theirs['tflop'] / as_many:.3f} of its operations, "
                     f"{ours['activations_mb'] / max(1, theirs['activations_mb']):.2f} of its activations"
                 )
     return lines
+
+
+def _each(theirs: dict[str, Any], ours: dict[str, Any], as_many: int) -> str:
+    """How the ratio came out in each round, if both rows have as many."""
+    rounds = [row.get("rounds", []) for row in (theirs, ours)]
+    if len(rounds[0]) != len(rounds[1]) or len(rounds[0]) < 2:
+        return ""
+    return f" ({', '.join(f'{them * as_many / us:.2f}' for them, us in zip(*rounds, strict=True))})"
 
 
 def _plain(name: str) -> str:
@@ -162,16 +182,25 @@ def table(result: dict[str, Any]) -> str:
 def _machine(device: str) -> str:
     import torch
 
-    what = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    cores = f"{os.cpu_count()} cores, {platform.machine()}{_bf16() and f' with {_bf16()}'}"
+    what = torch.cuda.get_device_name() if device == "cuda" else cores
     return f"{what}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def _machine_name(device: str) -> str:
-    if device == "cpu":
-        return f"{os.cpu_count()}-cores"
     import torch
 
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores {_bf16()}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _bf16() -> str:
+    """By which instructions this CPU computes bf16."""
+    import torch
+
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    known = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16"}
+    return next((name for flag, name in known.items() if has.get(flag)), "")
 
 
 if __name__ == "__main__":

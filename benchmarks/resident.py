@@ -32,8 +32,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
         else:
-            if hasattr(libc := machine.libc(), "malloc_trim"):
-                libc.malloc_trim(0)
+            machine.give_back()
             if _RESET.exists():
                 _RESET.write_text("5")
             self.base = psutil.Process().memory_info().rss

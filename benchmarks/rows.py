@@ -61,7 +61,7 @@ class Row:
         led: Of `edits`: whether they follow the clip (`attention_injection`, as by default).
         fast: Of `edits`: as the preset `fast` makes them, in a tenth of its steps.
         frozen: Whether the down path learns nothing (as published).
-        default: Among those that are measured unless `--all` is said.
+        default: Among those that are measured unless `--all` is said: a quarter of an hour.
     """
 
     task: Task
@@ -154,8 +154,9 @@ def least(row: Row) -> float:
 
 def matmul_rate(device: str, precision: str = "fp32", size: int = 2048) -> float:
     """Operations per second of a large matrix product: the best of five."""
-    a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
-    times = [Peak(device).timed(lambda: a @ b) for _ in range(6)]
+    a, b, c = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(3))
+    clock = Peak(device)
+    times = [clock.timed(lambda: torch.mm(a, b, out=c)) for _ in range(6)]
     best = min(busy / torch.get_num_threads() if device == "cpu" else wall for wall, busy in times)
     return 2.0 * size**3 / best
 
@@ -345,52 +346,44 @@ TASKS: dict[str, Callable[[Row, Parts, str], Bench]] = {
 LONG = ("edits", "reference-edits")
 
 _MINI = {"base": "miniature", "pixels": 64}
-ROWS = {
-    row.name: row
-    for row in (
-        Row("reference-tune"),
-        Row("reference-tune", frozen=True),
-        *(Row(task, precision="bf16") for task in ("reference-tune", "tune", "reference-edit", "edit", "invert")),
-        *(Row("reference-edits", precision=precision) for precision in DTYPES),
-        *(
-            Row("edits", precision=precision, **change)
-            for precision in DTYPES
-            for change in ({}, {"led": False}, {"prompts": 4}, {"fast": True})
-        ),
-        Row("tune", precision="bf16", checkpointing=True),
-        Row("edit", precision="bf16", reused=True),
-        Row("tune"),
-        Row("tune", frozen=True),
-        Row("tune", checkpointing=True),
-        Row("reference-invert"),
-        Row("invert"),
-        Row("reference-edit"),
-        Row("edit"),
-        Row("edit", reused=True),
-        Row("decode"),
-        *(Row(task, **_MINI) for task in ("reference-tune", "tune", "invert", "reference-edit", "edit", "decode")),
-        Row("edit", **_MINI, prompts=4),
-        Row("edit", **_MINI, reused=True),
-        Row("tune", **_MINI, checkpointing=True),
-        Row("tune", frames=4, pixels=128),
-        Row("tune", base="sd21", frames=4, pixels=128),
-        Row("edit", base="sd21", frames=4, pixels=128),
-        Row("invert", base="xl", frames=4, pixels=128),
-        *(Row("tune", frames=frames, pixels=128, default=False) for frames in (8, 16, 32, 64, 128)),
-        *(Row("invert", frames=frames, pixels=128, default=False) for frames in (8, 16, 32, 64, 128)),
-        *(Row("tune", frames=4, pixels=pixels, default=False) for pixels in (256, 384, 512)),
-        *(Row("invert", frames=4, pixels=pixels, default=False) for pixels in (256, 384, 512, 768)),
-        Row("tune", base="sd21", default=False),
-        Row("tune", base="xl", frames=4, pixels=128, default=False),
-        Row("edit", base="xl", frames=4, pixels=128, default=False),
-        Row("tune", channels_last=True, default=False),
-        Row("edit", channels_last=True, default=False),
-        Row("edit", prompts=4, default=False),
-        *(Row(task, **_MINI, compiled=True, default=False) for task in ("tune", "edit")),
-        *(Row(task, **_MINI, channels_last=True, default=False) for task in ("tune", "edit")),
-        Row("edit", compiled=True, default=False),
-    )
-}
+_SMALL = {"frames": 4, "pixels": 128}
+_LONG = {"precision": "bf16", "pixels": 128}
+_QUICK = (
+    *(Row(task, precision=precision) for task in ("reference-tune", "tune") for precision in DTYPES),
+    *(Row("tune", precision=precision, checkpointing=True) for precision in DTYPES),
+    *(Row(task, precision="bf16") for task in ("reference-edit", "edit", "invert", "decode")),
+    *(Row(task, **_MINI) for task in ("reference-tune", "tune", "invert", "reference-edit", "edit", "decode")),
+    *(
+        Row(task, base=base, **_SMALL)
+        for task, base in (("tune", "sd15"), ("tune", "sd21"), ("edit", "sd21"), ("invert", "xl"))
+    ),
+)
+_MORE = (
+    *(Row("reference-edits", precision=precision) for precision in DTYPES),
+    *(
+        Row("edits", precision=precision, **change)
+        for precision in DTYPES
+        for change in ({}, {"led": False}, {"prompts": 4}, {"fast": True})
+    ),
+    Row("reference-tune", frozen=True),
+    Row("tune", frozen=True),
+    *(Row(task) for task in ("reference-invert", "invert", "reference-edit", "edit", "decode")),
+    *(Row("edit", precision=precision, reused=True) for precision in DTYPES),
+    Row("edit", **_MINI, prompts=4),
+    Row("edit", **_MINI, reused=True),
+    Row("tune", **_MINI, checkpointing=True),
+    *(Row(task, **_LONG, frames=frames) for task in ("tune", "invert") for frames in (4, 8, 16, 32, 64, 128)),
+    *(Row("tune", precision="bf16", frames=4, pixels=pixels) for pixels in (256, 384, 512)),
+    *(Row("invert", precision="bf16", frames=4, pixels=pixels) for pixels in (256, 384, 512, 768)),
+    Row("tune", base="sd21", precision="bf16"),
+    Row("tune", base="xl", **_SMALL),
+    Row("edit", base="xl", **_SMALL),
+    *(Row(task, channels_last=True) for task in ("tune", "edit")),
+    *(Row(task, **_MINI, **{layout: True}) for layout in ("compiled", "channels_last") for task in ("tune", "edit")),
+    *(Row("edit", precision=precision, compiled=True) for precision in DTYPES),
+    *(Row("tune", precision=precision, compiled=True) for precision in DTYPES),
+)
+ROWS = {row.name: dataclasses.replace(row, default=row in _QUICK) for row in (*_QUICK, *_MORE)}
 
 _CARD = {"precision": "bf16", "frames": 12, "pixels": 512}
 GPU_ROWS = {

@@ -55,10 +55,13 @@ def test_a_unet_in_bf16_predicts_what_it_does_in_full_precision(led: bool, monke
     assert error(video(x, torch.tensor(300), text), full.double()) < 0.02
 
 
-def test_only_bf16_on_a_cpu_without_tile_instructions_is_made_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.zeros(1, 1, 1)
+def test_only_bf16_on_a_cpu_is_made_so_and_with_tile_instructions_only_small_or_shared_maps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few, many = torch.zeros(1, 8, 4), torch.zeros(1, 512, 4)
     for has in (False, True):
         monkeypatch.setattr(tiles, "_has_tiles", lambda has=has: has)
-        assert tiles.suit(x.bfloat16()) is not has
-        assert not tiles.suit(x)
-        assert not tiles.suit(x.half())
+        assert tiles.suit(few.bfloat16(), 1) and tiles.suit(many.bfloat16(), 9)
+        assert tiles.suit(many.bfloat16(), 1) is not has
+        assert not tiles.suit(few, 1)
+        assert not tiles.suit(few.half(), 1)

@@ -96,8 +96,8 @@ class SparseCausalAttention(Attention):
         start = only_first(frames, references)
         last = frames if {"own", "middle"} & {*references} else max(frames - 1, 1)  # nobody looks at the last frame
         leaders_BTLC = self.clip.leaders(x_BTLC)
-        q_BTLC, k_BTLC = self.to_q(leaders_BTLC), self.to_k(leaders_BTLC[:, :last])
-        v_BTLC = self.to_v(x_BTLC[:, :last])
+        q_BTLC, k_BTLC = self.to_q(leaders_BTLC), projected(self.to_k, leaders_BTLC[:, :last])
+        v_BTLC = projected(self.to_v, x_BTLC[:, :last])
         parts = []
         if start:
             q_B1XC = rearrange(q_BTLC[:, :start], "b t l c -> b 1 (t l) c")
@@ -151,13 +151,18 @@ class TextAttention(Attention):
         return rearrange(super().forward(x_BLC, text, *args, **kwargs), "b (t l) c -> (b t) l c", t=frames)
 
 
+def projected(layer: nn.Module, x_BTLC: Tensor) -> Tensor:
+    """A linear layer on all tokens at once: on a slice of a clip torch would copy its weights for every frame."""
+    return layer(x_BTLC.flatten(0, 2)).unflatten(0, x_BTLC.shape[:3])
+
+
 def attend(attn: Attention, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor) -> Tensor:
     """Scaled-dot-product attention with the heads of `attn`: `N L C`.
 
     In a led batch there are several times as many values as queries and keys: those of every clip, whose maps are one.
     """
     heads, clips = attn.heads, len(v_NMC) // len(q_NLC)
-    if tiles.suit(q_NLC) and not attn.upcast_attention:
+    if tiles.suit(k_NMC, clips) and not attn.upcast_attention:
         q_GLD, k_GMD = (rearrange(x, "n l (h d) -> (n h) l d", h=heads) for x in (q_NLC, k_NMC))
         v_GMD = rearrange(v_NMC, "(b n) m (h d) -> (n h) m (b d)", b=clips, h=heads)
         y_GLD = tiles.attend(q_GLD, k_GMD, v_GMD, attn.scale)

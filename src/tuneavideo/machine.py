@@ -27,21 +27,25 @@ def freed_memory(*, kept: bool) -> Generator[None, None, None]:
     What goes back is cleared page by page when it is asked for again: a seventh of a tuning step that computes nothing
     twice. What is kept has gaps. Only glibc is told; elsewhere nothing happens.
     """
-    c = libc()
-    if not hasattr(c, "mallopt"):
-        yield
-        return
     try:
-        _tell(c, KEEP if kept else RETURN)
+        give_back()
+        _tell(KEEP if kept else RETURN)
         yield
     finally:
-        _tell(c, RETURN)
+        _tell(RETURN)
+        give_back()
+
+
+def give_back() -> None:
+    """Memory that is free goes back to the system, gaps between blocks too."""
+    if hasattr(c := libc(), "malloc_trim"):
         c.malloc_trim(0)
 
 
-def _tell(c: Any, size: int) -> None:
-    for option in (TRIM, MAP):
-        c.mallopt(option, size)
+def _tell(size: int) -> None:
+    if hasattr(c := libc(), "mallopt"):
+        for option in (TRIM, MAP):
+            c.mallopt(option, size)
 
 
 def libc() -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneavideo import cache, editing, models
+from tuneavideo import cache, editing, machine, models
 from tuneavideo.conditions import Conditions
 from tuneavideo.editing import Guided, Source
 from tuneavideo.inflate import VideoUNet
@@ -120,7 +120,7 @@ def generate(
         return torch.cat([leader[0][:, :, frames], seen]) if leader else seen
 
     def predict(part: Tensor, t: Tensor, scale: float, leader: Any) -> Tensor:
-        return guided(part[-1:], t, scale, (part[:1], leader[1]) if leader else None)
+        return _alone(guided(part[-1:], t, scale, (part[:1], leader[1]) if leader else None))
 
     for number, t in enumerate(timesteps):
         inside = guidance_interval[0] <= number / len(timesteps) < guidance_interval[1]
@@ -139,7 +139,13 @@ def generate(
 
 
 def _predicted(video: VideoUNet, part: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
-    return video(part, t, text)
+    return _alone(video(part, t, text))
+
+
+def _alone(output: Tensor) -> Tensor:
+    """A window's prediction, when all else that it took has gone back: the gaps of many windows would add up."""
+    machine.give_back()
+    return output
 
 
 def _frames(x: Reel, frames: list[int]) -> Tensor:

@@ -1,8 +1,9 @@
-"""Attention in bf16 on CPUs whose only instructions for it multiply: a tile of the map at a time, twice as fast there.
+"""Attention in bf16 on CPUs, a tile of the map at a time.
 
 torch's kernel for CPUs computes bf16 by way of float32 unless there are tile instructions (AMX), and then twice as
-slowly as products in bf16. As in FlashAttention (Dao et al. 2022, algorithms 1 and 4) the map is never whole and is
-made again on the way back; as a tile holds whole rows, softmax is the plain one.
+slowly as products in bf16; with them it is the faster one, but for maps of few keys and maps that several clips share.
+As in FlashAttention (Dao et al. 2022, algorithms 1 and 4) the map is never whole and is made again on the way back; as
+a tile holds whole rows, softmax is the plain one.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from torch import Tensor
 TILE = 2**21
 # Of so many keys one tells about how high a row rises.
 COARSE = 8
+# Where there are tile instructions, maps of fewer keys and of more clips are still made faster so.
+FEW, SHARED = 64, 2
 
 
-def suit(q: Tensor) -> bool:
-    """Whether queries are of the kind and where this is faster."""
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and not _has_tiles()
+def suit(k_NMC: Tensor, clips: int) -> bool:
+    """Whether this is faster for maps of such keys, each with the values of so many clips."""
+    slow = clips > SHARED or k_NMC.shape[1] < FEW or not _has_tiles()
+    return k_NMC.dtype == torch.bfloat16 and k_NMC.device.type == "cpu" and slow
 
 
 @cache
