@@ -6,22 +6,19 @@ import dataclasses
 import difflib
 import json
 import os
-import shlex
-import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tuneavideo import __version__, flags
 from tuneavideo.errors import SettingsError, TuneAVideoError
-from tuneavideo.progress import Job, Progress
+from tuneavideo.terminal import Show, report_done, stopped
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command, or say in one line why not; exit codes are 0 and those of `_fail` and `_stopped`."""
+    """Run a command, or say in one line why not; exit codes are 0 and those of `_fail` and `stopped`."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(_help())
@@ -36,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             COMMANDS[name](rest)
         except KeyboardInterrupt:
-            _stopped()
+            stopped()
         except Exception as error:
             if "--debug" in rest:
                 traceback.print_exc()
@@ -50,8 +47,8 @@ def demo(argv: Sequence[str]) -> None:
     options = flags.options(
         "demo", demo.__doc__, argv, out="run folder to make", quick="a few steps only, to see that it runs"
     )
-    done = _Show(options.json).run(api.demoing(out=options.out, quick=options.quick))
-    _report(options.json, done, picture=done["files"][-1])
+    done = Show(options.json).run(api.demoing(out=options.out, quick=options.quick))
+    report_done(options.json, done, picture=done["files"][-1])
 
 
 def tune(argv: Sequence[str]) -> None:
@@ -73,7 +70,7 @@ def tune(argv: Sequence[str]) -> None:
         job = api.tuning(api.resumed_settings(options.resume, settings), resume=options.resume)
     else:
         job = api.tuning(api.tune_settings(settings), out=options.out or folder)
-    _report(options.json, _Show(options.json).run(job))
+    report_done(options.json, Show(options.json).run(job))
 
 
 def edit(argv: Sequence[str]) -> None:
@@ -81,7 +78,7 @@ def edit(argv: Sequence[str]) -> None:
     settings, options = _edit_settings("edit", edit.__doc__, argv)
     from tuneavideo import api
 
-    _report(options.json, _Show(options.json).run(api.editing(settings)))
+    report_done(options.json, Show(options.json).run(api.editing(settings)))
 
 
 def invert(argv: Sequence[str]) -> None:
@@ -89,7 +86,7 @@ def invert(argv: Sequence[str]) -> None:
     settings, options = _edit_settings("invert", invert.__doc__, [*argv, "--prompt", "-"])
     from tuneavideo import api
 
-    _report(options.json, _Show(options.json).run(api.inverting(settings)))
+    report_done(options.json, Show(options.json).run(api.inverting(settings)))
 
 
 def adopt(argv: Sequence[str]) -> None:
@@ -105,7 +102,7 @@ def adopt(argv: Sequence[str]) -> None:
         raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of what was tuned")
     own = options.checkpoint.is_dir() and not (early.base or "base" in stated)
     job = api.adopting(api.tune_settings(settings), options.checkpoint, out=options.out or folder, own_base=own)
-    _report(options.json, _Show(options.json).run(job))
+    report_done(options.json, Show(options.json).run(job))
 
 
 def convert(argv: Sequence[str]) -> None:
@@ -136,7 +133,7 @@ def mindone(argv: Sequence[str]) -> None:
         return
     settings = api.tune_settings(config.settings)
     job = api.adopting(settings, checkpoint, out=config.out) if checkpoint else api.tuning(settings, out=config.out)
-    _report(False, _Show(False).run(job))
+    report_done(False, Show(False).run(job))
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -147,7 +144,7 @@ def evaluate(argv: Sequence[str]) -> None:
     job = api.evaluating(
         options.places, metrics=options.metrics, mask=options.mask, clip=options.clip, pick=options.pick
     )
-    files = _Show(options.json).run(job)["files"]
+    files = Show(options.json).run(job)["files"]
     scores = {file: json.loads(Path(file).read_text(encoding="utf-8")) for file in files}
     if options.json:
         print(json.dumps(scores))
@@ -164,7 +161,7 @@ def benchmark(argv: Sequence[str]) -> None:
     name, as_json, _ = (options.pop(key) for key in ("name", "json", "debug"))
     given = {key: value for key, value in options.items() if value}
     job = (api.benchmarking_tgve if name == "tgve" else api.benchmarking_miniature)(**given)
-    file = Path(_Show(as_json, resumable=False).run(job)["files"][-1])
+    file = Path(Show(as_json, resumable=False).run(job)["files"][-1])
     if as_json:
         print(file.read_text(encoding="utf-8"))
     elif name == "tgve":
@@ -234,129 +231,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "doctor": doctor,
 }
 RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tuning to go on with"}
-
-
-class _Show:
-    """Progress of a job on the terminal; the first Ctrl-C ends the job after the step at hand."""
-
-    def __init__(self, quiet: bool, resumable: bool = True) -> None:
-        self.resumable = resumable
-        self.quiet = quiet or os.environ.get("RANK", "0") != "0"
-        self.interrupted = self.broken_off = False
-        self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
-        self.tasks: dict[str, Any] = {}
-        self.at = ("", "")
-        self.began = time.perf_counter()
-
-    def run(self, job: Job) -> dict[str, Any]:
-        """Run the job to its end; returns the run folder, the edits and other files it made."""
-        from tuneavideo import opening
-
-        opening.hush()
-        before = signal.signal(signal.SIGINT, self._interrupt)
-        try:
-            with self._bar() as bar:
-                for each in job:
-                    self._show(bar, each)
-                    self._note(bar, each)
-                    if self.interrupted:
-                        job.close()
-                        break
-        except KeyboardInterrupt:
-            job.close()
-        except Exception:
-            if not self.broken_off:
-                raise
-        finally:  # a late press must not hide how to go on
-            signal.signal(signal.SIGINT, signal.SIG_IGN if self.interrupted else before)
-        if self.interrupted:
-            _stopped(self.done["run"] if self.resumable else None)
-        return self.done | {"seconds": round(time.perf_counter() - self.began, 1)}
-
-    def _interrupt(self, *_: Any) -> None:
-        if self.interrupted:
-            self.broken_off = True  # libraries make errors of their own of it: torch, of a file not written to its end
-            raise KeyboardInterrupt
-        self.interrupted = True
-        os.write(2, b"stopping after the step at hand; Ctrl-C again stops at once\n")  # print cannot be used in here
-
-    def _bar(self) -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        return Bar(
-            *columns, TextColumn("{task.fields[note]}"), console=console, disable=self.quiet or not console.is_terminal
-        )
-
-    def _show(self, bar: Any, each: Progress) -> None:
-        """One bar per stage, begun anew for every prompt."""
-        name = (each.stage, each.about if each.stage in ("edit", "preview") else "")
-        if each.total:
-            if each.stage not in self.tasks:
-                self.tasks[each.stage] = bar.add_task(each.stage, total=each.total, note="")
-            elif name != self.at and each.stage != "tune":
-                bar.reset(self.tasks[each.stage], total=each.total)
-            self.at = name
-            bar.update(self.tasks[each.stage], completed=each.number, note=_told(each))
-            if bar.disable and each.number * 10 // each.total > (each.number - 1) * 10 // each.total:
-                self._say(bar, f"{each.stage} {each.number}/{each.total} {_told(each)}")
-
-    def _say(self, bar: Any, line: str) -> None:
-        if not self.quiet:
-            bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _note(self, bar: Any, each: Progress) -> None:
-        if each.step:
-            self.done |= {"steps": each.step.number, "loss": each.step.loss}
-        if each.stage == "memory":
-            self._say(bar, each.about)
-        if not each.path:
-            return
-        if each.stage in ("open", "encode", "tune"):
-            self.done["run"] = str(each.path)
-        else:
-            self.done["edits" if each.stage == "edit" else "files"].append(str(each.path))
-        if each.stage != "open":  # a mistake found in opening takes the folder away again
-            self._say(bar, f"{_MADE[each.stage]}: {each.path}")
-
-
-_MADE = {
-    "encode": "run",
-    "tune": "tuned",
-    "preview": "preview",
-    "invert": "inversion",
-    "edit": "edit",
-    "picture": "picture",
-    "evaluate": "scores",
-    "results": "results",
-}
-
-
-def _told(each: Progress) -> str:
-    if each.step is None:
-        return each.about
-    rate, memory = 1 / each.step.seconds, each.step.memory / 2**30
-    return f"loss {each.step.loss:.4f}  {rate:.1f} steps/s  {memory:.1f} GiB"
-
-
-def _report(as_json: bool, done: Mapping[str, Any], **more: Any) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if as_json:
-        print(json.dumps({**done, **more}))
-    else:
-        where = more.get("picture") or done["run"] or (done["edits"] or done["files"])[-1]
-        print(f"done in {done['seconds']:.0f} s: {where}")
-
-
-def _stopped(run: str | None = None) -> None:
-    """Exit code 130: stopped by Ctrl-C."""
-    how = f"tuneavideo tune --resume {shlex.quote(run)}" if run else "the same command"
-    print(f"tuneavideo: stopped; go on with: {how}", file=sys.stderr)
-    raise SystemExit(130)
 
 
 def _fail(error: Exception) -> None:
