@@ -61,7 +61,7 @@ class Row:
         led: Of `edits`: whether they follow the clip (`attention_injection`, as by default).
         fast: Of `edits`: as the preset `fast` makes them, in a tenth of its steps.
         frozen: Whether the down path learns nothing (as published).
-        default: Among those that are measured unless `--all` is said: a quarter of an hour.
+        default: Among those that are measured unless `--all` is said: the quick ones.
     """
 
     task: Task
