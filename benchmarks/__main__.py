@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -138,22 +139,22 @@ def comparisons(rows: dict[str, Any]) -> list[str]:
             theirs = rows.get(same if precision != "fp32" else same.removesuffix("-bf16"))
             if theirs and not name.startswith("reference") and not {"failed"} & (ours.keys() | theirs.keys()):
                 as_many = 1 if ours["task"] == "edits" else ours["prompts"]
-                faster = theirs["busy_seconds"] * as_many / ours["busy_seconds"]
-                times = f"{faster:.2f} times{_each(theirs, ours, as_many)}"
+                each = _ratios(theirs, ours, as_many)
+                rounds = f" ({', '.join(f'{ratio:.2f}' for ratio in each)})" if len(each) > 1 else ""
                 lines.append(
-                    f"{name}: {times} as fast as the reference in {precision}, "
+                    f"{name}: {statistics.median(each):.2f} times{rounds} as fast as the reference in {precision}, "
                     f"{ours['tflop'] / theirs['tflop'] / as_many:.3f} of its operations, "
                     f"{ours['activations_mb'] / max(1, theirs['activations_mb']):.2f} of its activations"
                 )
     return lines
 
 
-def _each(theirs: dict[str, Any], ours: dict[str, Any], as_many: int) -> str:
-    """How the ratio came out in each round, if both rows have as many."""
+def _ratios(theirs: dict[str, Any], ours: dict[str, Any], as_many: int) -> list[float]:
+    """How many times as fast ours was in each round; in all, if the two were not run in as many rounds."""
     rounds = [row.get("rounds", []) for row in (theirs, ours)]
-    if len(rounds[0]) != len(rounds[1]) or len(rounds[0]) < 2:
-        return ""
-    return f" ({', '.join(f'{them * as_many / us:.2f}' for them, us in zip(*rounds, strict=True))})"
+    if len(rounds[0]) != len(rounds[1]) or not rounds[0]:
+        rounds = [[row["busy_seconds"]] for row in (theirs, ours)]
+    return [them * as_many / us for them, us in zip(*rounds, strict=True)]
 
 
 def _plain(name: str) -> str:

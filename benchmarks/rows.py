@@ -347,7 +347,7 @@ LONG = ("edits", "reference-edits")
 
 _MINI = {"base": "miniature", "pixels": 64}
 _SMALL = {"frames": 4, "pixels": 128}
-_LONG = {"precision": "bf16", "pixels": 128}
+_LENGTHS = {"precision": "bf16", "pixels": 128}
 _QUICK = (
     *(Row(task, precision=precision) for task in ("reference-tune", "tune") for precision in DTYPES),
     *(Row("tune", precision=precision, checkpointing=True) for precision in DTYPES),
@@ -372,7 +372,7 @@ _MORE = (
     Row("edit", **_MINI, prompts=4),
     Row("edit", **_MINI, reused=True),
     Row("tune", **_MINI, checkpointing=True),
-    *(Row(task, **_LONG, frames=frames) for task in ("tune", "invert") for frames in (4, 8, 16, 32, 64, 128)),
+    *(Row(task, **_LENGTHS, frames=frames) for task in ("tune", "invert") for frames in (4, 8, 16, 32, 64, 128)),
     *(Row("tune", precision="bf16", frames=4, pixels=pixels) for pixels in (256, 384, 512)),
     *(Row("invert", precision="bf16", frames=4, pixels=pixels) for pixels in (256, 384, 512, 768)),
     Row("tune", base="sd21", precision="bf16"),
