@@ -18,7 +18,7 @@ from benchmarks.parity.golden import levels
 from benchmarks.reference import TUNED, Reference
 from benchmarks.resident import Peak
 from benchmarks.sized import Parts, parts
-from tuneavideo import editing, inversion, machine, models
+from tuneavideo import editing, inversion, machine, products
 from tuneavideo.adapter import tuned_parameters
 from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet, inflate
@@ -210,7 +210,7 @@ def tune(row: Row, network: Parts, device: str) -> Bench:
 
 
 def _prepared(row: Row, video: VideoUNet) -> VideoUNet:
-    models.lay_out(video.unet)
+    products.lay_out(video.unet)
     if row.channels_last:
         torch.nn.Module.to(video.unet, memory_format=torch.channels_last)
     if row.compiled:

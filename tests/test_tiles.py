@@ -24,10 +24,10 @@ def test_it_is_attention_and_so_are_its_gradients(
 ) -> None:
     monkeypatch.setattr(tiles, "TILE", tile)
     torch.manual_seed(0)
-    shapes = ((6, rows, 8), (6, looked, 8), (6, looked, width))
+    shapes = ((2, 3, rows, 8), (2, 3, looked, 8), (2, 3, looked, width))
     ours = [(torch.randn(shape) * sharpness).bfloat16().requires_grad_() for shape in shapes]
     true = [x.detach().double().requires_grad_() for x in ours]
-    asked = torch.randn(6, rows, width).bfloat16()
+    asked = torch.randn(2, 3, rows, width).bfloat16()
     made, wanted = tiles.attend(*ours, 0.3), scaled_dot_product_attention(*true, scale=0.3)
     made.backward(asked)
     wanted.backward(asked.double())
@@ -37,8 +37,8 @@ def test_it_is_attention_and_so_are_its_gradients(
 
 
 def test_scores_far_from_zero_keep_their_differences() -> None:
-    q, k = torch.full((1, 1, 2), 16.0).bfloat16(), torch.tensor([[[100.0, 0.0], [100.0, 0.25]]]).bfloat16()
-    v = torch.eye(2)[None].bfloat16()
+    q, k = torch.full((1, 1, 1, 2), 16.0).bfloat16(), torch.tensor([[[[100.0, 0.0], [100.0, 0.25]]]]).bfloat16()
+    v = torch.eye(2)[None, None].bfloat16()
     wanted = scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=0.1)
     assert torch.allclose(tiles.attend(q, k, v, 0.1).float(), wanted, atol=0.005)
 
@@ -46,7 +46,7 @@ def test_scores_far_from_zero_keep_their_differences() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("led", [False, True])
 def test_a_unet_in_bf16_predicts_what_it_does_in_full_precision(led: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_has_tiles", lambda: False)
+    monkeypatch.setattr(tiles, "has_tiles", lambda: False)
     video = inflate(image_unet(2))
     x, text = torch.randn(3, 4, 4, 8, 8), torch.randn(3, 5, 24)
     video.clip.led = led
@@ -55,13 +55,28 @@ def test_a_unet_in_bf16_predicts_what_it_does_in_full_precision(led: bool, monke
     assert error(video(x, torch.tensor(300), text), full.double()) < 0.02
 
 
-def test_only_bf16_on_a_cpu_is_made_so_and_with_tile_instructions_only_small_or_shared_maps(
+def test_only_bf16_on_a_cpu_is_made_so_and_with_tile_instructions_only_what_learns_and_small_or_shared_maps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    few, many = torch.zeros(1, 8, 4), torch.zeros(1, 512, 4)
+    few, many = torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 512, 4)
     for has in (False, True):
-        monkeypatch.setattr(tiles, "_has_tiles", lambda has=has: has)
-        assert tiles.suit(few.bfloat16(), 1) and tiles.suit(many.bfloat16(), 9)
-        assert tiles.suit(many.bfloat16(), 1) is not has
-        assert not tiles.suit(few, 1)
-        assert not tiles.suit(few.half(), 1)
+        monkeypatch.setattr(tiles, "has_tiles", lambda has=has: has)
+        for x, clips in ((few, 1), (many, 9)):
+            assert tiles.suit(x.bfloat16(), x, clips)
+        assert tiles.suit(many.bfloat16(), many, 1) is not has
+        assert tiles.suit(many.bfloat16().requires_grad_(), many, 1)
+        assert not tiles.suit(few.clone().requires_grad_(), few, 1)
+        assert not tiles.suit(few.half(), few, 1)
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (True, False, True), (True, True, False)])
+def test_gradients_that_nobody_needs_are_not_made_and_the_others_are_the_same(needed: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    all_of_them, some = ([torch.randn(1, 2, 70, 8).bfloat16() for _ in range(3)] for _ in range(2))
+    for x, y, need in zip(all_of_them, some, needed, strict=True):
+        x.requires_grad_()
+        y.copy_(x.detach()).requires_grad_(need)
+    for xs in (all_of_them, some):
+        tiles.attend(*xs, 0.3).float().square().sum().backward()
+    for x, y, need in zip(all_of_them, some, needed, strict=True):
+        assert torch.equal(y.grad, x.grad) if need else y.grad is None  # pyright: ignore

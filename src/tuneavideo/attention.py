@@ -137,6 +137,9 @@ class TextAttention(Attention):
     """
 
     clip: Clip
+    to_k: nn.Linear
+    to_v: nn.Linear
+    to_out: nn.ModuleList
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """`N L C` to `N L C`; a text `B L D`, of clips instead of images, is one that their frames share."""
@@ -148,7 +151,8 @@ class TextAttention(Attention):
         if not isinstance(text, Tensor) or len(text) == len(x_NLC):
             return super().forward(x_NLC, text, *args, **kwargs)
         x_BLC = rearrange(x_NLC, "(b t) l c -> b (t l) c", t=frames)
-        return rearrange(super().forward(x_BLC, text, *args, **kwargs), "b (t l) c -> (b t) l c", t=frames)
+        y_BLC = attend(self, self.to_q(x_BLC), self.to_k(text), self.to_v(text))
+        return rearrange(self.to_out[1](self.to_out[0](y_BLC)), "b (t l) c -> (b t) l c", t=frames)
 
 
 def projected(layer: nn.Module, x_BTLC: Tensor) -> Tensor:
@@ -162,14 +166,13 @@ def attend(attn: Attention, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor) -> Tens
     In a led batch there are several times as many values as queries and keys: those of every clip, whose maps are one.
     """
     heads, clips = attn.heads, len(v_NMC) // len(q_NLC)
-    if tiles.suit(k_NMC, clips) and not attn.upcast_attention:
-        q_GLD, k_GMD = (rearrange(x, "n l (h d) -> (n h) l d", h=heads) for x in (q_NLC, k_NMC))
-        v_GMD = rearrange(v_NMC, "(b n) m (h d) -> (n h) m (b d)", b=clips, h=heads)
-        y_GLD = tiles.attend(q_GLD, k_GMD, v_GMD, attn.scale)
-        return rearrange(y_GLD, "(n h) l (b d) -> (b n) l (h d)", b=clips, h=heads)
-    led = (x.repeat(clips, 1, 1) if clips > 1 else x for x in (q_NLC, k_NMC))
-    q_NHLD, k_NHMD, v_NHMD = (rearrange(x, "n l (h d) -> n h l d", h=heads) for x in (*led, v_NMC))
-    batches = zip(*(x.split(MAX_BATCH) for x in (q_NHLD, k_NHMD, v_NHMD)), strict=True)
+    q_NHLD, k_NHMD, v_NHMD = (rearrange(x, "n l (h d) -> n h l d", h=heads) for x in (q_NLC, k_NMC, v_NMC))
+    if tiles.suit(q_NHLD, k_NHMD, clips) and not attn.upcast_attention:
+        v_NHMD = rearrange(v_NHMD, "(b n) h m d -> n h m (b d)", b=clips)
+        y_NHLD = tiles.attend(q_NHLD, k_NHMD, v_NHMD, attn.scale)
+        return rearrange(y_NHLD, "n h l (b d) -> (b n) l (h d)", b=clips)
+    led = (x.repeat(clips, 1, 1, 1) if clips > 1 else x for x in (q_NHLD, k_NHMD))
+    batches = zip(*(x.split(MAX_BATCH) for x in (*led, v_NHMD)), strict=True)
     parts = [scaled_dot_product_attention(*batch, scale=attn.scale) for batch in batches]
     y_NHLD = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rearrange(y_NHLD, "n h l d -> n l (h d)")

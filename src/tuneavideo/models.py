@@ -11,11 +11,11 @@ import psutil
 import torch
 from accelerate import PartialState, cpu_offload_with_hook
 from accelerate.hooks import CpuOffload
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from einops import rearrange
 from torch import Tensor
 
-from tuneavideo import machine, opening
+from tuneavideo import machine, opening, products
 from tuneavideo.adapter import Adapter
 from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError, SettingsError
@@ -90,14 +90,8 @@ def open_image_model(
         pipe.vae.to(dtype=torch.float32)  # its activations are beyond what half precision holds
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device or PartialState().device)
-    lay_out(pipe.unet)
+    products.lay_out(pipe.unet)
     return pipe
-
-
-def lay_out(unet: UNet2DConditionModel) -> None:
-    """Keep weights of convolutions channels last where that is faster: bf16 on a CPU (full precision is slower so)."""
-    if unet.device.type == "cpu" and unet.dtype == torch.bfloat16:
-        torch.nn.Module.to(unet, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def default_size(pipe: Pipeline) -> int:
