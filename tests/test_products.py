@@ -43,6 +43,17 @@ def test_a_convolution_is_the_same_and_so_is_its_gradient(
     assert all(close(*each) for each in zip(learned(layer, x), right, strict=True))
 
 
+def test_a_convolution_with_edges_of_another_kind_or_that_learns_is_torchs_own() -> None:
+    x = torch.randn(1, 4, 3, 3).bfloat16()
+    for change in ({"padding_mode": "circular"}, {"padding": "same"}, {}):
+        layer = nn.Conv2d(4, 4, 3, **{"padding": 1, **change}).bfloat16().requires_grad_(not change)
+        right = layer(x)
+        layer.__class__ = products.Convolution
+        assert torch.equal(layer(x), right)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_a_gate_is_the_same_and_so_is_its_gradient() -> None:
     torch.manual_seed(0)
     layer = GEGLU(12, 20).bfloat16()

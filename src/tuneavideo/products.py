@@ -29,7 +29,7 @@ def lay_out(unet: UNet2DConditionModel) -> None:
         return
     nn.Module.to(unet, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     for layer in unet.modules():
-        if type(layer) is nn.Conv2d and layer.stride == (1, 1) == layer.dilation and layer.groups == 1:
+        if type(layer) is nn.Conv2d and layer.stride == layer.dilation == (1, 1) and layer.groups == 1:
             layer.__class__ = Convolution
         elif type(layer) is GEGLU:
             layer.__class__ = Gate
@@ -41,9 +41,10 @@ class Convolution(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """`N C H W` to `N O H W`."""
         sites, weight = input[:, 0].numel(), self.weight
-        if input.dtype != torch.bfloat16 or input.device.type != "cpu" or weight.requires_grad:
+        plain = self.padding_mode == "zeros" and isinstance(self.padding, tuple)
+        if input.dtype != torch.bfloat16 or input.device.type != "cpu" or weight.requires_grad or not plain:
             return super().forward(input)
-        if self.kernel_size == (1, 1):
+        if self.kernel_size == (1, 1) and self.padding == (0, 0):
             x_NHWC = input.movedim(1, -1)
             y_XO = linear(x_NHWC.flatten(0, 2), weight.flatten(1), self.bias)
             return y_XO.unflatten(0, x_NHWC.shape[:3]).movedim(-1, 1)

@@ -96,7 +96,7 @@ def _less(x_NHLD: Tensor, y_NHMD: Tensor, less_NHL: Tensor) -> tuple[Tensor, Ten
 
 
 def _forward(q_GLD: Tensor, k_GMD: Tensor, v_GME: Tensor, scale: float, learned: bool) -> tuple[Tensor, Tensor]:
-    """What is seen, and the logarithms of the rows' sums.
+    """What is seen, and the logarithms of the rows' sums, if anything is learned.
 
     Scores are taken less about the highest of their row, so that few bits are lost with it.
     """
@@ -107,8 +107,9 @@ def _forward(q_GLD: Tensor, k_GMD: Tensor, v_GME: Tensor, scale: float, learned:
         near = torch.baddbmm(nothing, q, k_turned[..., ::every], beta=0, alpha=scale).amax(-1, keepdim=True)
         s = torch.baddbmm(near, q, k_turned, beta=-1, alpha=scale)
         p = s.softmax(-1)
+        if learned:
+            sums_GL[some, rows] = near[..., 0].float() + s.amax(-1).float() - p.amax(-1).float().log()
         y_GLE[some, rows] = torch.bmm(p, v_GME[some])
-        sums_GL[some, rows] = near[..., 0].float() + s.amax(-1).float() - p.amax(-1).float().log()
     return y_GLE, sums_GL
 
 
