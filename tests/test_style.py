@@ -101,8 +101,11 @@ def ip_adapter(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def styles(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return style_files(tmp_path_factory.mktemp("styles"))
+
+
+def style_files(folder: Path) -> Files:
     """Settings of each kind of style, with their files."""
-    folder = tmp_path_factory.mktemp("styles")
     save_file(kohya(lora(folder / "lora")), folder / "kohya.safetensors")
     save_file({"<mine>": 3 * torch.randn(24)}, folder / "mine.safetensors")
     torch.save({"string_to_param": {"*": 3 * torch.randn(2, 24)}, "name": "other"}, folder / "<mine>.pt")

@@ -64,14 +64,18 @@ def absolute(name: str, ours: Tensor, theirs: Tensor, bound: float) -> Differenc
     """Largest difference of any element."""
     if ours.shape != theirs.shape:
         return Difference(f"{name}: shape {tuple(ours.shape)}, recorded {tuple(theirs.shape)}", math.inf, bound)
-    return _measured(name, (ours.detach().double() - theirs.double()).abs().max(), bound)
+    return _measured(name, (_here(ours) - _here(theirs)).abs().max(), bound)
 
 
 def relative(name: str, ours: Tensor, theirs: Tensor, bound: float, least: float = 1e-30) -> Difference:
     """Norm of the difference as a share of the recorded norm (or of `least`, where that is more)."""
     if ours.shape != theirs.shape:
         return absolute(name, ours, theirs, bound)
-    return _measured(name, (ours.detach().double() - theirs.double()).norm() / max(float(theirs.norm()), least), bound)
+    return _measured(name, (_here(ours) - _here(theirs)).norm() / max(float(theirs.norm()), least), bound)
+
+
+def _here(x: Tensor) -> Tensor:
+    return x.detach().cpu().double()
 
 
 def same(name: str, ours: Any, theirs: Any) -> Difference:

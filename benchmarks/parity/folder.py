@@ -30,7 +30,7 @@ from diffusers import StableDiffusionPipeline
 from benchmarks.parity import mindone, unet
 from benchmarks.parity.compare import Difference, Result
 from benchmarks.parity.ddim import ddim
-from benchmarks.parity.golden import Golden, Place
+from benchmarks.parity.golden import Golden, On, Place
 from benchmarks.parity.layers import layer
 from benchmarks.parity.pipe import text, vae
 from benchmarks.parity.tuning import train
@@ -97,7 +97,7 @@ def compared(name: str, kind: str, run: Check, place: Place) -> Result:
 def tiny_pipe(folder: Path) -> StableDiffusionPipeline | None:
     """Text encoder and VAE of the recorded pipeline, if it is there; its UNet is one of the models."""
     index = next(folder.rglob("tiny_pipe/model_index.json"), None)
-    return index and StableDiffusionPipeline.from_pretrained(index.parent, unet=None)
+    return index and StableDiffusionPipeline.from_pretrained(index.parent, unet=None).to(On.device)
 
 
 def summary(results: list[Result]) -> str:
@@ -117,10 +117,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--goldens", type=Path, required=True, help="folder of recorded numbers")
-    folder = parser.parse_args(arguments).goldens
+    parser.add_argument("--device", default="cpu", help="where to compute, such as cuda")
+    options = parser.parse_args(arguments)
+    On.device = torch.device(options.device)
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # a convolution on a GPU is rounded to 10 bits otherwise
     results = []
-    for result in check(folder):
+    for result in check(options.goldens):
         print(result, flush=True)
         results.append(result)
     print(summary(results))

@@ -20,6 +20,14 @@ from tuneavideo.noise import Levels
 from tuneavideo.settings import PRESETS
 
 OFFICIAL = PRESETS["official"]
+
+
+class On:
+    """Where all is computed; set once, by `folder.main`."""
+
+    device = torch.device("cpu")
+
+
 SPACING = OFFICIAL["timestep_spacing"]
 
 
@@ -29,9 +37,9 @@ class Golden(dict[str, Tensor]):
     def __init__(self, path: Path) -> None:
         entries: dict[str, str] = {}
         if path.suffix == ".npz":
-            super().__init__({name: torch.from_numpy(array) for name, array in np.load(path).items()})
+            super().__init__({name: torch.from_numpy(array).to(On.device) for name, array in np.load(path).items()})
         elif path.suffix == ".safetensors":
-            super().__init__(load_file(path))
+            super().__init__({name: tensor.to(On.device) for name, tensor in load_file(path).items()})
             with safe_open(path, "pt") as file:
                 entries = file.metadata() or {}
         self.about = {name: json.loads(value) for name, value in entries.items() if name != "format"}
@@ -70,7 +78,7 @@ class Place:
 
 def image_unet(folder: Path) -> UNet2DConditionModel:
     """A model, as it was before inflation."""
-    return UNet2DConditionModel.from_pretrained(folder / "unet2d")
+    return torch.nn.Module.to(UNet2DConditionModel.from_pretrained(folder / "unet2d"), On.device)
 
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32) -> VideoUNet:

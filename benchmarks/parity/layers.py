@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from benchmarks.parity.compare import LAYER, Difference, absolute, gradients_agree
-from benchmarks.parity.golden import Golden, Place
+from benchmarks.parity.golden import Golden, On, Place
 from tuneavideo.attention import Clip
 from tuneavideo.inflate import inflate
 
@@ -98,7 +98,7 @@ def layer(place: Place, golden: Golden) -> Iterator[Difference]:
         raise ValueError(f"no such layer is known; known are {', '.join(LAYERS)}")
     make, part = LAYERS[kind]
     weights, inputs = golden.under("w."), golden.under("in.")
-    whole = make(weights, golden.about)
+    whole = make(weights, golden.about).to(On.device)
     clip = inflate(Parts(BasicTransformerBlock(8, 1, 8), whole)).clip
     module = whole.get_submodule(part)
     module.load_state_dict(weights)

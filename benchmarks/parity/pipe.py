@@ -44,5 +44,5 @@ def decoded(name: str, pipe: StableDiffusionPipeline, latents: Tensor, clip: Ten
     yield relative(name, rearrange(pixels, "(b t) c h w -> b c t h w", b=len(latents)), clip, DDIM)
     edits = torch.stack([torch.from_numpy(edit.frames_THWC) for edit in models.decode(pipe, latents, fps=8)])
     levels_BCTHW = rearrange(edits, "b t h w c -> b c t h w") / 255
-    nearest = clip.clamp(levels_BCTHW - GREY, levels_BCTHW + GREY)
+    nearest = clip.cpu().clamp(levels_BCTHW - GREY, levels_BCTHW + GREY)
     yield relative(f"{name}, as bytes", nearest, clip, DDIM)

@@ -25,7 +25,7 @@ from benchmarks.parity.compare import (
     relative,
 )
 from benchmarks.parity.ddim import Walk
-from benchmarks.parity.golden import OFFICIAL, Golden, Place, give, image_unet, levels, opened
+from benchmarks.parity.golden import OFFICIAL, Golden, On, Place, give, image_unet, levels, opened
 from benchmarks.parity.pipe import decoded, embedded
 from tuneavideo import models
 from tuneavideo.inflate import VideoUNet, added_parameters, inflate
@@ -39,7 +39,7 @@ class Watched(Accelerator):
     """Keeps the gradients of the first step, before they are clipped, and the norm of the last step's."""
 
     def __init__(self) -> None:
-        super().__init__(cpu=True, mixed_precision="no")
+        super().__init__(cpu=On.device.type == "cpu", mixed_precision="no")
         self.first: list[Tensor] = []
         self.norm = torch.zeros(())
 

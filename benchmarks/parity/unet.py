@@ -76,7 +76,8 @@ def grad(place: Place, golden: Golden) -> Iterator[Difference]:
     kind, dtype = ("f64", torch.float64) if "f64" in place.path.stem else ("f32", torch.float32)
     prediction, loss, gradients = differentiated(place.path.parent, dtype)
     if "noisy_latents" in golden:
-        noisy = add_noise(golden["latents"], golden["noise"], levels().alphas[golden["timesteps"]])
+        alphas = levels().alphas.to(golden["timesteps"].device)
+        noisy = add_noise(golden["latents"], golden["noise"], alphas[golden["timesteps"]])
         yield absolute("noisy_latents", noisy, golden["noisy_latents"], FORWARD)
         yield absolute("pred", prediction, golden[f"pred_{kind}"], FORWARD)
         yield relative("loss", loss, golden[f"loss_{kind}"], LOSS)
