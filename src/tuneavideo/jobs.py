@@ -36,9 +36,10 @@ from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.studio import Footage, Moments, Studio
 from tuneavideo.tuning import Tuning
+from tuneavideo.version import __version__
 from tuneavideo.video import Spool, Video
 
-PACKAGES = ("tuneavideo", "torch", "diffusers", "transformers", "accelerate", "av")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av")
 
 logger = logging.getLogger(__name__)
 
@@ -368,7 +369,7 @@ def _warn_of_cuts(pipe: Pipeline, prompts: Iterable[str]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES}
+    return {"tuneavideo": __version__} | {package: version(package) for package in PACKAGES}
 
 
 def _card(settings: TuneSettings, run: RunFolder) -> str:

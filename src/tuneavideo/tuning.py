@@ -66,13 +66,13 @@ class Tuning:
         self.low_rank = LowRank(self.parameters, rank, settings.seed) if rank else None
         self.optimised = self.low_rank.factors if self.low_rank else self.parameters
         chosen = optimizer(settings, list(self.optimised.values()))
-        unet, self.optimizer = accelerator.prepare(video.unet, chosen)
         self.schedule = get_scheduler(
             settings.lr_scheduler,
             chosen,
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=settings.max_train_steps,
         )
+        unet, self.optimizer = accelerator.prepare(video.unet, chosen)
         self.video = VideoUNet(unet, video.clip)
         self.ema = EMAModel(self.parameters.values(), decay=settings.ema_decay) if settings.use_ema else None
         device = accelerator.device

@@ -13,7 +13,6 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -25,6 +24,7 @@ from tuneavideo.report.curve import curve
 from tuneavideo.report.words import plain
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import TuneSettings
+from tuneavideo.version import __version__
 
 
 def write(runs: Sequence[RunFolder], path: Path) -> None:
@@ -44,7 +44,7 @@ def page(runs: Sequence[Run]) -> str:
     environment.filters |= {"digest": _digest, "plain": plain}
     aligned = rows(runs)
     return environment.get_template("report.html").render(
-        version=version("tuneavideo"),
+        version=__version__,
         runs=runs,
         rows=aligned,
         columns=_columns(1 + len(runs[0].edits)),
