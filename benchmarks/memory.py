@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory
 
-Counted on torch's meta device, in bf16: weights, gradients and Adam's moments, and the tensors that autograd saves. Not
-counted: what a kernel needs while it runs, casts of autocast, and what the allocator wastes. A lower bound, therefore.
+Counted on torch's meta device, in bf16 as autocast computes on a GPU: weights, gradients and Adam's moments, and the
+tensors that autograd saves. Not counted: what a kernel needs while it runs, and what the allocator wastes. A lower
+bound, therefore.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Family:
         self.fixed = 2 * frozen + 4 * 4 * self.learned + rest  # weight, gradient and two moments in float32
 
     def gb(self, frames: int, side: int, checkpointing: bool) -> float:
-        return round((self.fixed + counting.saved(self.video, frames, side, side, checkpointing)) / 1e9, 1)
+        return round((self.fixed + counting.saved(self.video, frames, side, side, checkpointing, casts=True)) / 1e9, 1)
 
 
 def main() -> None:

