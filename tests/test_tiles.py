@@ -1,4 +1,4 @@
-"""What is true of attention made a tile at a time: it is attention, within the rounding of bf16; so are gradients."""
+"""What is true of attention made a tile at a time: it is attention, within rounding; so are gradients."""
 
 from __future__ import annotations
 
@@ -55,9 +55,20 @@ def test_a_unet_in_bf16_predicts_what_it_does_in_full_precision(led: bool, monke
     assert error(video(x, torch.tensor(300), text), full.double()) < 0.02
 
 
-def test_only_bf16_on_a_cpu_is_made_so_and_with_tile_instructions_only_what_learns_and_small_or_shared_maps(
-    monkeypatch: pytest.MonkeyPatch,
+@torch.no_grad()
+@pytest.mark.parametrize("tile", [2**21, 64])
+def test_in_full_precision_maps_that_clips_share_are_those_they_would_have_each(
+    tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tiles, "TILE", tile)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 24, 8), torch.randn(2, 3, 150, 8), torch.randn(2, 3, 150, 24)
+    wanted = [scaled_dot_product_attention(q, k, own, scale=0.3) for own in v.split(8, dim=-1)]
+    assert torch.allclose(tiles.attend(q, k, v, 0.3), torch.cat(wanted, dim=-1), atol=2e-6)
+
+
+def test_only_on_a_cpu_and_where_it_is_faster_is_it_made_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 what learns, small and shared maps, and without tile instructions all; in full precision shared ones."""
     few, many = torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 512, 4)
     for has in (False, True):
         monkeypatch.setattr(tiles, "has_tiles", lambda has=has: has)
@@ -65,7 +76,8 @@ def test_only_bf16_on_a_cpu_is_made_so_and_with_tile_instructions_only_what_lear
             assert tiles.suit(x.bfloat16(), x, clips)
         assert tiles.suit(many.bfloat16(), many, 1) is not has
         assert tiles.suit(many.bfloat16().requires_grad_(), many, 1)
-        assert not tiles.suit(few.clone().requires_grad_(), few, 1)
+        assert not tiles.suit(few.clone().requires_grad_(), few, 9)
+        assert tiles.suit(few, few, 3) and not tiles.suit(few, few, 2)
         assert not tiles.suit(few.half(), few, 1)
 
 

@@ -1,4 +1,4 @@
-"""Attention in bf16 on CPUs, a tile of the map at a time.
+"""Attention on CPUs, a tile of the map at a time: in bf16, and wherever several clips share a map.
 
 torch's kernel for CPUs computes bf16 by way of float32 unless there are tile instructions (AMX), and then twice as
 slowly as products in bf16; with them it is the faster one forward, but for maps of few keys and maps that several
@@ -29,8 +29,11 @@ FEW, SHARED = 64, 2
 
 def suit(q_NHLD: Tensor, k_NHMD: Tensor, clips: int) -> bool:
     """Whether this is faster for such queries and keys, each with the values of so many clips."""
-    mine = q_NHLD.dtype == torch.bfloat16 and q_NHLD.device.type == "cpu"
-    return mine and (q_NHLD.requires_grad or _slow(k_NHMD.shape[2], clips))
+    learns = q_NHLD.requires_grad
+    if q_NHLD.device.type == "cpu" and q_NHLD.dtype == torch.float32:
+        return clips > SHARED and not learns
+    mine = q_NHLD.device.type == "cpu" and q_NHLD.dtype == torch.bfloat16
+    return mine and (learns or _slow(k_NHMD.shape[2], clips))
 
 
 def _slow(keys: int, clips: int) -> bool:
@@ -45,7 +48,7 @@ def has_tiles() -> bool:
 
 
 def attend(q_NHLD: Tensor, k_NHMD: Tensor, v_NHME: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v: `N H L E`, within the rounding of bf16; values may be wider than keys."""
+    """softmax(scale q k^T) v: `N H L E`, within the rounding of the inputs; values may be wider than keys."""
     return _Tiled.apply(q_NHLD, k_NHMD, v_NHME, scale)  # pyright: ignore[reportReturnType]
 
 
