@@ -26,6 +26,7 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / "results" / "windows.json"
 WINDOW, SIDE, LONG = 8, 512, 1000
+EDITS = ("a red cat", "a man, neon style", "a dog is on the beach")
 FRAMES = (8, 16, 24, 32, 48, 64, 96, 128)
 STUB = {"sample_size": 64, "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 24,
         "attention_head_dim": 4, "norm_num_groups": 8, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -134,10 +135,9 @@ def _drawn(frames: int) -> Iterator[np.ndarray]:
 
 
 def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str, Any]:
-    """Edits of a real clip in windows of 8 frames."""
-    import torch
-
+    """Edits of a real clip in windows of 8 frames, which follow it as by default."""
     from tuneavideo import api, cache, editing, inversion, models
+    from tuneavideo.bases import BASES
     from tuneavideo.inflate import video_unet
     from tuneavideo.noise import Levels
     from tuneavideo.runs import RunFolder
@@ -148,30 +148,37 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
     pipe, source = models.open("miniature", adapter=run.adapter), read(run.source)
     levels, kept = Levels.of(pipe.scheduler), cache.read(run.latents)
     assert kept
-    negative, text = models.embed(pipe, ["", "a red cat"]).split(1)
+    negative, caption, *texts = models.embed(pipe, ["", "a man", *EDITS]).split(1)
+    share = BASES["miniature"].settings["attention_injection"]
     rows: dict[str, Any] = {}
     cuts = {"whole": Windows(frames, 0)} | {
         f"overlap {overlap}, {'moving' if moving else 'fixed'}": Windows(WINDOW, overlap, moving)
         for overlap, moving in ((0, False), (0, True), (2, False), (2, True), (4, True))
     }
     for name, windows in cuts.items():
-        began, video = time.process_time(), WindowedUNet(video_unet(pipe.unet), windows)
+        began, unet = time.process_time(), WindowedUNet(video_unet(pipe.unet), windows)
         sampler: Any = levels.sampler("ddim", steps, spacing="trailing")
-        grid, unet = inversion.path_to(sampler, levels, steps, "trailing"), video
-        *_, inverted = inversion.invert(unet, levels, kept["mean"], negative, grid)  # pyright: ignore
-        *_, edit = editing.generate(unet, sampler, inverted.latents, text, negative, 3.0)  # pyright: ignore
-        made = models.decode(pipe, edit.latents, 8.0)[0].frames_THWC
-        borders = sorted({span.start for span in Windows(WINDOW, max(0, windows.overlap)).spans(frames)[1:]})
+        grid = inversion.path_to(sampler, levels, steps, "trailing")
+        clean, up = kept["mean"], inversion.invert(unet, levels, kept["mean"], negative, grid)  # pyright: ignore
+        way = [clean, *(step.latents for step in up)][::-1]
+        followed, made = editing.Source(way, caption, share), []
+        for text in texts:
+            sampler = levels.sampler("ddim", steps, spacing="trailing")
+            down = editing.generate(unet, sampler, way[0], text, negative, 5.0, source=followed)  # pyright: ignore
+            *_, edit = down
+            made.append(models.decode(pipe, edit.latents, 8.0)[0].frames_THWC)
+        cut = Windows(WINDOW, 0) if windows.holds(frames) else windows
+        borders = [span.start for span in cut.spans(frames, float(grid[0]))[1:]]  # of the last step
         rows[name] = _flicker(made, source.frames_THWC, borders) | {"cpu_seconds": time.process_time() - began}
         print(name, json.dumps(rows[name]), flush=True)
-    assert torch.is_tensor(text)
-    return {"clip": clip.name, "frames": frames, "window": WINDOW, "steps": steps, "rows": rows}
+    return {"clip": clip.name, "frames": frames, "window": WINDOW, "steps": steps, "edits": EDITS, "rows": rows}
 
 
-def _flicker(edit: np.ndarray, source: np.ndarray, borders: list[int]) -> dict[str, float]:
+def _flicker(edits: list[np.ndarray], source: np.ndarray, borders: list[int]) -> dict[str, float]:
     """Mean absolute difference of neighbours (0..255) beyond the source's: where windows begin, and elsewhere."""
-    steps = [np.abs(np.diff(clip.astype(float), axis=0)).mean(axis=(1, 2, 3)) for clip in (edit, source)]
-    excess, at = steps[0] - steps[1], np.isin(np.arange(1, len(edit)), borders)
+    own, *steps = (np.abs(np.diff(clip.astype(float), axis=0)).mean(axis=(1, 2, 3)) for clip in (source, *edits))
+    excess = np.concatenate([step - own for step in steps])
+    at = np.tile(np.isin(np.arange(1, len(source)), borders), len(edits))
     spread = excess[~at].std(ddof=1) / at.sum() ** 0.5 if at.any() else 0.0
     values = {"border": excess[at].mean(), "inside": excess[~at].mean(), "error_of_border": spread}
     return {name: round(float(value), 3) for name, value in values.items()}
