@@ -1,4 +1,4 @@
-"""Layers of an image UNet as CPUs compute them faster: in bf16 as matrix products, and in pieces that caches hold.
+"""Layers of an image UNet as matrix products, which CPUs compute faster in bf16.
 
 torch's convolutions bring their weights into another order at every call and use few of the tile instructions for small
 maps: there a product with the columns of the map (im2col) takes two thirds to a sixth of the time.
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, pad
 
@@ -19,22 +18,14 @@ from tuneavideo import tiles
 
 # A map is small if it has no more sites than this times the channels of the layer: with tile instructions, and without.
 SMALL = {True: 0.8, False: 0.1}
-# Bytes of what lies between the two layers of a feed-forward that are made at a time.
-PIECE = 10 * 2**20
 
 
 def lay_out(unet: UNet2DConditionModel) -> None:
-    """Have a UNet compute as is fastest on its device in its precision: on a CPU otherwise than elsewhere.
+    """Have a UNet compute as is fastest on its device in its precision: in bf16 on a CPU otherwise than elsewhere.
 
-    In bf16 weights of convolutions are kept channels last (which is slower in full precision); no weight changes its
-    name.
+    Weights of convolutions are kept channels last (which is slower in full precision); no weight changes its name.
     """
-    if unet.device.type != "cpu":
-        return
-    for layer in unet.modules():
-        if type(layer) is FeedForward:
-            layer.__class__ = Pieces
-    if unet.dtype != torch.bfloat16:
+    if unet.device.type != "cpu" or unet.dtype != torch.bfloat16:
         return
     nn.Module.to(unet, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     for layer in unet.modules():
@@ -72,20 +63,6 @@ class Gate(GEGLU):
         biases = (None, None) if self.proj.bias is None else self.proj.bias.chunk(2)
         told, gate = (linear(hidden_states, *half) for half in zip(self.proj.weight.chunk(2), biases, strict=True))
         return told * gelu(gate)
-
-
-class Pieces(FeedForward):
-    """Where nothing learns, a few tokens at a time: what lies between its layers is eight times as wide as a token."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`N L C` to `N L C`."""
-        width: Any = self.net[2].in_features
-        x_XC = hidden_states.flatten(0, -2)
-        rows = max(1, PIECE // (width * x_XC.element_size()))
-        if torch.is_grad_enabled() or hidden_states.device.type != "cpu" or len(x_XC) <= rows:
-            return super().forward(hidden_states, *args, **kwargs)
-        pieces = [super(Pieces, self).forward(x, *args, **kwargs) for x in x_XC.split(rows)]
-        return torch.cat(pieces).unflatten(0, hidden_states.shape[:-1])
 
 
 class _Columns(torch.autograd.Function):
