@@ -34,15 +34,15 @@ if [ -f build/site.tar.xz ]; then
 fi
 export PYTHONPATH="$PWD/build/site:$PWD/src:$PWD" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 "$PYTHON" -c 'import torch, transformers, diffusers; print(torch.__version__, transformers.__version__, diffusers.__version__)' || exit
-timeout 90 "$PYTHON" -W ignore -m benchmarks.parity --goldens tests/goldens --device "$DEVICE" || failed=1
+timeout 60 "$PYTHON" -W ignore -m benchmarks.parity --goldens tests/goldens --device "$DEVICE" || failed=1
 out=$(mktemp -d)
 for how in "bf16" "fp16 --validation-steps 5 --offload" "no --memory 8 --window 6"; do
     run="$out/${how%% *}"
     [ "$DEVICE" = cpu ] && how=${how/fp16/bf16}
     # shellcheck disable=SC2086  # words, not one
-    timeout 40 "$PYTHON" -W ignore -m tuneavideo tune src/tuneavideo/miniature/clips/dog-jumping.mp4 --base miniature \
+    timeout 30 "$PYTHON" -W ignore -m tuneavideo tune src/tuneavideo/miniature/clips/dog-jumping.mp4 --base miniature \
         --prompt "a dog is jumping on the grass" --edit "a panda is jumping on the grass" --max-train-steps 10 \
         --mixed-precision $how --out "$run" --json || failed=1
 done
-timeout 300 "$PYTHON" -W ignore -m benchmarks --set gpu --device "$DEVICE" $TINY || failed=1
+timeout 310 "$PYTHON" -W ignore -m benchmarks --set gpu --device "$DEVICE" $TINY || failed=1
 exit $failed

@@ -20,15 +20,13 @@ from tuneavideo.noise import Levels
 from tuneavideo.settings import PRESETS
 
 OFFICIAL = PRESETS["official"]
+SPACING = OFFICIAL["timestep_spacing"]
 
 
 class On:
     """Where all is computed; set once, by `folder.main`."""
 
     device = torch.device("cpu")
-
-
-SPACING = OFFICIAL["timestep_spacing"]
 
 
 class Golden(dict[str, Tensor]):

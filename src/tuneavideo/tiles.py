@@ -29,11 +29,11 @@ FEW, SHARED = 64, 2
 
 def suit(q_NHLD: Tensor, k_NHMD: Tensor, clips: int) -> bool:
     """Whether this is faster for such queries and keys, each with the values of so many clips."""
-    learns = q_NHLD.requires_grad
-    if q_NHLD.device.type == "cpu" and q_NHLD.dtype == torch.float32:
-        return clips > SHARED and not learns
-    mine = q_NHLD.device.type == "cpu" and q_NHLD.dtype == torch.bfloat16
-    return mine and (learns or _slow(k_NHMD.shape[2], clips))
+    if q_NHLD.device.type != "cpu":
+        return False
+    if q_NHLD.dtype == torch.float32:
+        return clips > SHARED and not q_NHLD.requires_grad
+    return q_NHLD.dtype == torch.bfloat16 and (q_NHLD.requires_grad or _slow(k_NHMD.shape[2], clips))
 
 
 def _slow(keys: int, clips: int) -> bool:
