@@ -1,0 +1,242 @@
+"""Digests of small jobs, to see that a change of the code changes no result.
+
+    python -m benchmarks.unchanged record FOLDER
+    python -m benchmarks.unchanged compare FOLDER
+
+Every job runs on the CPU in full precision with one thread, at tiny size or on the bundled miniature. `record` keeps
+a digest of each adapter, inversion, set of scores and converted file, and the frames of each edit. `compare` makes them
+again and prints what differs; frames are also compared by grey levels. The exit code is 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import base_folder, moving_square
+from tests.families import family_folder
+from tests.test_style import PROMPT, style_files
+from tuneavideo import api, miniature
+from tuneavideo.video import read
+
+BRIEF = {"max_train_steps": 4, "num_inference_steps": 4, "num_inv_steps": 4, "mixed_precision": "no", "stride": 1}
+TINY = BRIEF | {"num_frames": 4, "learning_rate": 1e-2, "guidance_scale": 3.0, "gradient_checkpointing": True}
+TUNED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "windows": {"num_frames": 6, "window": 3},
+    "accumulated": {"gradient_accumulation_steps": 2, "train_batch_size": 2, "use_ema": True, "snr_gamma": 5.0},
+    "v prediction": {"base": "sd2"},
+    "sd2": {"base": "turbo"},
+    "xl": {"base": "xl"},
+}
+EDITED: dict[str, dict[str, Any]] = {
+    "guidance apart": {"batch_guidance": False, "guidance_interval": (0.0, 0.5)},
+    "fresh noise": {"fresh_noise": 0.3, "seeds": (1, 2)},
+    "strength": {"strength": 0.5},
+    "unipc": {"sampler": "unipc"},
+    "feature reuse": {"feature_reuse": 2},
+    "no injection": {"attention_injection": 0.0, "sampler": "euler-ancestral"},
+}
+PRESETS = {"default": {}, "official": {}, "fast": {"num_inv_steps": None}}
+TARGETS = {
+    "diffusers": "diffusers", "official": "official", "mindone": "mindone.ckpt", "ldm": "ldm.safetensors",
+    "lora": "lora.safetensors", "adapter": "adapter",
+}  # fmt: skip
+
+
+class Results:
+    """Digests by name, and the frames of edits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.digests = folder, dict[str, str]()
+
+    def run(self, name: str, run: Path) -> None:
+        self.digests[f"{name}: adapter"] = tensors(run / "adapter" / "adapter.safetensors")
+        self.digests[f"{name}: losses"] = digest(
+            *(str(json.loads(line)["loss"]) for line in (run / "steps.jsonl").read_text().splitlines())
+        )
+        self.inversions(name, run)
+        for number, folder in enumerate(sorted((run / "edits").glob("*"))):
+            self.edit(f"{name} {number}", folder)
+
+    def inversions(self, name: str, run: Path) -> None:
+        kept = sorted(tensors(path) for path in (run / "inversion").glob("*.safetensors"))
+        self.digests[f"{name}: inversions"] = digest(*kept)
+
+    def edit(self, name: str, folder: Path) -> None:
+        frames = read(folder / "frames").frames_THWC
+        self.digests[f"{name}: frames"] = digest(frames.tobytes())
+        np.save(self.folder / f"{name}.npy", frames)
+
+    def file(self, name: str, path: Path) -> None:
+        self.digests[name] = tensors(path) if path.suffix == ".safetensors" else digest(path.read_bytes())
+
+
+def digest(*parts: str | bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()[:16]
+
+
+def tensors(path: Path) -> str:
+    """Names, shapes, types and bytes of the tensors in a file, whatever else is in its header."""
+    found = load_file(path)
+    parts = [(name, str(x.dtype), str(tuple(x.shape)), x.reshape(-1).view(torch.uint8)) for name, x in found.items()]
+    return digest(*(each for *about, raw in sorted(parts, key=lambda part: part[0]) for each in (*about, bytes(raw))))
+
+
+def jobs(folder: Path, results: Results) -> dict[str, Callable[[], None]]:
+    """Every job by its name, in the order in which they are run: later ones use the folders of earlier ones."""
+    bases = {"sd1": base_folder(folder / "bases/sd1")}
+    bases |= {kind: family_folder(kind, folder / "bases" / kind) for kind in ("sd2", "turbo", "xl")}
+    clip = moving_square(folder / "square.mp4")
+
+    def tune(name: str, **settings: Any) -> Path:
+        base = str(bases[settings.pop("base", "sd1")])
+        run = api.tune(
+            clip, "a square", edit="a red circle", base=base, out=folder / name, formats=("frames",), **TINY | settings
+        )
+        results.run(name, run)
+        return run
+
+    def edit(name: str, **settings: Any) -> None:
+        made = api.edit(folder / "plain", PROMPT, formats=("frames",), **settings)
+        for number, each in enumerate(made):
+            results.edit(f"{name} {number}", each)
+
+    def bundled(preset: str) -> None:
+        own, name = miniature.clips()[0], f"miniature {preset}"
+        run = api.tune(
+            str(own["path"]), own["caption"], edit=miniature.DEMO_EDITS[0], preset=preset, num_frames=4,
+            formats=("frames",), out=folder / name, **BRIEF | PRESETS[preset],
+        )  # fmt: skip
+        results.run(name, run)
+
+    def resumed() -> None:
+        settings = api.tune_settings(
+            {"video": str(clip), "prompt": "a square", "edit": ("a red circle",), "base": str(bases["sd1"]),
+             "checkpointing_steps": 2, "formats": ("frames",)} | TINY
+        )  # fmt: skip
+        job = api.tuning(settings, out=folder / "resumed")
+        for each in job:
+            if each.step and each.step.number == 3:
+                job.close()
+                break
+        results.run("resumed", api.resume(folder / "resumed"))
+
+    def converted(to: str, source: str) -> None:
+        out = folder / f"{source} as {TARGETS[to]}"
+        api.convert(folder / source, out, to=to, **({"rank": 2} if to == "lora" else {}))
+        for path in sorted(out.rglob("*")) if out.is_dir() else [out]:
+            if path.suffix in (".safetensors", ".ckpt") or path.name.endswith("config.json"):
+                results.file(f"{source} to {to}: {path.relative_to(folder)}", path)
+
+    def adopted() -> None:
+        settings = api.tune_settings(
+            {"video": str(clip), "prompt": "a square", "edit": ("a red circle",), "base": str(bases["sd1"]),
+             "formats": ("frames",)} | TINY
+        )  # fmt: skip
+        for _ in api.adopting(settings, folder / "plain as official", out=folder / "adopted"):
+            pass
+        results.digests["adopted: adapter"] = tensors(folder / "adopted/adapter/adapter.safetensors")
+        results.edit("adopted", next((folder / "adopted/edits").iterdir()))
+
+    def scored() -> None:
+        (file,) = api.evaluate(folder / "miniature default")
+        found = re.sub(r'"(when|seconds|versions?)": [^,}]+', "", file.read_text(encoding="utf-8"))
+        results.digests["scores"] = digest(*re.findall(r"-?\d+\.\d+(?:e-?\d+)?", found))
+
+    def reported() -> None:
+        page = api.report([folder / "plain", folder / "accumulated"], folder / "report.html")
+        text = page.read_text(encoding="utf-8")
+        results.digests["report: curves"] = digest(*re.findall(r'points="[^"]*"| d="[^"]*"', text))
+
+    styles = folder / "styles"
+    styles.mkdir()
+    found: dict[str, Callable[[], None]] = {}
+    for name, settings in TUNED.items():
+        found[name] = lambda name=name, settings=settings: void(tune(name, **settings))
+    for name, settings in EDITED.items():
+        found[f"edit: {name}"] = lambda name=name, settings=settings: edit(name, **settings)
+    for name, settings in style_files(styles).items():
+        found[f"style: {name}"] = lambda name=name, settings=settings: edit(name, **settings)
+    for preset in PRESETS:
+        found[f"miniature {preset}"] = lambda preset=preset: bundled(preset)
+    found["resumed"] = resumed
+    for to in TARGETS:
+        found[f"to {to}"] = lambda to=to: converted(to, "plain")
+    return found | {"adopted": adopted, "scores": scored, "report": reported}
+
+
+def void(_: object) -> None: ...
+
+
+def made(folder: Path) -> Results:
+    """Run every job; one that fails is a result, too."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TUNEAVIDEO_CACHE"] = f"{scratch}/cache"
+        for name, job in jobs(Path(scratch), results).items():
+            print(name, flush=True)
+            try:
+                job()
+            except Exception as error:
+                results.digests[f"{name}: failed"] = f"{type(error).__name__}: {error}".replace(scratch, "")
+    (folder / "digests.json").write_text(json.dumps(results.digests, indent=1), encoding="utf-8")
+    return results
+
+
+def compared(before: Path, after: Path) -> list[str]:
+    """A line for every result that differs."""
+    old, new = (json.loads((folder / "digests.json").read_text(encoding="utf-8")) for folder in (before, after))
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name):
+            continue
+        frames = f"{name.removesuffix(': frames')}.npy"
+        if name.endswith(": frames") and (before / frames).is_file() and (after / frames).is_file():
+            left, right = (np.load(folder / frames).astype(int) for folder in (before, after))
+            apart = f"{abs(left - right).max()} grey levels" if left.shape == right.shape else "shapes differ"
+            lines.append(f"{name}: {apart}")
+        else:
+            lines.append(f"{name}: was {old.get(name, 'missing')}, is {new.get(name, 'missing')}")
+    return [
+        *lines,
+        f"{len(old.keys() | new.keys()) - len(lines)} of {len(old.keys() | new.keys())} results are the same",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["record", "compare"])
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    if options.action == "record":
+        failed = [f"{name}: {text}" for name, text in made(options.folder).digests.items() if name.endswith("failed")]
+        print("\n".join(failed))
+        return bool(failed)
+    with tempfile.TemporaryDirectory() as scratch:
+        made(Path(scratch))
+        lines = compared(options.folder, Path(scratch))
+    print("\n".join(lines))
+    return len(lines) > 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
