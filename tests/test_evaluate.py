@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from tests.conftest import Said
 from tests.test_metrics import passing, still
-from tuneavideo import api, cli, miniature
+from tuneavideo import api, cli, miniature, tables
 from tuneavideo.errors import RunError
 from tuneavideo.metrics.table import METRICS
 from tuneavideo.runs import RunFolder
@@ -48,9 +50,7 @@ def test_offline_what_is_missing_is_named_and_the_rest_is_measured(run: Path) ->
     assert told["format"] == 1 and set(told["metrics"]) == {"warp_error", "motion_fidelity", "motion_fidelity_all"}
     whys = {each["metric"]: each["why"] for each in told["missing"]}
     assert set(whys) == {name for name, each in METRICS.items() if each.need != "judge"} - set(told["metrics"])
-    assert whys["clip_frame"].startswith(
-        "openai/clip-vit-large-patch14 cannot be opened; give a folder (--clip, --pick), or"
-    )
+    assert whys["clip_frame"].startswith("openai/clip-vit-large-patch14 cannot be opened: it is not in the hub's cache")
     assert whys["pick_score"].startswith("yuvalkirstain/PickScore_v1 cannot be opened")
     assert whys["background_psnr"] == "needs a mask of what may change: --mask FILE or FOLDER"
     assert whys["flicker"] == "hardly anything stands still in the source"
@@ -112,22 +112,100 @@ def test_the_miniature_has_its_judge_in_place_of_clip(tmp_path: Path) -> None:
     api.evaluate(run)  # without a mask again: what was measured with it does not stay beside the reason
     told = scores_of(run)
     assert "background_psnr" not in told["edits"][1]["scores"]
-    assert {"metric": "background_psnr", "why": "001-a-dog-is-jumping-on-the-grass-neon-style: the prompt asks for "
-            "another background or style"} in told["missing"]  # fmt: skip
+    why = "the prompt asks for another background or style"
+    neon = "001-a-dog-is-jumping-on-the-grass-neon-style"
+    assert {"metric": "background_psnr", "why": why, "edits": [neon]} in told["missing"]
+    api.evaluate(run / "edits/000-a-rabbit-is-jumping-on-the-grass")  # the reasons of other edits stay
+    assert scores_of(run)["missing"] == told["missing"]
+
+
+Printed = tuple[list[str], dict[str, list[str]]]
+
+
+def printed(capsys: pytest.CaptureFixture) -> Printed:
+    """The lines of a table, and the cells of its rows by their first."""
+    lines = capsys.readouterr().out.splitlines()
+    return lines, {cells[0]: cells[1:] for line in lines if (cells := line.split())}
 
 
 def test_the_command_prints_a_row_for_every_metric_and_what_is_missing(
     run: Path, capsys: pytest.CaptureFixture
 ) -> None:
     cli.main(["evaluate", str(run)])
-    lines = capsys.readouterr().out.splitlines()
-    (row,) = [line.split() for line in lines if line.split()[:1] == ["motion_fidelity"]]
-    assert row[1] == "↑" and len(row) == 6 and float(row[2]) > 0.9 and row[-1] == "-"
+    lines, rows = printed(capsys)
+    arrow, faithful, frozen, mean = rows["motion_fidelity"]
+    assert arrow == "↑" and float(faithful) > 0.9 > float(mean) > float(frozen)
+    assert rows["001"] == ["1", "a", "blue", "circle"]
     (line,) = [line for line in lines if "pick_score" in line]
     assert line.startswith("not measured: pick_score: yuvalkirstain/PickScore_v1 cannot be opened")
-    cli.main(["evaluate", str(run / "edits/000-a-red-circle"), "--metrics", "warp_error", "--json"])
-    (told,) = json.loads(capsys.readouterr().out).values()
-    assert told["edits"][0]["scores"]["warp_error"]["value"] > 0
+
+
+def test_what_was_asked_of_the_edits_asked_is_printed(
+    run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.evaluate(run)
+    monkeypatch.chdir(run.parent)
+    cli.main(["evaluate", "run/edits/000-a-red-circle", "--metrics", "warp_error", "flicker"])
+    lines, rows = printed(capsys)
+    assert "warp_error" in rows and "motion_fidelity" not in rows and "001" not in rows
+    assert [line for line in lines if "not measured" in line] == [
+        "not measured: flicker: hardly anything stands still in the source"
+    ]
+    cli.main(["evaluate", "run/edits/000-a-red-circle", "--metrics", "warp_error", "--json"])
+    (file, told), *others = json.loads(capsys.readouterr().out).items()
+    assert file == "run/scores.json" and not others and told["missing"] == []
+    (edit,) = told["edits"]
+    assert [*edit["scores"]] == ["warp_error"] and edit["folder"] == "000-a-red-circle"
+    assert len(scores_of(run)["edits"]) == 2, "the file keeps all"
+
+
+def test_of_many_edits_the_table_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    edits = {f"edit {number} [b]": passing((speed, 1)) for number, speed in enumerate((1, 0, 3, 2, 5))}
+    run = made_run(tmp_path / "run", "sd1.5", "a square", passing((3, 1)), edits)
+    cli.main(["evaluate", str(run), "--metrics", "motion_fidelity"])
+    lines, rows = printed(capsys)
+    assert rows["motion_fidelity"][2] == "002" and rows["motion_fidelity"][4] == "001"
+    assert rows["002"][1] == rows["motion_fidelity"][1] and rows["002"][2:] == ["edit", "2", "[b]"]
+    assert [*rows][-6:-1] == ["000", "001", "002", "003", "004"]
+    assert "measured with DIS flow (OpenCV): motion_fidelity" in lines
+
+
+def test_scores_of_different_masks_are_told_apart(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, side in (("left", 20), ("right", 40)):
+        image = np.zeros((64, 64, 3), np.uint8)
+        image[:, :side] = 255
+        write_image(image, tmp_path / f"{name}.png")
+        edit = next(run.glob("edits/000-*" if name == "left" else "edits/001-*"))
+        cli.main(["evaluate", str(edit), "--mask", f"{tmp_path}/{name}.png", "--metrics", "background_psnr"])
+    cli.main(["evaluate", str(run), "--mask", f"{tmp_path}/left.png", "--metrics", "background_ssim"])
+    assert "measured with mask left.png: background_ssim" in capsys.readouterr().out.splitlines()
+    scores = scores_of(run)
+    tables.show_scores("scores.json", scores)
+    lines, rows = printed(capsys)
+    assert "measured with mask left.png: background_psnr (000), background_ssim" in lines
+    assert "measured with mask right.png: background_psnr (001)" in lines
+    assert rows["background_psnr"][-1] == "-", "a mean over different masks means nothing"
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_reason_and_nothing_measured_is_no_success(run: Path) -> None:
+    """The hub is an address where nobody answers; nor is it asked again and again."""
+    command = [sys.executable, "-m", "tuneavideo", "evaluate", str(run), "--metrics", "clip_text"]
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(run.parent / "hub")}
+    done = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Retrying" not in done.stderr and done.stderr.splitlines()[-1].startswith("tuneavideo: nothing was measured")
+    (reason,) = [line for line in done.stdout.splitlines() if line.startswith("not measured")]
+    assert "the hub cannot be reached; give a folder (--clip" in reason
+
+
+def test_scores_that_cannot_be_kept_are_shown(run: Path, refused: Said, capsys: pytest.CaptureFixture) -> None:
+    (run / "scores.json").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["evaluate", str(run), "--metrics", "warp_error", "--json"])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and f"{run}/scores.json cannot be written" in err
+    (told,) = json.loads(out).values()
+    assert told["edits"][1]["scores"]["warp_error"]["value"] > 0
 
 
 def test_mistakes_are_one_line(run: Path, refused: Said, tmp_path: Path) -> None:
@@ -141,10 +219,23 @@ def test_mistakes_are_one_line(run: Path, refused: Said, tmp_path: Path) -> None
     assert not (run / "scores.json").exists()
 
 
-def test_an_edit_of_other_frames_and_a_run_without_edits_are_refused(run: Path) -> None:
+def test_an_edit_of_other_frames_is_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(still(frames=4), run / "edits/000-a-red-circle/frames")
     with pytest.raises(RunError, match=r"000-a-red-circle: found 4 frames of 64 x 64; its source.mp4 has 6 frames of"):
-        api.evaluate(run, metrics=["warp_error"])
+        api.evaluate(run / "edits/000-a-red-circle", metrics=["warp_error"])
+    api.evaluate([run, run.parent], metrics=["warp_error"])
+    assert [edit["folder"] for edit in scores_of(run)["edits"]] == ["001-a-blue-circle"]
+    assert "000-a-red-circle: found 4 frames" in caplog.text and f"{run.parent} is no run folder" in caplog.text
+
+
+def test_a_run_without_edits_or_source_says_what_to_do(run: Path) -> None:
+    (run / "source.mp4").rename(run / "moved.mp4")
+    with pytest.raises(RunError, match=r"source.mp4 is missing"):
+        api.evaluate(run)
     shutil.rmtree(run / "edits")
+    with pytest.raises(RunError, match="not tuned to its end .*; 'tuneavideo tune --resume "):
+        api.evaluate(run)
+    (run / "adapter").mkdir()
+    (run / "adapter/adapter_config.json").write_text("{}")
     with pytest.raises(RunError, match="has no edits to measure; 'tuneavideo edit "):
         api.evaluate(run)

@@ -14,6 +14,7 @@ from typing import Any
 
 from tuneavideo import __version__, flags
 from tuneavideo.errors import SettingsError, TuneAVideoError
+from tuneavideo.progress import Job
 from tuneavideo.terminal import Show, report_done, stopped
 
 
@@ -144,13 +145,24 @@ def evaluate(argv: Sequence[str]) -> None:
     job = api.evaluating(
         options.places, metrics=options.metrics, mask=options.mask, clip=options.clip, pick=options.pick
     )
-    files = Show(options.json).run(job)["files"]
-    scores = {file: json.loads(Path(file).read_text(encoding="utf-8")) for file in files}
-    if options.json:
-        print(json.dumps(scores))
-        return
-    for file, told in scores.items():
-        tables.show_scores(file, told)
+    scores: dict[str, Any] = {}
+    try:
+        Show(options.json).run(_noting_scores(job, scores))
+    finally:  # what was measured is shown, even if it could not be kept
+        if options.json and scores:
+            print(json.dumps(scores))
+        for file, told in () if options.json else scores.items():
+            tables.show_scores(file, told)
+    if not any(edit["scores"] for told in scores.values() for edit in told["edits"]):
+        raise SettingsError(f"nothing was measured of {', '.join(options.metrics) or 'any metric'}")
+
+
+def _noting_scores(job: Job, scores: dict[str, Any]) -> Job:
+    """The same job; `scores` gets what it measured, by file."""
+    for each in job:
+        if each.scores:
+            scores[each.about] = each.scores
+        yield each
 
 
 def benchmark(argv: Sequence[str]) -> None:

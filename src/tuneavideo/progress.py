@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Progress:
         step: The tuning step just made.
         path: The file or folder just finished.
         about: The prompt being edited, and the like.
+        scores: What was measured of a run's edits, in the form of `scores.json`.
     """
 
     stage: str
@@ -38,6 +40,7 @@ class Progress:
     step: Step | None = None
     path: Path | None = None
     about: str = ""
+    scores: Mapping[str, Any] | None = None
 
 
 Job = Generator[Progress, None, None]

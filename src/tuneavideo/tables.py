@@ -2,40 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 WIDE = 4
-"""So many edits have a column each; of more only mean, least and most are shown."""
+"""So many edits have a column each; of more, the table shows the best and the worst, and which they are."""
 
 ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 def show_scores(file: str, scores: Mapping[str, Any]) -> None:
-    """Print what `scores.json` holds: a row for every metric, and below it what could not be measured."""
-    console, edits = Console(), scores["edits"]
-    console.print(f"{file}: {len(edits)} edits", markup=False, highlight=False, soft_wrap=True)
+    """Print scores in the form of `scores.json`: a row for every metric, the edits, the models, and what is missing."""
+    console, edits = Console(emoji=False), scores["edits"]
+    if not console.is_terminal:
+        console.width = 1000  # nothing is cut in a file
+    console.print(f"{file}: {_count(len(edits), 'edit')}", markup=False, highlight=False, soft_wrap=True)
     single = len(edits) <= WIDE
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("metric", "unit", ""):
-        table.add_column(name, no_wrap=True)
-    for name in [edit["folder"][:3] for edit in edits] if single else ["least", "most"]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("mean", "published"):
+    table = _columns("metric", "unit", "")
+    for name in [*map(_number, edits)] if single else ["best", "edit", "worst", "edit"]:
+        table.add_column(name, justify="left" if name == "edit" else "right", no_wrap=True)
+    published = any(metric["baseline"] is not None for metric in scores["metrics"].values())
+    for name in ("mean", "published") if published else ("mean",):
         table.add_column(name, justify="right", no_wrap=True)
     for name, metric in scores["metrics"].items():
-        values = [edit["scores"][name]["value"] if name in edit["scores"] else None for edit in edits]
-        known = [value for value in values if value is not None]
-        shown = values if single else [min(known), max(known)]
-        numbers = [*(number(value, 3) for value in shown), number(mean(known)), number(metric["baseline"])]
-        table.add_row(name, metric["unit"], ARROWS[metric["better"]], *numbers)
-    console.print(table)
-    for why, names in _reasons(scores["missing"]).items():
-        console.print(f"not measured: {', '.join(names)}: {why}", markup=False, highlight=False, soft_wrap=True)
+        values = {_number(edit): edit["scores"][name]["value"] for edit in edits if name in edit["scores"]}
+        comparable = len(_models(edits, name)) == 1
+        if single:
+            shown = [number(values.get(_number(edit)), 3) for edit in edits]
+        else:
+            ends = (max, min) if metric["better"] == "higher" else (min, max)
+            shown = [cell for end in ends for cell in (_extreme(values, end) if comparable else ("-", ""))]
+        shown.append(number(mean(values.values()) if comparable else None))
+        shown += [number(metric["baseline"])] if published else []
+        table.add_row(name, metric["unit"], ARROWS[metric["better"]], *shown)
+    if scores["metrics"]:
+        console.print(table)
+    few = [*scores["metrics"]] if not single and len(scores["metrics"]) <= WIDE else []
+    console.print(_edits(edits, few))
+    for line in [*_measured_with(scores), *_not_measured(scores)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _edits(edits: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
+    """A row for every edit, with its scores of a few metrics."""
+    table = _columns("edit", "seed")
+    for name in metrics:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("prompt")
+    for edit in edits:
+        values = [number(edit["scores"][name]["value"] if name in edit["scores"] else None, 3) for name in metrics]
+        table.add_row(_number(edit), str(edit["seed"]), *values, Text(" ".join(edit["prompt"].split())))
+    return table
+
+
+def _columns(*names: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _extreme(values: Mapping[str, float], end: Any) -> tuple[str, str]:
+    """The best or worst value, and which edit or how many edits have it."""
+    value = end(values.values())
+    found = [edit for edit, each in values.items() if each == value]
+    return number(value, 3), found[0] if len(found) == 1 else f"{len(found)} tie"
+
+
+def _measured_with(scores: Mapping[str, Any]) -> list[str]:
+    """The models and masks that scores were measured with, and the edits where it is not the same for all."""
+    found: dict[str, list[str]] = {}
+    for name in scores["metrics"]:
+        models = _models(scores["edits"], name)
+        for model, folders in models.items():
+            where = f" ({' '.join(folders)})" if len(models) > 1 else ""
+            found.setdefault(model, []).append(name + where)
+    return [f"measured with {model}: {', '.join(names)}" for model, names in found.items() if model != "pixels"]
+
+
+def _models(edits: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[str]]:
+    """The models that a metric was measured with, with the start of the revision where one name has several."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for edit in edits:
+        if score := edit["scores"].get(metric):
+            found.setdefault((score["model"], score["revision"] or ""), []).append(_number(edit))
+    names = [model for model, _ in found]
+    return {
+        f"{model} {revision[:8]}" if names.count(model) > 1 else model: folders
+        for (model, revision), folders in found.items()
+    }
+
+
+def _not_measured(scores: Mapping[str, Any]) -> list[str]:
+    """What has no value, by reason, and the edits it is true of if it is not all."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for each in scores["missing"]:
+        found.setdefault((each["why"], (*each.get("edits", ()),)), []).append(each["metric"])
+    lines = []
+    for (why, folders), names in found.items():
+        where = f" ({' '.join(map(_first, folders))})" if folders else ""
+        lines.append(f"not measured: {', '.join(names)}{where}: {why}")
+    return lines
+
+
+def _number(edit: Mapping[str, Any]) -> str:
+    return _first(edit["folder"])
+
+
+def _first(folder: str) -> str:
+    """The number that the name of an edit's folder begins with."""
+    return folder.split("-")[0]
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def show_variants(results: Mapping[str, Any]) -> None:
@@ -66,11 +151,3 @@ def _spread(told: Mapping[str, float] | None) -> str:
 def number(value: float | None, digits: int = 4) -> str:
     """So many digits that count, and a dash for what is not there."""
     return "-" if value is None else f"{value:#.{digits}g}"
-
-
-def _reasons(missing: list[dict[str, str]]) -> dict[str, list[str]]:
-    """Metrics that are missing, by reason."""
-    found: dict[str, list[str]] = {}
-    for each in missing:
-        found.setdefault(each["why"], []).append(each["metric"])
-    return found

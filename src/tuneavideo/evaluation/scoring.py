@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 from tuneavideo import cache, files, miniature
 from tuneavideo import video as videos
 from tuneavideo.bases import BASES
-from tuneavideo.errors import ModelError, RunError, SettingsError
+from tuneavideo.errors import DiskError, ModelError, RunError, SettingsError, TuneAVideoError
 from tuneavideo.metrics.background import Mask, read_mask
 from tuneavideo.metrics.drawn import around_subjects
 from tuneavideo.metrics.sample import NotMeasurable, Sample, Shown
@@ -24,6 +26,8 @@ from tuneavideo.runs import RunFolder
 from tuneavideo.settings import TuneSettings
 
 FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,44 +63,104 @@ class Wish:
 
 
 def evaluate(places: Sequence[Path | str], wish: Wish) -> Job:
-    """Measure all edits of run folders, or single edit folders; ends each run with its `scores.json`.
+    """Measure all edits of run folders, or single edit folders.
+
+    Of every run, what was measured now comes as `Progress.scores`, in the form of `scores.json`; then the file is
+    written, where scores measured before stay. A place or edit that cannot be measured is left out with a warning.
 
     Raises:
-        RunError: A place is neither, or an edit has not the frames of its source.
+        RunError: No place has an edit that can be measured; the error is that of the first.
         SettingsError: A metric is not known.
-        VideoError: The mask does not fit.
+        VideoError: The mask or the clips do not fit.
+        DiskError: A `scores.json` cannot be written; the other runs are measured first.
     """
-    work = _by_run(places)
-    bench = _Bench(wish)
-    total, number = sum(map(len, work.values())), 0
+    if not places:
+        raise SettingsError("nothing to measure; give one or more run folders or folders of edits")
+    work, troubles = _by_run(places)
+    bench, unwritten, number = _Bench(wish), list[DiskError](), 0
+    total = sum(map(len, work.values()))
     for run, edits in work.items():
-        settings = run.read_settings()
-        source = Shown(videos.read(run.source))
-        scored, missing = [], _Missing([edit.name for edit in edits])
-        mask = bench.mask(settings, source)
-        for edit in edits:
-            scored.append(_scored(run, edit, source, bench, mask, missing))
-            number += 1
-            yield Progress("evaluate", number, total, about=edit.name)
-        files.write(run.scores, json.dumps(_merged(run, bench.wish.names(settings), scored, missing), indent=1))
-        yield Progress("evaluate", path=run.scores)
+        scored, missing = list[dict[str, Any]](), list[Lack]()
+        try:
+            for edit in _each_scored(run, edits, bench, missing, troubles):
+                scored.append(edit)
+                number += 1
+                yield Progress("evaluate", number, total, about=edit["folder"])
+        except TuneAVideoError as error:
+            troubles.append(error)
+        if not scored:
+            continue
+        names = wish.names(run.read_settings())
+        merged = _merged(run, names, scored, missing)
+        asked = _part(merged, names, {edit["folder"] for edit in scored})
+        yield Progress("evaluate", about=str(run.scores), scores=asked)
+        try:
+            files.write(run.scores, json.dumps(merged, indent=1))
+            yield Progress("evaluate", path=run.scores)
+        except DiskError as error:
+            unwritten.append(error)
+    if not number:
+        raise troubles[0]
+    for trouble in troubles:
+        logger.warning("left out: %s", trouble)
+    if unwritten:
+        raise DiskError(f"{unwritten[0]}; the scores are shown but not kept (--json prints them for a file)")
 
 
-def _by_run(places: Sequence[Path | str]) -> dict[RunFolder, list[Path]]:
-    """The edits to measure of every run."""
-    work: dict[RunFolder, list[Path]] = {}
+Lack = tuple[str, str, str]
+"""A metric, why it has no value, and the folder name of the edit."""
+
+
+def _by_run(places: Sequence[Path | str]) -> tuple[dict[RunFolder, list[Path]], list[TuneAVideoError]]:
+    """The edits to measure of every run, and why places have none; paths stay relative if they were given so."""
+    work, troubles = dict[Path, tuple[RunFolder, list[Path]]](), list[TuneAVideoError]()
     for place in map(Path, places):
         single = (place / "edit.json").is_file()
-        run = RunFolder(RunFolder.open(place.absolute().parent.parent if single else place).path.absolute())
-        if not single and not run.whole_edits():
-            raise RunError(f"{place} has no edits to measure; 'tuneavideo edit {place} --prompt ...' makes some")
-        edits = work.setdefault(run, [])
-        edits += [edit for edit in ([place.absolute()] if single else run.whole_edits()) if edit not in edits]
-    return work
+        try:
+            run = RunFolder.open(_up(place) if single else place)
+            names = [os.path.basename(os.path.abspath(place))] if single else _whole_edits(run)
+        except TuneAVideoError as error:
+            troubles.append(error)
+            continue
+        run, edits = work.setdefault(run.path.resolve(), (run, []))
+        edits += [edit for name in names if (edit := run.path / "edits" / name) not in edits]
+    return dict(work.values()), troubles
+
+
+def _up(edit: Path) -> Path:
+    """The run folder of an edit's folder, relative to the current folder if the edit's is."""
+    run = Path(os.path.abspath(edit)).parent.parent
+    return run if edit.is_absolute() else Path(os.path.relpath(run))
+
+
+def _whole_edits(run: RunFolder) -> list[str]:
+    edits = [edit.name for edit in run.whole_edits()]
+    if not edits:
+        advice = (
+            f"edit {run.quoted} --prompt ...' makes some" if run.is_tuned else f"tune --resume {run.quoted}' goes on"
+        )
+        state = "has no edits to measure" if run.is_tuned else "is not tuned to its end and has no edits to measure"
+        raise RunError(f"{run.path} {state}; 'tuneavideo {advice}")
+    return edits
+
+
+def _each_scored(
+    run: RunFolder, edits: Sequence[Path], bench: _Bench, missing: list[Lack], troubles: list[TuneAVideoError]
+) -> Iterator[dict[str, Any]]:
+    """The edits of a run with their scores; what cannot be compared with the source is among the troubles."""
+    if not run.source.is_file():
+        raise RunError(f"{run.source} is missing, and edits are compared with it; put it back")
+    settings, source = run.read_settings(), Shown(videos.read(run.source))
+    mask = bench.mask(settings, source)
+    for edit in edits:
+        try:
+            yield _scored(run, edit, source, bench, mask, missing)
+        except TuneAVideoError as error:
+            troubles.append(error)
 
 
 def _scored(
-    run: RunFolder, edit: Path, source: Shown, bench: _Bench, mask: Opened | str, missing: _Missing
+    run: RunFolder, edit: Path, source: Shown, bench: _Bench, mask: Opened | str, missing: list[Lack]
 ) -> dict[str, Any]:
     """One edit with its scores, as `scores.json` has it; what has no value is None, or not there, and in `missing`."""
     about, settings = run.read_edit(edit), run.read_settings()
@@ -108,14 +172,14 @@ def _scored(
         metric = METRICS[name]
         found = mask if metric.need == "mask" else bench.opened(metric.need, settings)
         if isinstance(found, str):
-            missing.add(name, found, edit.name)
+            missing.append((name, found, edit.name))
             continue
         try:
             value = metric.function(sample, found.model)
             scores[name] = {"value": value, "model": found.name, "revision": found.revision, **size}
         except NotMeasurable as why:
             scores[name] = None  # nor is what was measured before to be believed
-            missing.add(name, str(why), edit.name)
+            missing.append((name, str(why), edit.name))
     return {"folder": edit.name, "prompt": about["prompt"], "seed": about["seed"], "scores": scores}
 
 
@@ -155,38 +219,53 @@ class _Bench:
         return judge._replace(model=Mask(lambda sample: around_subjects(sample, judge.model)))
 
 
-class _Missing:
-    """What has no value, and why, said once for all edits that it is true of."""
-
-    def __init__(self, edits: Sequence[str]) -> None:
-        self.edits, self.found = list(edits), dict[tuple[str, str], list[str]]()
-
-    def add(self, metric: str, why: str, edit: str) -> None:
-        self.found.setdefault((metric, why), []).append(edit)
-
-    def told(self) -> list[dict[str, str]]:
-        """`metric` and `why`, naming the edits if it is not all."""
-        return [
-            {"metric": metric, "why": why if edits == self.edits else f"{', '.join(edits)}: {why}"}
-            for (metric, why), edits in self.found.items()
-        ]
-
-
-def _merged(run: RunFolder, names: Sequence[str], scored: list[dict[str, Any]], missing: _Missing) -> dict[str, Any]:
+def _merged(run: RunFolder, names: Sequence[str], scored: list[dict[str, Any]], missing: list[Lack]) -> dict[str, Any]:
     """These scores over those measured before of edits that are still the same."""
-    edits = {edit["folder"]: edit for edit in _before(run)["edits"]}
+    before = _before(run)
+    edits = {edit["folder"]: edit for edit in before["edits"]}
+    old = [lack for lack in _lacks(before) if lack[0] not in names or lack[2] not in {e["folder"] for e in scored}]
     for edit in scored:
-        old = edits.get(edit["folder"], {"scores": {}})["scores"]
-        now = {name: score for name, score in {**old, **edit["scores"]}.items() if score}
+        had = edits.get(edit["folder"], {"scores": {}})["scores"]
+        now = {name: score for name, score in {**had, **edit["scores"]}.items() if score}
         edits[edit["folder"]] = edit | {"scores": now}
-    kept = [each for each in _before(run)["missing"] if each["metric"] not in names]
-    measured = [edit["scores"].keys() for edit in edits.values()]
+    ordered = [edits[edit.name] for edit in run.whole_edits() if edit.name in edits]
+    lacks = [(name, why, folder) for name, why, folder in old + missing if name not in edits[folder]["scores"]]
+    return _told(ordered, lacks)
+
+
+def _part(scores: dict[str, Any], names: Container[str], folders: Container[str]) -> dict[str, Any]:
+    """Of scores in the form of the file, those of some metrics and edits."""
+    edits = [edit for edit in scores["edits"] if edit["folder"] in folders]
+    edits = [edit | {"scores": {k: v for k, v in edit["scores"].items() if k in names}} for edit in edits]
+    return _told(edits, [lack for lack in _lacks(scores) if lack[0] in names and lack[2] in folders])
+
+
+def _told(edits: list[dict[str, Any]], lacks: Sequence[Lack]) -> dict[str, Any]:
+    """Scores in the form of the file: a reason names the edits it is true of, if it is not all."""
+    every, reasons = [edit["folder"] for edit in edits], dict[tuple[str, str], set[str]]()
+    for name, why, folder in lacks:
+        reasons.setdefault((name, why), set()).add(folder)
     return {
         "format": FORMAT,
-        "metrics": {name: _described(name) for name in METRICS if any(name in scores for scores in measured)},
-        "edits": [edits[folder] for folder in sorted(edits)],
-        "missing": [each for each in kept + missing.told() if not all(each["metric"] in scores for scores in measured)],
+        "metrics": {name: _described(name) for name in METRICS if any(name in edit["scores"] for edit in edits)},
+        "edits": edits,
+        "missing": [
+            {"metric": name, "why": why}
+            | ({} if found == {*every} else {"edits": [folder for folder in every if folder in found]})
+            for (name, why), found in reasons.items()
+        ],
     }
+
+
+def _lacks(scores: dict[str, Any]) -> list[Lack]:
+    """What the file's `missing` says, edit by edit."""
+    every = [edit["folder"] for edit in scores["edits"]]
+    return [
+        (each["metric"], each["why"], folder)
+        for each in scores["missing"]
+        for folder in each.get("edits", every)
+        if folder in every
+    ]
 
 
 def _before(run: RunFolder) -> dict[str, Any]:

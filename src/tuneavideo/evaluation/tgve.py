@@ -227,7 +227,7 @@ def _results(done: list[tuple[Clip, RunFolder]]) -> dict[str, Any]:
         scores = folder.read_scores() or {"edits": [], "missing": [], "metrics": {}}
         by_folder = {edit["folder"]: edit["scores"] for edit in scores["edits"]}
         metrics |= scores["metrics"]
-        missing |= {(each["metric"], each["why"]): each for each in scores["missing"]}
+        missing |= {(each["metric"], each["why"]): None for each in scores["missing"]}
         for kind in KINDS:
             prompt = clip.prompts[kind]
             row = {"set": clip.set, "video": clip.name, "kind": kind, "prompt": prompt}
@@ -238,8 +238,8 @@ def _results(done: list[tuple[Clip, RunFolder]]) -> dict[str, Any]:
         "format": scoring.FORMAT, "base": settings.base, "preset": settings.preset, "steps": settings.max_train_steps,
         "clips": len(done), "edits": len(rows), "metrics": {name: metrics[name] for name in METRICS if name in metrics},
         "models": sorted({f"{each['model']} {each['revision'] or ''}".strip() for each in results}),
-        "means": {kind: _means(rows, kind) for kind in ("all", *KINDS)}, "missing": list(missing.values()),
-        "rows": rows,
+        "means": {kind: _means(rows, kind) for kind in ("all", *KINDS)},
+        "missing": [{"metric": name, "why": why} for name, why in missing], "rows": rows,
     }  # fmt: skip
 
 

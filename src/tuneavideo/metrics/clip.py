@@ -5,11 +5,16 @@ PickScore is a CLIP tuned on what people prefer, and its formula that of text al
 
 from __future__ import annotations
 
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from huggingface_hub import model_info
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -22,6 +27,8 @@ from tuneavideo.video import Video
 SIDE = 480
 """Frames are brought to this side by Pillow before CLIP's own preparation, as the benchmark does."""
 BATCH = 16
+FAULTS = (OSError, ValueError, KeyError, HTTPError)
+"""What opening raises of files that are missing or damaged, of unknown names and of a hub that does not answer."""
 
 
 class Clip:
@@ -91,10 +98,26 @@ def direction(sample: Sample, clip: Clip) -> float:
 
 
 def _loaded(kind: Any, place: str, **options: Any) -> Any:
+    """From a folder or the hub's cache; what is in neither is downloaded, if the hub answers a first question."""
     try:
+        try:
+            return kind.from_pretrained(place, local_files_only=True, **options)
+        except FAULTS:
+            if Path(place).exists() or HF_HUB_OFFLINE:
+                raise
+        model_info(place, timeout=10)  # a download without a network is tried again and again, for a minute
         return kind.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError) as error:
-        first = " ".join(str(error).split())[:120]
+    except FAULTS as error:
         raise ModelError(
-            f"{place} cannot be opened; give a folder (--clip, --pick), or 'hf download {place}' ({first})"
+            f"{place} cannot be opened: {_why(place, error)}; give a folder (--clip, --pick), or 'hf download {place}' "
+            "where there is a network"
         ) from error
+
+
+def _why(place: str, error: Exception) -> str:
+    if Path(place).exists():
+        return shorten(str(error), 160, placeholder=" ...")
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return "there is no such folder, and no such model on the hub"
+    hub = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached"
+    return f"it is not in the hub's cache, and {hub}"
