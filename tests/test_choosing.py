@@ -18,7 +18,7 @@ from PIL import Image
 from tests.clips import animate, barcode, barcodes, film, numbers
 from tuneavideo.errors import SettingsError, VideoError
 from tuneavideo.settings import TuneSettings, checked
-from tuneavideo.video import area_size, fitted, read
+from tuneavideo.video import area_size, fitted, footage, read, reading, spread
 
 COUNT, RATE = 40, 20
 
@@ -221,3 +221,73 @@ def test_a_list_of_other_files_does_not_reach_into_the_network(tmp_path: Path) -
     assert refused(path).startswith("CLIP ")
     server.shutdown()
     assert not asked
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({"usual": 8}, (5, 8)),  # 0, 5, ... 35: all of two seconds
+        ({"usual": 4}, (5, 4)),  # no further apart than a quarter of a second
+        ({"usual": 24}, (1, 24)),
+        ({"usual": 50}, (1, 40)),  # nobody asked for more than there is
+        ({"usual": 24, "stride": 2}, (2, 20)),
+        ({"usual": 24, "stride": 2, "start": 36}, (2, 2)),
+        ({"usual": 8, "start": 25}, (2, 8)),
+        ({"usual": 8, "start_time": 1.0}, (2, 8)),
+        ({"usual": 24, "sample_fps": 10}, (None, 20)),
+        ({"usual": 8, "count": 14}, (3, 14)),
+        ({"usual": 8, "count": "all"}, (1, None)),
+        ({"usual": 8, "count": "all", "stride": 4}, (4, None)),
+    ],
+)
+def test_frames_are_spread_over_a_clip_unless_something_else_is_asked(forty: Path, options: dict, taken) -> None:
+    span = spread(forty, **options)
+    assert (span.stride, span.count, span.total, span.seconds) == (*taken, COUNT, COUNT / RATE)
+
+
+@pytest.mark.parametrize("options", [{"count": 41}, {"count": 14, "stride": 4}, {"count": 3, "start": 38}])
+def test_too_few_frames_are_refused_in_the_same_words_before_any_is_decoded(forty: Path, options: dict) -> None:
+    with pytest.raises(VideoError) as error:
+        spread(forty, usual=8, **options)
+    assert str(error.value).replace(str(forty), "CLIP") == refused(forty, **options)
+
+
+def test_pictures_of_a_folder_and_of_a_clip_that_says_no_rate_are_counted(tmp_path: Path) -> None:
+    for number in range(20):
+        Image.fromarray(barcodes(1)[0]).save(tmp_path / f"{number}.png")
+    span = spread(tmp_path, usual=8)
+    assert (span.stride, span.count, span.total, span.seconds) == (2, 8, 20, 2.5)
+    webp = animate(tmp_path / "clip.webp", barcodes(9), 125)
+    assert (spread(webp, usual=4).stride, spread(webp, usual=24).count) == (2, 9)
+
+
+def test_a_long_clip_is_looked_at_only_as_far_as_frames_are_taken(forty: Path, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "SLOWEST", 40)
+    span = spread(forty, usual=4)
+    assert (span.stride, span.total) == (1, COUNT)  # the total is the file's word
+
+
+def test_where_the_rate_varies_pictures_and_seconds_are_those_of_the_pictures(tmp_path: Path) -> None:
+    times = [number / 30 for number in (*range(15), *range(15, 30, 3))]
+    path = film(tmp_path / "phone.mkv", barcodes(20), times=times)
+    told = refused(path, count=500)
+    assert re.match(r"CLIP has \d\d frames at a steady [\d.]+ a second \(20 of varying length in the file\); 500", told)
+
+
+def test_a_folder_names_what_is_odd_about_its_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in (1, 2, 5, 6, 9, 20):
+        Image.fromarray(barcodes(1)[0]).save(tmp_path / f"f{number:03d}.png")
+    assert read(tmp_path).frames == 6
+    assert "no picture 3 to 4, 7 to 8, 10 to 19;" in caplog.text
+    animate(tmp_path / "f021.webp", barcodes(3))
+    assert "f021.webp moves" in refused(tmp_path)
+
+
+def test_a_clip_that_is_damaged_on_the_way_gives_what_is_before_if_fewer_will_do(tmp_path: Path, caplog) -> None:
+    path = film(tmp_path / "clip.mov", barcodes(10), "png", "rgb24")
+    data = bytearray(path.read_bytes())
+    places = [place for place in range(len(data)) if data.startswith(b"IDAT", place)]
+    data[places[6] + 8 : places[6] + 40] = bytes(32)
+    path.write_bytes(data)
+    assert footage(path, tmp_path, count=9, fewer=True).frames == 6
+    assert "damaged after 0.50 s" in caplog.text

@@ -11,13 +11,14 @@ Axes: T frames, H rows, W columns, C = 3 channels (red, green, blue), pixels uin
 """
 
 from tuneavideo.video.clip import Fit, Frames, Spool, Video, area_size, fitted, shelved
-from tuneavideo.video.reading import footage, read
+from tuneavideo.video.reading import Span, footage, read, spread
 from tuneavideo.video.writing import FASTEST_GIF, for_page, write, write_frames, write_image
 
 __all__ = [
     "FASTEST_GIF",
     "Fit",
     "Frames",
+    "Span",
     "Spool",
     "Video",
     "area_size",
@@ -26,6 +27,7 @@ __all__ = [
     "for_page",
     "read",
     "shelved",
+    "spread",
     "write",
     "write_frames",
     "write_image",

@@ -6,12 +6,15 @@ repeatedly and crowded ones left out, so that the clip plays at its true speed a
 """
 
 import errno
+import logging
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count as counted
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from av.error import FFmpegError
@@ -19,13 +22,37 @@ from PIL import Image
 
 from tuneavideo.errors import VideoError
 from tuneavideo.video.clip import Fit, Shelf, Spool, Video, fitted
-from tuneavideo.video.sources import READABLE, Source, opened
+from tuneavideo.video.sources import READABLE, SOUGHT, Extent, Source, measured, opened
 
 SHORT = {errno.ENOMEM, errno.EAGAIN}  # the second: no room for the stack of a decoder's thread
+SLOWEST = 4  # frames a second, below which frames are not spread: of a walk, two steps a second, each is seen twice
 MEMORY = 2**33  # bytes of the frames of a clip
 BROKEN_PICTURE = (SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # of Pillow's decoders
 
 Size = tuple[int, int] | Callable[[int, int], tuple[int, int]]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Which frames of a clip to take; see `spread`.
+
+    Attributes:
+        stride: Every so many frames; None if `sample_fps` was given.
+        count: How many; None for all to the end.
+        begin: Second of the clip at which the first is shown.
+        step: Seconds from one to the next.
+        total: Frames of the whole clip at its own rate, as far as the file says.
+        seconds: Those of the whole clip.
+    """
+
+    stride: int | None
+    count: int | None
+    begin: float
+    step: float
+    total: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +64,7 @@ class _Choice:
     count: int | None
     start_time: float | None
     sample_fps: float | None
+    fewer: bool = False
 
     def begin(self, fps: float) -> float:
         """Seconds from the beginning of the clip to that of the first frame chosen."""
@@ -50,6 +78,56 @@ class _Choice:
         """Seconds at which to look: half a tick late, so that rounded timestamps do not matter."""
         numbers = counted() if self.count is None else range(self.count)
         return (self.begin(fps) + number * self.step(fps) + 0.5 / fps for number in numbers)
+
+    def available(self, seconds: float, fps: float) -> int:
+        """How many there are to the end of a clip of so many seconds, if `count` does not end them."""
+        return max(0, math.ceil((seconds - self.begin(fps) - 0.5 / fps) / self.step(fps) - 1e-6))
+
+
+def spread(
+    path: str | Path,
+    *,
+    usual: int,
+    count: int | Literal["all"] | None = None,
+    start: int = 0,
+    stride: int | None = None,
+    start_time: float | None = None,
+    sample_fps: float | None = None,
+    fps: float = 8.0,
+) -> Span:
+    """Choose what is left open of the frames to take, without decoding the clip.
+
+    Where neither `stride` nor `sample_fps` is given, the frames are spread to the end of the clip, but no further apart
+    than a quarter of a second; all frames are taken one after the other.
+
+    Args:
+        path: The file or folder.
+        usual: How many to take if there are so many, and all if not, where no `count` is given.
+        count: How many to take at all events, or "all" to the end.
+        start, stride, start_time, sample_fps, fps: See `read`.
+
+    Raises:
+        VideoError: Nothing there, nothing readable, or clearly fewer frames than `count`.
+    """
+    path = Path(path)
+    wanted = None if count == "all" else count or usual
+    open_ended = _Choice(start, stride or 1, wanted, start_time, sample_fps)
+    with _one_line(path, open_ended):
+        slowest = 1 / SLOWEST if stride is None else stride
+        enough = math.inf if count or not wanted else wanted * max(slowest, open_ended.step(1.0)) + 1
+        extent = measured(path, fps, enough + (start_time or start))
+    seconds, rate = extent.seconds, extent.fps
+    if stride is None and sample_fps is None:
+        there = open_ended.available(seconds, rate)
+        stride = max(1, min((there - 1) // (wanted - 1), int(rate / SLOWEST))) if wanted and wanted > 1 else 1
+    choice = _Choice(start, stride or 1, wanted, start_time, sample_fps)
+    found = choice.available(seconds, rate)
+    # timestamps that jump make a file look short: it is, only if its pictures are few as well
+    if count and count != "all" and extent.pictures and choice.available(extent.pictures / rate, rate) < count:
+        _check_length(path, found, extent, choice)
+    if not count and found:
+        wanted = min(usual, found)
+    return Span(stride, wanted, choice.begin(rate), choice.step(rate), extent.total, extent.said)
 
 
 def read(
@@ -100,25 +178,37 @@ def footage(
     size: Size | None = None,
     fit: Fit = "crop",
     fps: float = 8.0,
+    fewer: bool = False,
 ) -> Video | Spool:
-    """Like `read`; frames of more than 64 MiB lie in a file without a name in `folder`."""
-    choice = _Choice(start, stride, count, start_time, sample_fps)
+    """Like `read`; frames of more than 64 MiB lie in a file without a name in `folder`.
+
+    With `fewer`, a clip that is shorter or damaged on the way gives the frames it has, and damage is a warning.
+    """
+    choice = _Choice(start, stride, count, start_time, sample_fps, fewer)
     return _gathered(Path(path), choice, size, fit, fps, Shelf(folder, count))
 
 
 def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: float, shelf: Shelf) -> Video | Spool:
+    with _one_line(path, choice), opened(path, choice.begin, fps) as source:
+        end, pictures = _choose(path, source, choice, size, fit, shelf)
+        if choice.begin(source.fps) > SOUGHT:
+            pictures = 0  # not all of them were seen
+        _check_length(path, shelf.count, Extent(end, source.fps, pictures, source.length), choice)
+        step = choice.step(source.fps)
+        sound = source.sound(source.origin + choice.begin(source.fps), shelf.count * step)
+        return shelf.clip(1 / step, sound)
+
+
+@contextmanager
+def _one_line(path: Path, choice: _Choice) -> Generator[None, None, None]:
+    """Refuse a choice that means nothing and a clip that is not there; turn what libraries say of it into one line."""
     _check_choice(path, choice)
     if not path.exists():
         raise VideoError(f"{path} does not exist; give {READABLE}")
     if path.is_file() and not path.stat().st_size:
         raise VideoError(f"{path} cannot be read as a video: it is empty (0 bytes); give {READABLE}")
     try:
-        with opened(path, choice.begin, fps) as source:
-            end = _choose(path, source, choice, size, fit, shelf)
-            _check_length(path, shelf.count, end, source, choice)
-            step = choice.step(source.fps)
-            sound = source.sound(source.origin + choice.begin(source.fps), shelf.count * step)
-        return shelf.clip(1 / step, sound)
+        yield
     except (FFmpegError, OSError, MemoryError, *BROKEN_PICTURE) as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in SHORT:
             raise VideoError(f"{path}: not enough memory to read it; take fewer frames, or smaller ones") from error
@@ -137,18 +227,24 @@ def _check_choice(path: Path, choice: _Choice) -> None:
         raise VideoError(f"{path}: give start or start_time, stride or sample_fps, not both")
 
 
-def _choose(path: Path, source: Source, choice: _Choice, size: Size | None, fit: Fit, shelf: Shelf) -> float:
-    """Put the chosen frames on the shelf, at their size; too few if the clip ends too soon, at the second returned."""
-    shape, end = None, 0.0
+def _choose(
+    path: Path, source: Source, choice: _Choice, size: Size | None, fit: Fit, shelf: Shelf
+) -> tuple[float, int]:
+    """Put the chosen frames on the shelf, at their size; too few if the clip ends too soon.
+
+    Returns the second at which the last picture that was looked at goes, and the number of pictures up to it.
+    """
+    shape, first, end, pictures = None, path, 0.0, 0
     moments = choice.moments(source.fps)
     due = next(moments)
-    for picture, end in source.timeline:
-        image = None
+    for picture, end in _whole(source.timeline, choice, shelf):
+        image, pictures = None, pictures + 1
         while due < end:
             if image is None:
                 image = source.to_HWC(picture)
-                shape = shape or image.shape
-                _check_same_size(path, shape, image.shape)
+                if shape is None:
+                    shape, first = image.shape, picture
+                _check_same_size(path, (first, shape), (picture, image.shape))
                 image = _at_size(image, size, fit)
             shelf.append(image)
             if len(shelf.frames) * image.nbytes > MEMORY:
@@ -157,7 +253,17 @@ def _choose(path: Path, source: Source, choice: _Choice, size: Size | None, fit:
             due = next(moments, math.inf)
         if due == math.inf:
             break
-    return end
+    return end, pictures
+
+
+def _whole(timeline: Iterator[tuple[Any, float]], choice: _Choice, shelf: Shelf) -> Iterator[tuple[Any, float]]:
+    """A timeline; if fewer frames will do, up to the damage in it."""
+    try:
+        yield from timeline
+    except VideoError as error:
+        if not (choice.fewer and shelf.count):
+            raise
+        logger.warning("%s; the %s before that are taken", error, _frames(shelf.count))
 
 
 def _at_size(image: np.ndarray, size: Size | None, fit: Fit) -> np.ndarray:
@@ -167,26 +273,32 @@ def _at_size(image: np.ndarray, size: Size | None, fit: Fit) -> np.ndarray:
     return fitted(image, *(size(width, height) if callable(size) else size), fit)
 
 
-def _check_same_size(path: Path, first: tuple[int, ...], other: tuple[int, ...]) -> None:
-    if first != other:
-        sizes = f"{first[1]}x{first[0]}, {other[1]}x{other[0]}"
+def _check_same_size(path: Path, first: tuple[Any, tuple[int, ...]], other: tuple[Any, tuple[int, ...]]) -> None:
+    if first[1] != other[1]:
+        sizes = ", ".join(
+            f"{shape[1]}x{shape[0]}" + (f" ({picture.name})" if isinstance(picture, Path) else "")
+            for picture, shape in (first, other)
+        )
         raise VideoError(f"{path}: frames of one size are needed, found {sizes}; resize them")
 
 
-def _check_length(path: Path, found: int, end: float, source: Source, choice: _Choice) -> None:
+def _check_length(path: Path, found: int, extent: Extent, choice: _Choice) -> None:
     """Refuse a clip that ends too soon, in the words in which the frames were chosen."""
-    fps, count = source.fps, choice.count
+    end, fps, count = extent.seconds, extent.fps, choice.count
     total = round(end * fps)
-    cut = f", though it says it lasts {source.length:.3g} s" if source.length > end + 2 / fps else ""
+    cut = f", though it says it lasts {extent.said:.3g} s" if extent.said > end + 2 / fps else ""
     if total == 0:
         raise VideoError(f"{path} has no frames{cut}; give {READABLE}")
     in_seconds = choice.start_time is not None or choice.sample_fps is not None
-    has = f"{path} has {_frames(total)}" + (f" in {end:.6g} s" if in_seconds else "") + cut
+    has = f"{path} has {_frames(total)}" + (f" in {end:.6g} s" if in_seconds else "")
+    if extent.pictures and abs(extent.pictures - total) > 2 + total / 100:
+        has += f" at a steady {fps:.4g} a second ({extent.pictures} of varying length in the file)"
+    has += cut
     place = f"{choice.start}" if choice.start_time is None else f"{choice.start_time:g} s"
     if found == 0:
         last = f"{total - 1}" if choice.start_time is None else f"{(total - 1) / fps:.6g} s"
         raise VideoError(f"{has}; none from {place}; start at {last} or before")
-    if count is not None and found < count:
+    if count is not None and found < count and not choice.fewer:
         begin, step = choice.begin(fps), choice.step(fps)
         if in_seconds:
             need, ways = f"{begin + (count - 1) * step + 1 / fps:.6g} s", ""

@@ -1,5 +1,7 @@
 """Clips that are open: pictures and when they come up, of folders, WebP files and all that FFmpeg reads."""
 
+import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -26,7 +28,28 @@ READABLE = "mp4, mov, webm, mkv, avi, gif, webp or a folder of pictures"
 LARGEST = 2**26  # pixels of a frame, 8192 x 8192
 FASTEST = 1000  # frames a second; a file that says more is wrong
 LONGEST = 600  # seconds for which a frame can be shown; a file that says more is wrong
+SOUGHT = 2  # seconds of a clip's beginning that are decoded even if later frames are wanted
+GAPS = 5  # gaps in the numbers of a folder's pictures that are named
 NOT_MOVING = Disposition.attached_pic | Disposition.timed_thumbnails
+
+logger = logging.getLogger(__name__)
+
+
+class Extent(NamedTuple):
+    """How long a clip is, found without decoding its pictures."""
+
+    seconds: float
+    """From its first picture to the end of the last one that was looked at."""
+    fps: float
+    pictures: int
+    """How many were looked at; 0 if not known."""
+    said: float
+    """Seconds of the whole clip: as the file says where not all of it was looked at."""
+
+    @property
+    def total(self) -> int:
+        """Frames of the whole clip at its own rate."""
+        return max(1, round(self.said * self.fps))
 
 
 class Source(NamedTuple):
@@ -39,9 +62,48 @@ class Source(NamedTuple):
     origin: float = 0.0
     """The clip's beginning in the file's own time, in seconds."""
     length: float = 0.0
-    """Seconds that the file says it lasts; 0 if it does not say."""
+    """Seconds that the file says its pictures last; 0 if it does not say."""
     sound: Callable[[float, float], np.ndarray | None] = lambda begin, seconds: None
     """What is heard from a second of the file's own time on, for so many seconds."""
+
+
+def measured(path: Path, fps: float, enough: float = math.inf) -> Extent:
+    """The extent of a clip, of which at least `enough` seconds are looked at; `fps` is of a source that does not say.
+
+    A file whose timestamps jump, or whose pictures cannot all be decoded, may play otherwise than it says here.
+    """
+    if path.is_dir():
+        count = len(_pictures(path))
+        return Extent(count / fps, fps, count, count / fps)
+    if _is_webp(path):
+        with Image.open(path) as image:
+            ends = [end for _, end in _webp(image, fps)]
+        return Extent(ends[-1], _usual_rate([0.0, *ends[:100]]) or fps, len(ends), ends[-1])
+    rate = _rate(path) or fps
+    with _container(path) as container:
+        stream = _pictured(path, container)
+        begin, end, pictures, whole = None, 0.0, 0, True
+        for packet in container.demux(stream):
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if packet.is_corrupt or packet.is_discard or not packet.size or (begin is None and not packet.is_keyframe):
+                continue
+            time = pictures / rate if stamp is None else float(stamp * stream.time_base)
+            begin = time if begin is None else begin
+            if time < begin:  # shown before the first picture that can be decoded
+                continue
+            lasts = float((packet.duration or 0) * stream.time_base)
+            end, pictures = max(end, time - begin + (lasts if 0 < lasts < LONGEST else 1 / rate)), pictures + 1
+            if end > enough:
+                whole = False
+                break
+        return Extent(end, rate, pictures, end if whole and pictures else max(end, _length(container, stream)))
+
+
+def _length(container: InputContainer, stream: Any) -> float:
+    """Seconds that a file says its pictures last; 0 if it does not say, or may mean its sound."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return 0.0 if container.streams.audio else (container.duration or 0) / av.time_base
 
 
 @contextmanager
@@ -54,7 +116,9 @@ def opened(path: Path, begin: Callable[[float], float], fps: float) -> Generator
         fps: Frames a second of a source that does not say.
     """
     if path.is_dir():
-        timeline = ((file, number / fps) for number, file in enumerate(_pictures(path), start=1))
+        files = _pictures(path)
+        _warn_of_gaps(path, files)
+        timeline = ((file, number / fps) for number, file in enumerate(files, start=1))
         yield Source(timeline, _from_file, fps)
     elif _is_webp(path):  # FFmpeg does not decode moving WebP
         with Image.open(path) as image:
@@ -78,9 +142,26 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: [int(n) if n.isdecimal() else n for n in re.split(r"(\d+)", file.name)])
 
 
+def _warn_of_gaps(folder: Path, files: list[Path]) -> None:
+    """Name the numbers that are missing between pictures whose names differ in one number only."""
+    named = [re.fullmatch(r"(.*?)(\d+)(\D*)", file.name) for file in files]
+    if len({name and (name[1], name[3]) for name in named}) != 1 or not all(named):
+        return
+    numbers = [int(name[2]) for name in named if name]
+    gaps = [(low + 1, high - 1) for low, high in pairwise(numbers) if high > low + 1]
+    if gaps and len({high - low for low, high in pairwise(numbers)}) > 1:  # every second picture is no gap
+        told = ", ".join(f"{low}" if low == high else f"{low} to {high}" for low, high in gaps[:GAPS])
+        more = ", ..." if len(gaps) > GAPS else ""
+        logger.warning(
+            "%s: there is no picture %s%s; those before and after are taken as neighbours", folder, told, more
+        )
+
+
 def _from_file(file: Path) -> np.ndarray:
     with Image.open(file) as image:
         _check_area(file, *image.size)
+        if getattr(image, "is_animated", False):
+            raise VideoError(f"{file} moves, and a folder is read as still pictures; give the file itself")
         return over_white(ImageOps.exif_transpose(image))
 
 
@@ -114,7 +195,7 @@ def _filmed(path: Path, begin: Callable[[float], float], fps: float) -> Generato
         # FFmpeg's frame threads for HEVC wait for ever for a picture that a damaged file refers to and does not hold
         stream.thread_type = "SLICE" if stream.codec_context.name == "hevc" else "AUTO"
         frames, origin = _from_second(path, container, stream, begin(rate))
-        length = (container.duration or 0) / av.time_base
+        length = _length(container, stream)
         upright = partial(seen, pixel_aspect=stream.sample_aspect_ratio)
         yield Source(_timeline(woven(frames), origin, 1 / rate), upright, rate, origin, length, partial(_sound, path))
 
@@ -155,7 +236,7 @@ def _from_second(
     path: Path, container: InputContainer, stream: Any, begin: float
 ) -> tuple[Iterator[av.VideoFrame], float]:
     """Decoded frames from `begin` (seconds into the clip) or shortly before it on, and the clip's beginning."""
-    if begin > 2 and stream.start_time is not None:
+    if begin > SOUGHT and stream.start_time is not None:
         origin = float(stream.start_time * stream.time_base)
         for early in (1, 10):  # no exact jumps: frames may depend on earlier ones
             try:
