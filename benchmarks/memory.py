@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tuneavideo import counting
 from tuneavideo.adapter import tuned_parameters
-from tuneavideo.bases import BASES, Base
+from tuneavideo.bases import BASES
 from tuneavideo.opening import CONFIGS, FAMILIES
 from tuneavideo.settings import Inflation, TuneSettings
 
@@ -61,7 +61,7 @@ def main() -> None:
         frames: {"checkpointing_gb": sd1.gb(frames, 64, True), "plain_gb": sd1.gb(frames, 64, False)}
         for frames in FRAMES
     }
-    bases = {name: families[base.family].gb(frames_of(base), base.settings["resolution"] // 8, True)
+    bases = {name: families[base.family].gb(base.frames, base.settings["resolution"] // 8, True)
              for name, base in BASES.items() if base.family}  # fmt: skip
     fixed = round(sd1.fixed / 1e9, 1)
     result = {"what": "lower bound, SD1.5 512x512 bf16, batch 1", "learned": sd1.learned, "fixed_gb": fixed}
@@ -69,10 +69,6 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-
-
-def frames_of(base: Base) -> int:
-    return base.settings.get("num_frames", TuneSettings.model_fields["num_frames"].default)
 
 
 if __name__ == "__main__":

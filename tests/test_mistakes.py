@@ -63,8 +63,8 @@ def test_a_misspelt_base(base: str, advice: str, refused: Said, clip: Path) -> N
                    "'tuneavideo tune --help' tells more"),
         (["tune", "a.mp4", "--prompt"],
          "Missing value for argument '--prompt'. Expected 1 values; 'tuneavideo tune --help' tells more"),
-        (["tune", "a.mp4", "--prompt", "x", "--num-frames", "many"],
-         "Error parsing --num-frames: invalid literal for int() with base 10: 'many'; "
+        (["tune", "a.mp4", "--prompt", "x", "--max-train-steps", "many"],
+         "Error parsing --max-train-steps: invalid literal for int() with base 10: 'many'; "
          "'tuneavideo tune --help' tells more"),
         (["tune", "a.mp4", "--prompt", "x", "--fit", "crp"],
          "invalid choice 'crp' for argument '--fit'. Expected one of ('crop', 'pad', 'stretch'); "
@@ -137,7 +137,8 @@ def test_a_prompt_longer_than_the_text_encoder_takes_is_a_warning_that_names_the
         api.tune(clip, "a red square moves", edit=["jumps"], base=str(base), out=tmp_path / out,
                  **BRIEF | {"max_train_steps": 1, "num_inference_steps": 1, "num_inv_steps": 1})  # fmt: skip
         said = [record.message for record in caplog.records if record.name == "tuneavideo.jobs"]
-        assert said == ["the prompt 'a red square moves' is longer than the text encoder takes; left out: 'moves'"]
+        line = f"the prompt 'a red square moves' is longer than the 10 tokens that the text encoder of {base} takes"
+        assert said == [f"{line}; left out: 'moves'"]
         assert caplog.records[0].levelno == logging.WARNING
 
 

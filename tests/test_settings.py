@@ -44,7 +44,7 @@ def test_every_base_goes_with_every_preset(base: str, preset: str) -> None:
 
 def test_official_is_the_arithmetic_of_the_published_code() -> None:
     settings = made({"base": "sd1.4", "preset": "official"})
-    assert (settings.learning_rate, settings.max_train_steps, settings.num_frames) == (3e-5, 500, 24)
+    assert (settings.learning_rate, settings.max_train_steps, settings.stride) == (3e-5, 500, 1)
     assert (settings.adam_beta1, settings.adam_beta2, settings.adam_weight_decay, settings.adam_epsilon) == (
         0.9, 0.999, 1e-2, 1e-8,
     )  # fmt: skip

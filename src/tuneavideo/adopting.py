@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tuneavideo import cache, jobs, models
+from tuneavideo import cache, jobs, models, plan
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
 from tuneavideo.checkpoints.convert import convert
@@ -15,6 +15,7 @@ from tuneavideo.errors import CheckpointError
 from tuneavideo.progress import Job, Progress
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, Inflation, Sampling, TuneSettings
+from tuneavideo.video import Span
 
 
 def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = None, own_base: bool = False) -> Job:
@@ -26,12 +27,16 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
     run = RunFolder.create(settings.video, out)
     with run.locked():
         try:
-            yield Progress("open", path=run.path, about=str(checkpoint))
+            yield Progress("open", path=run.path, about=settings.base)
             if own_base:
                 convert(checkpoint, run.path / "base", "diffusers")
                 settings = settings.model_copy(update={"base": str((run.path / "base").absolute())})
+            if settings.stride is None and settings.sample_fps is None:  # as other programs take them
+                settings = settings.model_copy(update={"stride": 1})
+            span = plan.frames(settings)
+            settings = settings.model_copy(update={"num_frames": span.count})
             run.write_settings(settings, {"adopted from": checkpoint})
-            _fill(run, settings, found)
+            _fill(run, settings, span, found)
         except Exception:
             run.remove()
             raise
@@ -41,10 +46,10 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
         yield from jobs.edit(EditSettings(run=str(run.path), prompt=settings.edit, **sampling))
 
 
-def _fill(run: RunFolder, settings: TuneSettings, found: Checkpoint) -> None:
+def _fill(run: RunFolder, settings: TuneSettings, span: Span, found: Checkpoint) -> None:
     """The clip's frames and latents, and the adapter last, which says that the run is whole."""
     pipe = models.open_image_model(settings.base)
-    clip = jobs.clip_of(settings, pipe, run.path)
+    clip = jobs.clip_of(settings, span, pipe, run.path)
     videos.write(clip, run.source)
     cache.write(run.latents, jobs.moments_of(pipe, clip, run.latents))
     inflation = found.learned.get("inflation")

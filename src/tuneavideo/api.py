@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tuneavideo import miniature
+from tuneavideo import miniature, plan
 from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
 from tuneavideo.progress import Job, Progress
@@ -240,6 +240,9 @@ def resumed_settings(run: str | Path, stated: Mapping[str, Any]) -> TuneSettings
 
 def tuning(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:
     """Tune a clip, save the adapter and make the edits; closing the job early leaves a run that can be resumed."""
+    if not resume:
+        plan.frames(settings)  # a clip that cannot be read is told before torch is imported
+    yield Progress("plan", about=plan.loading(settings.base))
     from tuneavideo import jobs
 
     yield from jobs.tune(settings, out=out, resume=resume)
@@ -247,6 +250,7 @@ def tuning(settings: TuneSettings, *, out: str | Path | None = None, resume: str
 
 def editing(settings: EditSettings) -> Job:
     """Make the edits of a tuned clip."""
+    yield _loading(settings)
     from tuneavideo import jobs
 
     yield from jobs.edit(settings)
@@ -254,6 +258,7 @@ def editing(settings: EditSettings) -> Job:
 
 def inverting(settings: EditSettings) -> Job:
     """Invert a tuned clip to the level its edits start from."""
+    yield _loading(settings)
     from tuneavideo import jobs
 
     yield from jobs.invert(settings)
@@ -266,6 +271,8 @@ def adopting(
 
     `own_base` converts the image model in `checkpoint` too, into the run; otherwise `settings.base` is taken.
     """
+    plan.frames(settings)
+    yield Progress("plan", about=plan.loading(str(checkpoint) if own_base else settings.base))
     from tuneavideo import adopting
 
     yield from adopting.adopt(settings, Path(checkpoint), out=out, own_base=own_base)
@@ -348,13 +355,20 @@ def benchmarking_miniature(
 
 def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
     """Tune the bundled miniature on its first clip, edit it four times, and draw `edits.png` of source and edits."""
-    from tuneavideo import jobs
-
     clip = miniature.clips()[0]
     stated = {"video": str(clip["path"]), "prompt": clip["caption"], "edit": miniature.DEMO_EDITS, "stride": 2}
     if quick:
         stated |= {"max_train_steps": 5, "num_inference_steps": 5, "num_inv_steps": 5}
-    yield from jobs.demo(tune_settings(stated), out=out)
+    settings = tune_settings(stated)
+    yield Progress("plan", about=plan.loading(settings.base))
+    from tuneavideo import jobs
+
+    yield from jobs.demo(settings, out=out)
+
+
+def _loading(settings: EditSettings) -> Progress:
+    own = RunFolder.open(settings.run).read_settings().base
+    return Progress("plan", about=plan.loading(settings.edit_model or own))
 
 
 def models() -> list[dict[str, Any]]:
@@ -363,7 +377,6 @@ def models() -> list[dict[str, Any]]:
     Each has `name`, `source`, `note`, own `settings`, default `resolution` and `num_frames`, `memory_gb` (see `Base`),
     and whether it is `here` (on this machine).
     """
-    frames = TuneSettings.model_fields["num_frames"].default
     return [
         {
             "name": name,
@@ -371,7 +384,7 @@ def models() -> list[dict[str, Any]]:
             "note": base.note,
             "settings": dict(base.settings),
             "resolution": base.settings["resolution"],
-            "num_frames": base.settings.get("num_frames", frames),
+            "num_frames": base.frames,
             "memory_gb": base.memory_gb,
             "here": _is_here(base.source),
         }

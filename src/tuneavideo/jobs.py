@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
-from tuneavideo import cache, files, machine, models, streaming
+from tuneavideo import cache, files, machine, models, plan, streaming
 from tuneavideo import style as styles
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
@@ -37,7 +37,7 @@ from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.studio import Footage, Moments, Studio
 from tuneavideo.tuning import Tuning
 from tuneavideo.version import __version__
-from tuneavideo.video import Spool, Video
+from tuneavideo.video import Span, Spool, Video
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av")
 
@@ -50,12 +50,13 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
     accelerator = _accelerator(settings)
     with _claimed(settings, accelerator, out, resume) as run, memory_told(settings):
         yield Progress("open", path=run.path, about=settings.base)
+        is_told = not run.is_tuned
         if not run.is_tuned:
             yield from _learned(settings, accelerator, run)
         gc.collect()  # accelerate's wrapper for half precision is part of a cycle
         if settings.edit and accelerator.is_main_process:
             sampling = run.read_settings().model_dump(include=set(Sampling.model_fields))
-            yield from _edited(EditSettings(run=str(run.path), prompt=settings.edit, **sampling), done)
+            yield from _edited(EditSettings(run=str(run.path), prompt=settings.edit, **sampling), done, is_told)
 
 
 def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
@@ -69,9 +70,21 @@ def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
 def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> Job:
     """Tune and save."""
     pipe = models.open_image_model(settings.base, dtype=models.PRECISIONS[accelerator.mixed_precision])
-    _warn_of_cuts(pipe, (settings.prompt, *settings.edit))
+    prompts = (settings.prompt, *settings.edit)
+    _warn_of_cuts(pipe, settings.base, prompts)
     kept = _kept(run)
-    clip, moments = kept or (clip_of(settings, pipe, run.path), None)
+    if kept:
+        clip, moments = kept
+    else:
+        moments, span = None, plan.frames(settings)
+        clip = clip_of(settings, span, pipe, run.path)
+        size = (clip.width, clip.height)
+        yield Progress("plan", about=plan.tuning(settings, span, clip.frames, size))
+        settings = settings.model_copy(update={"stride": span.stride, "num_frames": clip.frames})
+        for line in plan.size_warnings(settings.base, size, models.default_size(pipe)):
+            yield Progress("plan", about=line)
+    for line in plan.word_warnings(settings.base, prompts):
+        yield Progress("plan", about=line)
     marks = fingerprint(pipe.unet)
     settings, line = fitted(settings, accelerator, pipe, clip)
     if line:
@@ -93,6 +106,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
         if not run.source.is_file():
             videos.write(clip, run.source)
     keeper.resume()
+    yield Progress("plan", ahead=_ahead(settings, tuning.number))
     _report_to(settings, accelerator, run)
     video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
     with _freed_memory(run):
@@ -112,6 +126,15 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
         ).save(run.adapter)
         run.drop_checkpoints()
         yield Progress("tune", tuning.number, settings.max_train_steps, path=run.path)
+
+
+def _ahead(settings: TuneSettings, number: int) -> dict[str, int]:
+    """Steps of each stage after step `number` of tuning."""
+    edits = plan.steps_ahead(settings, len(settings.edit) * len(settings.seeds))
+    left = settings.max_train_steps - number
+    previews = 1 + left // settings.validation_steps if settings.validation_steps else 0
+    shown = settings.inversion_steps + len(settings.edit) * settings.num_inference_steps if settings.edit else 0
+    return {"tune": left, "preview": previews * shown, **edits}
 
 
 def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
@@ -135,12 +158,18 @@ def edit(settings: EditSettings) -> Job:
         yield from _edited(settings)
 
 
-def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset()) -> Job:
-    """Edits with every prompt and seed but those that are `done`."""
-    yield Progress("open", about=settings.run)
+def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset(), is_told: bool = False) -> Job:
+    """Edits with every prompt and seed but those that are `done`; the plan `is_told` if they come after tuning."""
+    yield from _opening(settings)
     studio = _reopened(settings)
-    _warn_of_cuts(studio.pipe, (*settings.prompt, settings.negative_prompt))
     due = [each for each in product(settings.prompt, settings.seeds) if each not in done]
+    if not is_told:
+        base, prompts = _base_of(settings), (*settings.prompt, settings.negative_prompt)
+        _warn_of_cuts(studio.pipe, base, prompts)
+        for line in (plan.editing(settings, studio.source.frames, (studio.source.width, studio.source.height)),
+                     *plan.word_warnings(base, prompts)):  # fmt: skip
+            yield Progress("plan", about=line)
+        yield Progress("plan", ahead=plan.steps_ahead(settings, len(due)))
     for batch in batched(due, settings.batch_prompts):
         with _freed_memory(studio.run):
             clips = yield from studio.edited(batch, settings)
@@ -163,12 +192,20 @@ def invert(settings: EditSettings) -> Job:
     """See `api.inverting`."""
     run = RunFolder.open(settings.run)
     with run.locked(), memory_told(run.read_settings(), settings):
-        yield Progress("open", about=settings.run)
+        yield from _opening(settings)
         studio = _reopened(settings)
         sampler = studio.sampler(settings)
         with _freed_memory(run):
             yield from studio.inverted(sampler, settings)
         yield Progress("invert", path=studio.inversion_file(sampler, settings))
+
+
+def _opening(settings: EditSettings) -> Job:
+    yield Progress("open", path=RunFolder.open(settings.run).path, about=_base_of(settings))
+
+
+def _base_of(settings: EditSettings) -> str:
+    return settings.edit_model or RunFolder.open(settings.run).read_settings().base
 
 
 def _tuned(keeper: Keeper, studio: Studio) -> Job:
@@ -237,8 +274,8 @@ def _kept(run: RunFolder) -> tuple[Footage, Moments] | None:
     return (clip, moments) if moments else None
 
 
-def clip_of(settings: TuneSettings, pipe: Pipeline, folder: Path) -> Footage:
-    """The frames to learn from, at a size the model takes; a long clip lies in a file in `folder`."""
+def clip_of(settings: TuneSettings, span: Span, pipe: Pipeline, folder: Path) -> Footage:
+    """The frames of a `span` to learn from, at a size the model takes; a long clip lies in a file in `folder`."""
 
     def near(width: int, height: int) -> tuple[int, int]:
         side = settings.resolution or models.default_size(pipe)
@@ -249,8 +286,9 @@ def clip_of(settings: TuneSettings, pipe: Pipeline, folder: Path) -> Footage:
     if settings.width and settings.height:
         size = _taken(settings.width, settings.height, models.stride(pipe))
     clip = videos.footage(
-        settings.video, folder, start=settings.start, stride=settings.stride, count=settings.num_frames,
+        settings.video, folder, start=settings.start, stride=span.stride or 1, count=span.count,
         start_time=settings.start_time, sample_fps=settings.sample_fps, size=size, fit=settings.fit,
+        fewer=settings.num_frames is None,
     )  # fmt: skip
     _refuse_fast_gif(settings, clip)
     return clip
@@ -362,10 +400,14 @@ def _write_edit(studio: Studio, settings: EditSettings, prompt: str, seed: int, 
     return folder
 
 
-def _warn_of_cuts(pipe: Pipeline, prompts: Iterable[str]) -> None:
-    for prompt in prompts:
+def _warn_of_cuts(pipe: Pipeline, base: str, prompts: Iterable[str]) -> None:
+    most = pipe.tokenizer.model_max_length - 2  # without the two that mark its ends
+    for prompt in dict.fromkeys(prompts):
         if cut := models.cut(pipe, prompt):
-            logger.warning("the prompt %r is longer than the text encoder takes; left out: %r", prompt, cut)
+            logger.warning(
+                "the prompt %r is longer than the %d tokens that the text encoder of %s takes; left out: %r",
+                prompt, most, base, cut,
+            )  # fmt: skip
 
 
 def _versions() -> dict[str, str]:

@@ -167,12 +167,12 @@ class TuneSettings(Sampling):
     """First frame taken."""
     start_time: NonNegativeFloat | None = None
     """Second at which to start, instead of start."""
-    stride: PositiveInt = 1
-    """Every how-many-th frame is taken."""
+    stride: PositiveInt | None = None
+    """Take every so many frames; none: spread the frames over the clip, at least four of a second."""
     sample_fps: PositiveFloat | None = None
     """Frames taken of every second, instead of stride."""
-    num_frames: PositiveInt = 24
-    """Frames taken."""
+    num_frames: PositiveInt | Literal["all"] | None = None
+    """Frames to take, or all; none: 24 (8 for the miniature and Stable Diffusion XL), or all of a shorter clip."""
     resolution: PositiveInt | None = None
     """Side of a square of the area that frames are brought to; none: the base's own."""
     width: PositiveInt | None = None
@@ -275,7 +275,7 @@ class TuneSettings(Sampling):
     def _frames_are_chosen_one_way(self) -> TuneSettings:
         if self.start and self.start_time is not None:
             raise ValueError(f"start {self.start} and start_time {self.start_time:g} both say where to start; give one")
-        if self.stride > 1 and self.sample_fps is not None:
+        if (self.stride or 1) > 1 and self.sample_fps is not None:
             raise ValueError(f"stride {self.stride} and sample_fps {self.sample_fps:g} both say how dense; give one")
         return self
 
@@ -328,6 +328,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Rows say where they differ from the built-in values; `official` spells its arithmetic out (docs/decisions.md).
     "default": {},
     "official": {
+        "stride": 1,
         "fit": "stretch",
         "references": ("first", "previous"),
         "clip_norm": True,

@@ -11,7 +11,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tuneavideo.progress import Job, Progress
+from tuneavideo.plan import TOY
+from tuneavideo.progress import Job, Progress, Step, TimeLeft
+
+WIDE = 100  # columns from which bars are long
 
 
 class Show:
@@ -24,19 +27,22 @@ class Show:
         self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
         self.tasks: dict[str, Any] = {}
         self.at = ("", "")
+        self.time_left = TimeLeft()
         self.began = time.perf_counter()
 
     def run(self, job: Job) -> dict[str, Any]:
         """Run the job to its end; returns the run folder, the edits and other files it made."""
-        from tuneavideo import opening
-
-        opening.hush()
         before = signal.signal(signal.SIGINT, self._interrupt)
         try:
             with self._bar() as bar:
-                for each in job:
+                for number, each in enumerate(job):
+                    self.time_left.note(each, time.perf_counter())
                     self._show(bar, each)
                     self._note(bar, each)
+                    if not number:  # what is loaded is on the screen before libraries are
+                        from tuneavideo import opening
+
+                        opening.hush()
                     if self.interrupted:
                         job.close()
                         break
@@ -60,27 +66,36 @@ class Show:
 
     def _bar(self) -> Any:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
-        columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
+        console, whole = Console(stderr=True), Column(no_wrap=True)
+        rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)  # what the other columns leave
         return Bar(
-            *columns, TextColumn("{task.fields[note]}"), console=console, disable=self.quiet or not console.is_terminal
-        )
+            TextColumn("{task.description:<8}", markup=False, table_column=whole),
+            BarColumn(bar_width=40 if console.width >= WIDE else 12),
+            MofNCompleteColumn(table_column=whole),
+            TextColumn("{task.fields[left]}", markup=False, table_column=whole),
+            TextColumn("{task.fields[note]}", markup=False, table_column=rest),
+            console=console, expand=True, disable=self.quiet or not console.is_terminal,
+        )  # fmt: skip
 
     def _show(self, bar: Any, each: Progress) -> None:
         """One bar per stage, begun anew for every prompt."""
         name = (each.stage, each.about if each.stage in ("edit", "preview") else "")
-        if each.total:
+        if each.total and not each.path:
             if each.stage not in self.tasks:
-                self.tasks[each.stage] = bar.add_task(each.stage, total=each.total, note="")
+                for task in self.tasks.values():
+                    bar.update(task, left="")
+                self.tasks[each.stage] = bar.add_task(each.stage, total=each.total, note="", left="")
             elif name != self.at and each.stage != "tune":
                 bar.reset(self.tasks[each.stage], total=each.total)
             self.at = name
-            bar.update(self.tasks[each.stage], completed=each.number, note=_told(each))
+            left = _clock(self.time_left.seconds())
+            bar.update(self.tasks[each.stage], completed=each.number, note=_told(each), left=left)
             if bar.disable and each.number * 10 // each.total > (each.number - 1) * 10 // each.total:
-                self._say(bar, f"{each.stage} {each.number}/{each.total} {_told(each)}")
+                self._say(bar, "  ".join(filter(None, (f"{each.stage} {each.number}/{each.total}", left, _told(each)))))
 
     def _say(self, bar: Any, line: str) -> None:
         if not self.quiet:
@@ -89,8 +104,10 @@ class Show:
     def _note(self, bar: Any, each: Progress) -> None:
         if each.step:
             self.done |= {"steps": each.step.number, "loss": each.step.loss}
-        if each.stage == "memory":
+        if each.stage in ("plan", "memory") and each.about:
             self._say(bar, each.about)
+        if each.stage == "open":
+            self.done["base"] = each.about
         if not each.path:
             return
         if each.stage in ("open", "encode", "tune"):
@@ -115,9 +132,21 @@ _MADE = {
 
 def _told(each: Progress) -> str:
     if each.step is None:
-        return each.about
-    rate, memory = 1 / each.step.seconds, each.step.memory / 2**30
-    return f"loss {each.step.loss:.4f}  {rate:.1f} steps/s  {memory:.1f} GiB"
+        return " ".join(each.about.split())
+    return f"loss {each.step.loss:.4f}  {_pace(each.step)}  {each.step.memory / 2**30:.1f} GiB"
+
+
+def _pace(step: Step) -> str:
+    return f"{1 / step.seconds:.1f} steps/s" if step.seconds < 1 else f"{step.seconds:.1f} s/step"
+
+
+def _clock(seconds: float | None) -> str:
+    """Time left as minutes and seconds, with hours if there are any; empty if it is not known."""
+    if seconds is None:
+        return ""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
 
 
 def report_done(as_json: bool, done: Mapping[str, Any], **more: Any) -> None:
@@ -126,8 +155,11 @@ def report_done(as_json: bool, done: Mapping[str, Any], **more: Any) -> None:
     if as_json:
         print(json.dumps({**done, **more}))
     else:
-        where = more.get("picture") or done["run"] or (done["edits"] or done["files"])[-1]
+        made = [*done["edits"], *done["files"]]
+        where = more.get("picture") or (made[0] if len(made) == 1 and "steps" not in done else done["run"] or made[-1])
         print(f"done in {done['seconds']:.0f} s: {where}")
+        if done.get("base") == "miniature":
+            print(f"(miniature is {TOY})")
 
 
 def stopped(run: str | None = None) -> None:

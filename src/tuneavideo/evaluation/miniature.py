@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tuneavideo import cache, editing, inversion, miniature, models, opening
+from tuneavideo import cache, editing, inversion, miniature, models, opening, plan
 from tuneavideo import video as videos
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.metrics.judge import Judge, Reading
@@ -108,7 +108,7 @@ def _key(variant: Variant, clip: Mapping[str, Any], seed: int) -> str:
 
 
 def _settings(variant: Variant, clip: Mapping[str, Any], seed: int) -> TuneSettings:
-    stated = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "seed": seed}
+    stated = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "num_frames": 8, "seed": seed}
     return checked(TuneSettings, layers({**stated, **variant.settings}, {}))
 
 
@@ -122,7 +122,7 @@ def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict
     source, made, spent = _edited(settings, [edit["prompt"] for edit in clip["edits"]], tuned=variant.tuned)
     judge = Judge.open()
     before = judge.read(source)
-    track = torch.tensor(clip["track"])[settings.start :: settings.stride][: settings.num_frames]
+    track = torch.tensor(clip["track"])[settings.start :: settings.stride][: source.frames]
     edits = [
         judged(edit, clip, before, judge.read(video), source, video, track)
         for edit, video in zip(clip["edits"], made, strict=True)
@@ -135,8 +135,9 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     """The clip as it was used, its edits, and seconds and operations of each stage."""
     pipe = models.open_image_model(settings.base, device="cpu")
     side = models.default_size(pipe)
+    span = plan.frames(settings)
     clip = videos.read(
-        settings.video, start=settings.start, stride=settings.stride, count=settings.num_frames, size=(side, side)
+        settings.video, start=settings.start, stride=span.stride or 1, count=span.count, size=(side, side)
     )
     moments, levels = models.encode(pipe, clip), Levels.of(pipe.scheduler)
     empty = models.embed(pipe, [settings.negative_prompt])

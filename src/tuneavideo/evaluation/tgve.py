@@ -60,7 +60,7 @@ class Clip:
         """What the benchmark settles of a tuning; the rest is the base's, the preset's and the user's."""
         return {
             "video": str(self.frames), "prompt": self.caption, "edit": tuple(dict.fromkeys(self.prompts.values())),
-            "num_frames": self.count, "width": self.width, "height": self.height, "seed": self.seed,
+            "num_frames": self.count, "stride": 1, "width": self.width, "height": self.height, "seed": self.seed,
             "formats": ("frames",),
         }  # fmt: skip
 

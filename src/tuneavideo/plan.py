@@ -1,0 +1,93 @@
+"""What a job is going to do, in lines to be shown before it starts. No torch here."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from tuneavideo import miniature
+from tuneavideo import video as videos
+from tuneavideo.bases import BASES, Base
+from tuneavideo.settings import EditSettings, Sampling, TuneSettings
+from tuneavideo.video import Span
+
+TOY = "a toy that draws 16 subjects at 64 x 64 pixels; --base sd1.5 makes real pictures"
+NAMED = 8  # words that are named in a line
+MUCH_LARGER = 2  # times the area that a base was trained at, above which a size is warned of
+
+
+def frames(settings: TuneSettings) -> Span:
+    """The frames of the clip that `settings` take. Raises VideoError when they are not there."""
+    return videos.spread(
+        settings.video, usual=usual_frames(settings.base), count=settings.num_frames, start=settings.start,
+        stride=settings.stride, start_time=settings.start_time, sample_fps=settings.sample_fps,
+    )  # fmt: skip
+
+
+def usual_frames(base: str) -> int:
+    """How many frames a base is tuned on where nobody says."""
+    return BASES[base].frames if base in BASES else Base.frames
+
+
+def loading(base: str) -> str:
+    """Which base is loaded, and what it is."""
+    about = f": {TOY}" if base == "miniature" else f" ({BASES[base].note})" if base in BASES else ""
+    return f"loading {base}{about}"
+
+
+def tuning(settings: TuneSettings, span: Span, taken: int, size: tuple[int, int]) -> str:
+    """What is taken of the clip and done with it: `taken` frames of `size` (width and height)."""
+    pace = f"{settings.sample_fps:g} a second" if settings.sample_fps else f"every {_ordinal(span.stride or 1)}"
+    end = span.begin + taken * span.step
+    end = min(end, span.seconds) if span.seconds > span.begin else end
+    fewer = not settings.num_frames and taken < usual_frames(settings.base)
+    return (
+        f"{os.path.basename(settings.video)}: {taken} of {span.total} frames ({pace}{', no more are there' * fewer}), "
+        f"{_seconds(span.begin)} to {_seconds(end)} s of {_seconds(span.seconds)} s, at {size[0]} x {size[1]}; "
+        f"{settings.max_train_steps} steps"
+        + (f", then {_edits(settings, len(settings.edit))}" if settings.edit else "")
+    )
+
+
+def editing(settings: EditSettings, frames: int, size: tuple[int, int]) -> str:
+    """What edits are made: of so many `frames` of `size` (width and height)."""
+    return f"{_edits(settings, len(settings.prompt))}: {frames} frames at {size[0]} x {size[1]}"
+
+
+def size_warnings(base: str, size: tuple[int, int], trained: int) -> Iterator[str]:
+    """A line if `size` (width and height) is far above the side that a base was trained at."""
+    times = size[0] * size[1] / trained**2
+    if times > MUCH_LARGER:
+        yield (
+            f"warning: {base} was trained at {trained} x {trained}; {size[0]} x {size[1]} takes more than {times:.0f} "
+            "times as long and does not look better; leave the size out"
+        )
+
+
+def word_warnings(base: str, prompts: Iterable[str]) -> Iterator[str]:
+    """A line if a base is known not to know words of prompts; tokens in angle brackets are those of embeddings."""
+    if base == "miniature" and (words := miniature.unknown_words(re.sub("<[^>]*>", " ", " ".join(prompts)))):
+        told = ", ".join(words[:NAMED]) + ", ..." * (len(words) > NAMED)
+        yield f"warning: the miniature does not know {told}; to it these words mean nothing"
+
+
+def steps_ahead(settings: Sampling, edits: int) -> dict[str, int]:
+    """Steps of the stages of so many edits."""
+    batches = math.ceil(edits / settings.batch_prompts)
+    return {"invert": settings.inversion_steps, "edit": batches * settings.num_inference_steps} if edits else {}
+
+
+def _edits(settings: Sampling, prompts: int) -> str:
+    edits = prompts * len(settings.seeds)
+    return f"{edits} edit{'s' * (edits != 1)} of {settings.num_inference_steps} steps"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return "frame" if number == 1 else f"{number}{ending}"
