@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tuneavideo import cache, files
 from tuneavideo.errors import DiskError
 from tuneavideo.keeping import _read
+from tuneavideo.reels import Reel
+from tuneavideo.video import Video, write
 
 
 def test_a_file_appears_when_it_is_whole_and_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,12 +53,56 @@ def test_a_place_that_cannot_be_written_is_named(place: str) -> None:
 
 def test_what_killed_writers_left_is_cleared_away(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / ".1.part").mkdir()
-    (tmp_path / "a" / ".1.part" / "00000.png").touch()
-    (tmp_path / ".2.part").touch()
-    (tmp_path / "kept.part").touch()
+    """And nothing else, though it be called much the same."""
+    folder, file = (f".{digit * 32}.part" for digit in "1a")
+    (tmp_path / "a" / folder).mkdir()
+    (tmp_path / "a" / folder / "00000.png").touch()
+    (tmp_path / file).touch()
+    for name in ("kept.part", ".download.part"):
+        (tmp_path / name).touch()
     files.sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "kept.part"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".download.part", "a", "kept.part"]
+
+
+def test_a_folder_appears_when_all_its_files_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of an older one, which stays when writing fails."""
+    forced, real = [], os.fsync
+    name = lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda handle: forced.append(name(handle)) or real(handle))
+    for text in ("old", "new"):
+        with files.replacing(tmp_path / "folder") as draft:
+            (draft / "inner").mkdir(parents=True)
+            (draft / "inner" / text).write_text(text)
+    assert {"old", "inner", "new"} <= set(forced)
+    with pytest.raises(ValueError), files.replacing(tmp_path / "folder") as draft:
+        draft.mkdir()
+        raise ValueError
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "folder", "folder/inner", "folder/inner/new",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", "/"])
+def test_clips_are_forced_to_the_disk(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: forced.append(handle) or real(handle))
+    write(Video(np.zeros((3, 8, 8, 3), np.uint8), 8.0), f"{tmp_path}/clip{suffix}")
+    assert len(forced) == (2 if suffix != "/" else 5)
+
+
+def test_a_file_that_cannot_be_read_is_not_blamed_on_the_one_that_is_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"), files.replacing(tmp_path / "out") as draft:
+        draft.write_bytes((tmp_path / "missing").read_bytes())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reel_that_is_cut_short_is_an_error(tmp_path: Path) -> None:
+    """Not a loop without end or numbers of the memory, also where Python leaves out assertions."""
+    reel = Reel(io.BytesIO(bytes(100)), (1, 4, 3, 8, 8))
+    with pytest.raises(EOFError):
+        reel[:, :, [2]]
+    with pytest.raises(EOFError):
+        list(reel.pieces())
 
 
 def damaged(whole: bytes, chance: random.Random) -> bytes:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tuneavideo.errors import VideoError
+from tuneavideo.errors import DiskError, VideoError
 from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.video import Fit, Frames, Video, area_size, fitted, read, write, write_frames, write_image
 
@@ -391,7 +391,7 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path):
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.webm", "clip.gif", "clip.png"])
 def test_nothing_half_written_stays_where_writing_fails(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(VideoError) as error:
+    with pytest.raises(DiskError) as error:
         write_image(quadrants(8, 8), tmp_path / name) if "png" in name else write(numbered(2), tmp_path / name)
     assert line(error).startswith(f"{tmp_path / name} cannot be written: ")
     assert [file.name for file in tmp_path.iterdir()] == [name]
@@ -420,7 +420,7 @@ def test_an_old_clip_stays_when_writing_is_interrupted(tmp_path, name, monkeypat
 
 def test_a_place_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(VideoError, match="cannot be written"):
+    with pytest.raises(DiskError, match="cannot be written"):
         write(numbered(2), tmp_path / "file" / "clip.mp4")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from uuid import uuid4
 from tuneavideo.errors import DiskError
 
 PART = ".part"
+_DRAFT = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PART)}")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -24,38 +26,47 @@ def write(path: Path, contents: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path, None, None]:
-    """A temporary name beside `path`: becomes `path` when the block ends well, vanishes when not.
+    """A temporary name beside `path` for a file or folder: becomes `path` when the block ends well, vanishes when not.
 
     Raises:
-        DiskError: The place cannot be written or is full.
+        DiskError: The place cannot be written or is full. Errors of other files that the block opens pass unchanged.
     """
     draft = path.with_name(f".{uuid4().hex}{PART}")
-    with told(path):
+    with told(path, draft):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield draft
             _force(draft)
-            os.replace(draft, path)
-            _force(path.parent)
+            _move(draft, path)
+            _fsync(path.parent)
         finally:
             _remove(draft)
 
 
 @contextmanager
-def told(path: Path) -> Generator[None, None, None]:
-    """Turn what the system says of a place that cannot be written into a DiskError, however a library wrapped it."""
+def told(path: Path, *drafts: Path, advice: str = "choose another place") -> Generator[None, None, None]:
+    """Turn the system's error for a place that cannot be written into a DiskError, even when a library wrapped it.
+
+    An error that names a file counts only when that is `path`, one of `drafts`, or a folder above or a file below them.
+    """
     try:
         yield
     except Exception as error:
         for each in _chain(error):
-            if isinstance(each, OSError) and each.errno:
-                raise DiskError(f"{path} cannot be written: {each.strerror}; {_advice(path, each.errno)}") from error
+            number, reason = getattr(each, "errno", None), getattr(each, "strerror", None)
+            if number and reason and _concerns(each, (path, *drafts)):
+                raise DiskError(f"{path} cannot be written: {reason}; {_advice(path, number, advice)}") from error
         raise
+
+
+def is_draft(path: Path) -> bool:
+    """Whether `path` has a name that only `replacing` gives."""
+    return _DRAFT.fullmatch(path.name) is not None
 
 
 def sweep(folder: Path) -> None:
     """Remove what writers that were killed have left in a folder and below it."""
-    for draft in folder.rglob(f".*{PART}"):
+    for draft in filter(is_draft, list(folder.rglob(f".*{PART}"))):
         _remove(draft)
 
 
@@ -75,8 +86,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TUNEAVIDEO_CACHE") or Path(home) / "tuneavideo")
 
 
-def _advice(path: Path, number: int) -> str:
-    return f"make room, {size(free(path))} are free there" if number in FULL else "choose another place"
+def _advice(path: Path, number: int, otherwise: str) -> str:
+    return f"make room, {size(free(path))} are free there" if number in FULL else otherwise
+
+
+def _concerns(error: BaseException, places: tuple[Path, ...]) -> bool:
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str | bytes | os.PathLike):
+        return True
+    named = Path(os.fsdecode(name)).absolute()
+    absolute = [place.absolute() for place in places]
+    return any(named.is_relative_to(place) or place.is_relative_to(named) for place in absolute)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -86,7 +106,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _force(path: Path) -> None:
-    """Wait until a file or folder is on the disk; Windows knows this of files only."""
+    """Wait until a file, or a folder with all files in it, is on the disk; Windows knows this of files only."""
+    for each in path.iterdir() if path.is_dir() else ():
+        _force(each)
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -94,6 +120,17 @@ def _force(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _move(draft: Path, path: Path) -> None:
+    """Rename; an older folder makes way for a folder, which the system does not do by itself."""
+    if draft.is_dir() and path.is_dir() and any(path.iterdir()):
+        old = path.with_name(f".{uuid4().hex}{PART}")
+        os.replace(path, old)
+        os.replace(draft, path)
+        _remove(old)
+    else:
+        os.replace(draft, path)
 
 
 def _remove(draft: Path) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SHORT = "the file of latents is shorter than its header says"
+
 Place = tuple[slice, slice, Sequence[int] | slice]
 
 
@@ -40,7 +42,8 @@ class Reel:
         frames = np.empty((1, channels, len(numbers), height, width), np.float32)
         for at, image in self._images(numbers, frames):
             self.file.seek(at)
-            assert self.file.readinto(image.data.cast("B")) == image.nbytes, "the file is shorter than its header says"
+            if self.file.readinto(image.data.cast("B")) != image.nbytes:
+                raise EOFError(SHORT)
         return torch.from_numpy(frames).to(self.device)
 
     def __setitem__(self, place: Place, latents: Tensor) -> None:
@@ -58,13 +61,15 @@ class Reel:
         left = 4 * math.prod(self.shape)
         while left:
             piece = self.file.read(min(left, 2**20))
-            assert piece, "the file is shorter than its header says"
+            if not piece:
+                raise EOFError(SHORT)
             left -= len(piece)
             yield piece
 
     def split(self, size: int) -> list[Reel]:
         """Reels of one clip each; `size` is 1."""
-        assert size == 1, "a reel is read clip by clip"
+        if size != 1:
+            raise ValueError(f"a reel is read clip by clip, not {size} at a time")
         shape = (1, *self.shape[1:])
         return [
             replace(self, shape=shape, offset=self.offset + 4 * math.prod(shape) * at) for at in range(self.shape[0])
@@ -84,7 +89,8 @@ class Reel:
     def _images(self, numbers: Sequence[int], frames: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Where each channel of each frame lies in the file, and in `frames`."""
         clips, channels, count, height, width = self.shape
-        assert clips == 1, "a reel of several clips is split first"
+        if clips != 1:
+            raise ValueError(f"a reel of {clips} clips is split first")
         for channel in range(channels):
             for place, number in enumerate(numbers):
                 yield self.offset + 4 * height * width * (channel * count + number), frames[0, channel, place]

@@ -3,24 +3,21 @@
 import io
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from heapq import merge
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-from uuid import uuid4
 
 import av
 import av.filter
 import numpy as np
-from av.error import FFmpegError
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
+from tuneavideo import files
 from tuneavideo.errors import VideoError
 from tuneavideo.video.clip import Frames, Spool, Video, fitted
 from tuneavideo.video.display import pulled
@@ -46,7 +43,8 @@ def write(video: Video | Spool | Frames, path: str | Path) -> None:
     clip's sound is kept. Frames are written as they come; of `Frames` no more than a few are in memory at once.
 
     Raises:
-        VideoError: An unknown extension, a rate the format cannot show, a place that cannot be written.
+        VideoError: An unknown extension, a rate the format cannot show.
+        DiskError: A place that cannot be written or is full.
     """
     is_folder = str(path).endswith(("/", os.sep))
     path = Path(path)
@@ -59,7 +57,7 @@ def write(video: Video | Spool | Frames, path: str | Path) -> None:
     if suffix == ".gif" and video.fps > FASTEST_GIF:
         most = f"a GIF shows at most {FASTEST_GIF} frames a second, this clip has {video.fps:g}"
         raise VideoError(f"{path}: {most}; write .mp4, or take fewer frames")
-    with _replacing(path) as draft:
+    with files.replacing(path) as draft:
         _encode(video, draft, suffix, FORMATS[suffix])
 
 
@@ -77,46 +75,28 @@ def write_frames(video: Video | Spool | Frames, folder: str | Path) -> None:
     """A clip as 00000.png, 00001.png, …; appears whole or not at all, in place of an older folder of frames.
 
     Raises:
-        VideoError: A folder with anything else in it, a place that cannot be written.
+        VideoError: A folder with anything else in it.
+        DiskError: A place that cannot be written or is full.
     """
     folder = Path(folder)
     present = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     others = [name for name in present if not re.fullmatch(r"\d{5,}\.png", name)]
     if others:
         raise VideoError(f"{folder} has more than frames in it: found {others[0]}; choose another folder")
-    with _replacing(folder) as draft:
+    with files.replacing(folder) as draft:
         draft.mkdir()
         for number, frame in enumerate(video.images):
             Image.fromarray(frame).save(draft / f"{number:05d}.png")
-        if folder.is_dir():
-            shutil.rmtree(folder)
 
 
 def write_image(image_HWC: np.ndarray, path: str | Path) -> None:
     """A picture (uint8, RGB) as PNG; appears whole or not at all.
 
     Raises:
-        VideoError: A place that cannot be written.
+        DiskError: A place that cannot be written or is full.
     """
-    with _replacing(Path(path)) as draft:
+    with files.replacing(Path(path)) as draft:
         Image.fromarray(image_HWC).save(draft, format="PNG")
-
-
-@contextmanager
-def _replacing(path: Path) -> Generator[Path, None, None]:
-    """A temporary name beside `path`: becomes `path` when the block ends well, vanishes when not."""
-    draft = path.absolute().with_name(f".{uuid4().hex}.part")
-    try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield draft
-            os.replace(draft, path)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)  # if it is a folder
-            draft.unlink(missing_ok=True)
-    except (FFmpegError, OSError) as error:
-        reason = error.strerror or error
-        raise VideoError(f"{path} cannot be written: {reason}; free this place or choose another") from error
 
 
 def _encode(video: Video | Spool | Frames, file: Path | IO[bytes], suffix: str, kind: _Format) -> None:
@@ -179,7 +159,8 @@ def _in_palette(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.Vid
         choosing = _graph("palettegen", [model])
         for frame in _timed(chain([first], images), rate):
             choosing.vpush(frame)
-            assert not list(pulled(choosing)), "colours are known after the last frame"
+            if list(pulled(choosing)):
+                raise RuntimeError("FFmpeg chose a palette before the last frame")
             spool.write(frame.to_ndarray().tobytes())
         choosing.vpush(None)
         (palette,) = pulled(choosing)
