@@ -28,9 +28,9 @@ def made_run(path: Path, base: str, caption: str, source: Video, edits: dict[str
     run.write_settings(TuneSettings(video="clip.mp4", prompt=caption, base=base), {})
     write(source, run.source)
     for number, (prompt, video) in enumerate(edits.items()):
-        folder = run.new_edit(prompt)
-        write(video, folder / ("frames" if number == 0 else "edit.mp4"))
-        (folder / "edit.json").write_text(json.dumps({"prompt": prompt, "seed": number}))
+        with run.new_edit(prompt) as (folder, _):
+            write(video, folder / ("frames" if number == 0 else "edit.mp4"))
+            (folder / "edit.json").write_text(json.dumps({"prompt": prompt, "seed": number}))
     return path
 
 

@@ -51,8 +51,8 @@ def test_a_run_folder_holds_all_of_a_run_and_nothing_to_resume(run: Path) -> Non
     assert files >= {
         "settings.yaml", "source.mp4", "steps.jsonl", "README.md", "adapter/adapter.safetensors",
         "adapter/adapter_config.json", f"{edit}/edit.mp4", f"{edit}/edit.gif", f"{edit}/frames/00002.png",
-        f"{edit}/side-by-side.mp4", f"{edit}/edit.json", "samples/000000-a-blue-circle-moves.mp4",
-        "samples/000002-a-blue-circle-moves.mp4", "samples/000004-a-blue-circle-moves.mp4",
+        f"{edit}/side-by-side.mp4", f"{edit}/edit.json", "samples/000000-00-a-blue-circle-moves.mp4",
+        "samples/000002-00-a-blue-circle-moves.mp4", "samples/000004-00-a-blue-circle-moves.mp4",
     }  # fmt: skip
     assert not any(".part" in name or "checkpoints" in name for name in files)
 

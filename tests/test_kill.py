@@ -73,7 +73,7 @@ def is_whole(out: Path) -> None:
     assert names == {
         ".lock", "settings.yaml", "source.mp4", "latents.safetensors", "steps.jsonl", "README.md",
         "adapter/adapter.safetensors", "adapter/adapter_config.json",
-        *(f"samples/00000{step}-{slug}.mp4" for step in (0, 2, 4)),
+        *(f"samples/00000{step}-00-{slug}.mp4" for step in (0, 2, 4)),
         *(f"edits/000-{slug}/{name}" for name in ("edit.mp4", "side-by-side.mp4", "edit.json")),
         *(name for name in names if name.startswith("inversion/")),
     }  # fmt: skip
@@ -264,7 +264,7 @@ def test_the_second_process_on_a_run_folder_is_refused(
     out, other = busy
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     refused = f"tuneavideo: {out} is in use: another process tunes or edits there; wait until it is done, or stop it\n"
-    exists = f"tuneavideo: {out} exists and is not empty; give another --out, or --resume {out}\n"
+    exists = f"tuneavideo: {out} exists and is not empty; give another --out, or go on with: tuneavideo tune --resume {out}\n"
     for words, told in {
         ("tune", "--resume", str(out)): refused,
         ("edit", str(out), "--prompt", "a circle"): refused,

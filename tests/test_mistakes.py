@@ -92,7 +92,7 @@ def test_a_run_folder_that_exists(refused: Said, tune: list[str], tmp_path: Path
 @pytest.mark.parametrize("place", ["/proc/run", "/dev/null/run", "/dev/null"])
 def test_a_folder_that_cannot_be_made(place: str, refused: Said, tune: list[str]) -> None:
     line = refused([*tune, "--out", place])
-    assert line.startswith(f"{place} cannot be written: ") and line.endswith("; choose another place")
+    assert line.startswith(f"{place} cannot be written: ") and line.endswith("; choose another place with --out")
 
 
 @pytest.mark.parametrize(

@@ -29,16 +29,17 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
         try:
             yield Progress("open", path=run.path, about=settings.base)
             if own_base:
-                convert(checkpoint, run.path / "base", "diffusers")
-                settings = settings.model_copy(update={"base": str((run.path / "base").absolute())})
+                convert(checkpoint, run.base, "diffusers")
+                settings = settings.model_copy(update={"base": str(run.base.absolute())})
             if settings.stride is None and settings.sample_fps is None:  # as other programs take them
                 settings = settings.model_copy(update={"stride": 1})
             span = plan.frames(settings)
             settings = settings.model_copy(update={"num_frames": span.count})
             run.write_settings(settings, {"adopted from": checkpoint})
             _fill(run, settings, span, found)
+            run.keep()
         except Exception:
-            run.remove()
+            run.discard()
             raise
     yield Progress("tune", path=run.path)
     if settings.edit:

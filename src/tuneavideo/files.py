@@ -24,6 +24,17 @@ def write(path: Path, contents: bytes | str) -> None:
         draft.write_bytes(contents.encode() if isinstance(contents, str) else contents)
 
 
+def refuse_foreign(path: Path, mark: str) -> None:
+    """Raise DiskError when `path` is there and its first 64 KiB lack `mark`, which every such file of ours has."""
+    if not path.exists():
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            if mark.encode() in file.read(2**16):
+                return
+    raise DiskError(f"{path} exists and was not written by this command; move it away, or give another --out")
+
+
 @contextmanager
 def replacing(path: Path) -> Generator[Path, None, None]:
     """A temporary name beside `path` for a file or folder: becomes `path` when the block ends well, vanishes when not.

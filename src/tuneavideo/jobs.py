@@ -24,7 +24,7 @@ from tuneavideo import style as styles
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
 from tuneavideo.conditions import Conditions
-from tuneavideo.errors import MissingExtra, RunError, SettingsError
+from tuneavideo.errors import MissingExtra, RunError, SettingsError, VideoError
 from tuneavideo.fitting import fitted, memory_told
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.keeping import Keeper
@@ -105,6 +105,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
             cache.write(run.latents, moments)
         if not run.source.is_file():
             videos.write(clip, run.source)
+        run.keep()
     keeper.resume()
     yield Progress("plan", ahead=_ahead(settings, tuning.number))
     _report_to(settings, accelerator, run)
@@ -154,7 +155,7 @@ def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
 def edit(settings: EditSettings) -> Job:
     """See `api.editing`."""
     run = RunFolder.open(settings.run)
-    with run.locked(), memory_told(run.read_settings(), settings):
+    with run.locked(), run.present(), memory_told(run.read_settings(), settings):
         yield from _edited(settings)
 
 
@@ -191,7 +192,7 @@ def batched(wishes: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[t
 def invert(settings: EditSettings) -> Job:
     """See `api.inverting`."""
     run = RunFolder.open(settings.run)
-    with run.locked(), memory_told(run.read_settings(), settings):
+    with run.locked(), run.present(), memory_told(run.read_settings(), settings):
         yield from _opening(settings)
         studio = _reopened(settings)
         sampler = studio.sampler(settings)
@@ -232,8 +233,8 @@ def _previewed(keeper: Keeper, studio: Studio) -> Job:
     tuning, settings = keeper.tuning, keeper.tuning.settings
     due = settings.validation_steps and tuning.number % settings.validation_steps == 0
     studio.recent.clear()  # the weights have moved since
-    for prompt in settings.edit if due and keeper.accelerator.is_main_process else ():
-        path = keeper.run.sample(tuning.number, prompt)
+    for index, prompt in enumerate(settings.edit if due and keeper.accelerator.is_main_process else ()):
+        path = keeper.run.sample(tuning.number, index, prompt)
         if path.is_file():
             continue
         for_preview = studio.edited([(prompt, settings.seeds[0])], settings)
@@ -329,12 +330,14 @@ def _claimed(
         try:
             if accelerator.is_main_process:
                 run.write_settings(settings, _versions())
-            yield run
+            with run.present():
+                yield run
         except Exception as error:
-            if run.source.is_file():
+            if run.is_new:
+                if accelerator.is_main_process and not resume:
+                    run.discard()
+            elif run.settings.is_file():
                 error.add_note(f"go on with: tuneavideo tune --resume {run.quoted}")
-            elif accelerator.is_main_process and not resume:
-                run.remove()
             raise
 
 
@@ -367,10 +370,11 @@ def _reopened(settings: EditSettings) -> Studio:
     """The model a run made, with the clip it was made on."""
     run = RunFolder.open(settings.run)
     own = run.read_settings()
-    if not run.is_tuned:
-        raise RunError(f"{run.path} is not tuned to its end; go on with: tuneavideo tune --resume {run.quoted}")
+    run.require_tuned()
     dtype = models.PRECISIONS[_precision(own)]
     pipe = models.open_image_model(settings.edit_model or own.base, dtype=dtype)
+    if not run.source.is_file():
+        _make_source(run, own, pipe)
     kept = _kept(run)
     source, moments = kept or (videos.footage(run.source, run.path), {})
     if isinstance(source, Spool) and settings.controlnet:
@@ -388,15 +392,25 @@ def _reopened(settings: EditSettings) -> Studio:
     return Studio(run, pipe, style.controlled(video), moments, source, style=style)
 
 
+def _make_source(run: RunFolder, own: TuneSettings, pipe: Pipeline) -> None:
+    """Write a lost `source.mp4` again from the clip that the run was tuned on."""
+    if not Path(own.video).exists():
+        raise VideoError(
+            f"{run.source} is missing, and so is {own.video}, which it was made from; put one of them back"
+        )
+    logger.warning("%s is missing; made again from %s", run.source, own.video)
+    videos.write(clip_of(own, pipe, run.path), run.source)
+
+
 def _write_edit(studio: Studio, settings: EditSettings, prompt: str, seed: int, video: Footage) -> Path:
-    folder = studio.run.new_edit(prompt)
-    for kind in settings.formats:
-        videos.write(video, folder / ("frames" if kind == "frames" else f"edit.{kind}"))
-    source = dataclasses.replace(studio.source, fps=video.fps, sound_SC=video.sound_SC)
-    labels = [studio.run.read_settings().prompt, prompt]
-    videos.write(side_by_side([source, video], labels=labels), folder / "side-by-side.mp4")
-    made = settings.model_dump(mode="json", exclude={"prompt", "seeds", "run"})
-    files.write(folder / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made, indent=1))
+    with studio.run.new_edit(prompt) as (draft, folder):
+        for kind in settings.formats:
+            videos.write(video, draft / ("frames" if kind == "frames" else f"edit.{kind}"))
+        source = dataclasses.replace(studio.source, fps=video.fps, sound_SC=video.sound_SC)
+        labels = [studio.run.read_settings().prompt, prompt]
+        videos.write(side_by_side([source, video], labels=labels), draft / "side-by-side.mp4")
+        made = settings.model_dump(mode="json", exclude={"prompt", "seeds", "run"})
+        files.write(draft / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made, indent=1))
     return folder
 
 

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import unicodedata
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -17,16 +17,23 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tuneavideo import files
-from tuneavideo.errors import RunError
+from tuneavideo.errors import DiskError, RunError
 from tuneavideo.settings import TuneSettings, as_yaml, checked, read_yaml
 
 LOCK = ".lock"
+NEW, MADE = ".new", "folder"
+ASKED = ".edits.json"
 
 
 def slug(text: str, limit: int = 60) -> str:
-    """Words of a prompt or file name as part of a file name: lower-case letters, digits and hyphens."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:limit].rstrip("-") or "untitled"
+    """Words of a prompt or file name as part of a file name.
+
+    Lower-case letters and digits of any script (Unicode NFC) with hyphens between words, at most `limit` bytes long.
+    """
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFKC", text).lower())
+    plain = "".join(each if unicodedata.category(each)[0] in "LMN" else " " for each in text)
+    whole = "-".join(plain.split())
+    return whole.encode()[:limit].decode(errors="ignore").rstrip("-") or "untitled"
 
 
 @dataclass(frozen=True)
@@ -44,19 +51,22 @@ class RunFolder:
             DiskError: The place cannot be written.
         """
         path = Path(root if out is None else out)
-        with files.told(path):
-            path.mkdir(parents=True, exist_ok=True)
+        with files.told(path, advice="choose another place with --out"):
             if out is not None:
-                if any(file.name != LOCK and file.suffix != files.PART for file in path.iterdir()):
-                    run = f", or --resume {cls(path).quoted}" if cls(path).settings.is_file() else ""
-                    raise RunError(f"{path} exists and is not empty; give another --out{run}")
-                return cls(path)
+                made = not path.exists()
+                path.mkdir(parents=True, exist_ok=True)
+                if not all(file.name in (LOCK, NEW) or files.is_draft(file) for file in path.iterdir()):
+                    resume = f"tuneavideo tune --resume {cls(path).quoted}"
+                    how = f", or go on with: {resume}" if cls(path).settings.is_file() else ""
+                    raise RunError(f"{path} exists and is not empty; give another --out{how}")
+                return cls(path)._begun(made)
+            path.mkdir(parents=True, exist_ok=True)
             number = 1
             while True:
                 path = Path(root) / f"{slug(Path(clip).stem)}-{number}"
                 try:
                     path.mkdir()
-                    return cls(path)
+                    return cls(path)._begun(True)
                 except FileExistsError:
                     number += 1
 
@@ -80,7 +90,7 @@ class RunFolder:
         """
         lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)  # a job may be closed in another thread
         try:
-            with files.told(self.path):
+            with files.told(self.path, advice="make the folder writable, or copy the run and work on the copy"):
                 lock.acquire()
         except Timeout:
             raise RunError(
@@ -92,9 +102,40 @@ class RunFolder:
         finally:
             lock.release()
 
-    def remove(self) -> None:
-        """Leave nothing of a run that has not begun."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    @contextmanager
+    def present(self) -> Generator[None, None, None]:
+        """Raise RunError when the folder is deleted or moved within the block."""
+        try:
+            yield
+        except (FileNotFoundError, DiskError) as error:
+            if self.settings.is_file():
+                raise
+            raise RunError(
+                f"{self.path} was deleted or moved while it was in use; if it was moved, go on with: "
+                "tuneavideo tune --resume NEW_PLACE"
+            ) from error
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run is marked as begun, with nothing in it yet that is worth keeping."""
+        return (self.path / NEW).is_file()
+
+    def keep(self) -> None:
+        """Take the mark of a new run away: from now on there is work in it."""
+        (self.path / NEW).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove the files of a run that `is_new`; of any other, and of files that others put there, nothing."""
+        if not self.is_new or self.is_tuned or self.steps() or self.checkpoints():
+            return
+        made = (self.path / NEW).read_text(encoding="utf-8") == MADE
+        weights = self.adapter / "adapter.safetensors"  # without its config it is no adapter
+        for file in (self.source, self.latents, self._steps, weights, self.settings, self.path / LOCK, self.path / NEW):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.base, ignore_errors=True)
+        _remove_if_empty(self.adapter)
+        if made:
+            _remove_if_empty(self.path)
 
     def written_with(self) -> dict[str, str]:
         """The `about` of `write_settings`: versions of packages, and the base's fingerprint."""
@@ -129,9 +170,19 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def base(self) -> Path:
+        """The base of an adopted run that brought its own."""
+        return self.path / "base"
+
+    @property
     def is_tuned(self) -> bool:
         """Whether there is a whole adapter; its config is written last."""
         return (self.adapter / "adapter_config.json").is_file()
+
+    def require_tuned(self) -> None:
+        """Raise RunError when there is no whole adapter."""
+        if not self.is_tuned:
+            raise RunError(f"{self.path} is not tuned to its end; go on with: tuneavideo tune --resume {self.quoted}")
 
     def edited(self) -> set[tuple[str, int]]:
         """Prompt and seed of the edits that are there."""
@@ -139,8 +190,9 @@ class RunFolder:
         return {(edit["prompt"], edit["seed"]) for edit in made}
 
     def edits(self) -> list[Path]:
-        """Folders of the edits, oldest first; one whose `edit.json` is not there yet is unfinished."""
-        return sorted(path for path in self.path.glob("edits/[0-9][0-9][0-9]-*") if path.is_dir())
+        """Folders named as edits are, oldest first; one without `edit.json` is unfinished, or no edit."""
+        folders = [path for path in self.path.glob("edits/*") if _number(path, _EDIT) is not None and path.is_dir()]
+        return sorted(folders, key=lambda path: (_number(path, _EDIT), path.name))
 
     def whole_edits(self) -> list[Path]:
         """Folders of the edits that are finished, oldest first."""
@@ -192,12 +244,13 @@ class RunFolder:
     def latents(self) -> Path:
         return self.path / "latents.safetensors"
 
-    def sample(self, step: int, prompt: str) -> Path:
-        return self.path / "samples" / f"{step:06d}-{slug(prompt)}.mp4"
+    def sample(self, step: int, index: int, prompt: str) -> Path:
+        """The preview of the edit prompt `index` (from 0) after a step."""
+        return self.path / "samples" / f"{step:06d}-{index:02d}-{slug(prompt)}.mp4"
 
     def checkpoints(self) -> list[Path]:
         """States to resume from, oldest first."""
-        return sorted(path for path in (self.path / "checkpoints").glob("[0-9]*") if path.suffix == ".pt")
+        return self._numbered("checkpoints", _CHECKPOINT)
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"{step:06d}.pt"
@@ -207,15 +260,30 @@ class RunFolder:
             path.unlink()
 
     def drop_checkpoints(self) -> None:
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        """Remove the states that the adapter was tuned past."""
+        for path in self.checkpoints():
+            path.unlink()
+        _remove_if_empty(self.path / "checkpoints")
 
-    def new_edit(self, prompt: str) -> Path:
-        """A new folder `edits/<number>-<prompt>`."""
-        (self.path / "edits").mkdir(exist_ok=True)
-        taken = [int(path.name[:3]) for path in (self.path / "edits").glob("[0-9][0-9][0-9]-*")]
-        path = self.path / "edits" / f"{max(taken, default=-1) + 1:03d}-{slug(prompt)}"
-        path.mkdir()
-        return path
+    @property
+    def next_edit(self) -> int:
+        """The number of the next edit."""
+        return max((_number(edit, _EDIT) or 0 for edit in self.whole_edits()), default=-1) + 1
+
+    @contextmanager
+    def new_edit(self, prompt: str) -> Generator[tuple[Path, Path], None, None]:
+        """A hidden folder to fill, and the folder `edits/<number>-<prompt>` that it becomes when the block ends well.
+
+        Raises:
+            DiskError: The place cannot be written or is full.
+        """
+        number, folder = self.next_edit, self.path / "edits"
+        while any(folder.glob(f"{number:03d}-*")):  # of an edit that an older version left unfinished
+            number += 1
+        path = folder / f"{number:03d}-{slug(prompt)}"
+        with files.replacing(path) as draft:
+            draft.mkdir()
+            yield draft, path
 
     def steps(self) -> list[dict[str, Any]]:
         """What `log_step` wrote, in order of steps; a line cut short by a crash is left out."""
@@ -230,21 +298,46 @@ class RunFolder:
         """Drop logged steps, and previews of them, that a resumed tuning will do again."""
         kept = [json.dumps(step) + "\n" for step in self.steps() if step["number"] <= number]
         files.write(self._steps, "".join(kept))
-        for sample in (self.path / "samples").glob("[0-9]*"):
-            if int(sample.name.split("-")[0]) > number:
+        for sample in self._numbered("samples", _SAMPLE):
+            if (_number(sample, _SAMPLE) or 0) > number:
                 sample.unlink()
+
+    def _begun(self, made: bool) -> RunFolder:
+        """Mark a new run, and whether its folder was `made` for it."""
+        if not self.is_new:
+            (self.path / NEW).write_text(MADE if made else "", encoding="utf-8")
+        return self
 
     def _clear(self) -> None:
         files.sweep(self.path)
-        for edit in (self.path / "edits").glob("[0-9]*"):
-            if not (edit / "edit.json").is_file():  # it is written last
-                shutil.rmtree(edit)
         if self.is_tuned:
+            self.keep()
             self.drop_checkpoints()
+
+    def _numbered(self, folder: str, name: re.Pattern[str]) -> list[Path]:
+        """Files in a folder with names of a pattern, in order of their numbers."""
+        found = [path for path in (self.path / folder).glob("*") if _number(path, name) is not None and path.is_file()]
+        return sorted(found, key=lambda path: (_number(path, name), path.name))
 
     @property
     def _steps(self) -> Path:
         return self.path / "steps.jsonl"
+
+
+# Names that the program gives; others are not its own, and are left alone.
+_EDIT = re.compile(r"(\d{3,})-.+")
+_CHECKPOINT = re.compile(r"(\d{6,})\.pt")
+_SAMPLE = re.compile(r"(\d{6,})-.+\.mp4")
+
+
+def _number(path: Path, name: re.Pattern[str]) -> int | None:
+    found = name.fullmatch(path.name)
+    return int(found[1]) if found else None
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -21,6 +21,8 @@ def summarised(
 ) -> Job:
     """Run the benchmark for presets (or `untuned`) by name; ends with `results.json` in the folder `out`."""
     variants = [variant_of(name) for name in names]
+    files.refuse_foreign(out / "results.json", '"format": 1')
+    files.refuse_foreign(out / "rows.jsonl", '"key": ')
     out.mkdir(parents=True, exist_ok=True)
     rows = benchmark(
         variants, out / "rows.jsonl", seeds=range(seeds), part=part, clips=4 if quick else None, processes=processes

@@ -97,6 +97,8 @@ def run(
     """
     chosen = clips_of(data)
     chosen = chosen[:: max(1, len(chosen) // clips)][:clips] if clips else chosen
+    files.refuse_foreign(out / "results.json", f'"format": {scoring.FORMAT}')
+    files.refuse_foreign(out / "results.md", "# LOVEU-TGVE-2023")
     done: list[tuple[Clip, RunFolder]] = []
     for clip in chosen:
         folder = RunFolder(out / "runs" / clip.set / clip.name)

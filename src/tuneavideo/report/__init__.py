@@ -28,7 +28,12 @@ from tuneavideo.version import __version__
 
 
 def write(runs: Sequence[RunFolder], path: Path) -> None:
-    """Make the page of some runs; of several, the first is what the others are measured by."""
+    """Make the page of some runs; of several, the first is what the others are measured by.
+
+    Raises:
+        DiskError: `path` is a file that is no report, or cannot be written.
+    """
+    files.refuse_foreign(path, "tuneavideo</title>")
     names = [run.path.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]

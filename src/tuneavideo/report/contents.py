@@ -167,7 +167,7 @@ def opened(folder: RunFolder, name: str) -> Run:
 
 def _add_edit(run: Run, folder: Path, source: Video | None) -> None:
     if not (folder / "edit.json").is_file():
-        run.notes.append(Note(f"edits/{folder.name} is unfinished and left out."))
+        run.notes.append(Note(f"edits/{folder.name} has no edit.json and is left out."))
         return
     made = _tried(
         run, lambda: Made.model_validate_json((folder / "edit.json").read_bytes()), f"{folder.name}/edit.json"
