@@ -264,7 +264,8 @@ def test_the_second_process_on_a_run_folder_is_refused(
     out, other = busy
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     refused = f"tuneavideo: {out} is in use: another process tunes or edits there; wait until it is done, or stop it\n"
-    exists = f"tuneavideo: {out} exists and is not empty; give another --out, or go on with: tuneavideo tune --resume {out}\n"
+    how = f"give another --out, or go on with: tuneavideo tune --resume {out}"
+    exists = f"tuneavideo: {out} exists and is not empty; {how}\n"
     for words, told in {
         ("tune", "--resume", str(out)): refused,
         ("edit", str(out), "--prompt", "a circle"): refused,

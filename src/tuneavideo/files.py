@@ -25,14 +25,13 @@ def write(path: Path, contents: bytes | str) -> None:
 
 
 def refuse_foreign(path: Path, mark: str) -> None:
-    """Raise DiskError when `path` is there and its first 64 KiB lack `mark`, which every such file of ours has."""
-    if not path.exists():
-        return
+    """Raise DiskError when the file `path` is there and its first 64 KiB lack `mark`, which every one of ours has."""
     if path.is_file():
         with path.open("rb") as file:
-            if mark.encode() in file.read(2**16):
-                return
-    raise DiskError(f"{path} exists and was not written by this command; move it away, or give another --out")
+            if mark.encode() not in file.read(2**16):
+                raise DiskError(
+                    f"{path} exists and was not written by this command; move it away, or give another --out"
+                )
 
 
 @contextmanager
