@@ -399,7 +399,7 @@ def _make_source(run: RunFolder, own: TuneSettings, pipe: Pipeline) -> None:
             f"{run.source} is missing, and so is {own.video}, which it was made from; put one of them back"
         )
     logger.warning("%s is missing; made again from %s", run.source, own.video)
-    videos.write(clip_of(own, pipe, run.path), run.source)
+    videos.write(clip_of(own, plan.frames(own), pipe, run.path), run.source)
 
 
 def _write_edit(studio: Studio, settings: EditSettings, prompt: str, seed: int, video: Footage) -> Path:
