@@ -23,7 +23,7 @@ from tuneavideo.adapter import tuned_parameters
 from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.reuse import reusing
-from tuneavideo.settings import PRESETS, TuneSettings
+from tuneavideo.settings import PRESETS, Sampling, TuneSettings
 from tuneavideo.tuning import Tuning
 
 Task = Literal[
@@ -277,34 +277,34 @@ def edits(row: Row, network: Parts, device: str) -> Bench:
     video = _prepared(row, inflate(network.unet.requires_grad_(False)))
     x, _, told = _inputs(row, network, device, clips=2)
     clean, (empty, text) = x[:1], told.split(1)
-    kind, steps, every, share = _sampling(row)
-    texts = (text.expand(row.prompts), empty.expand(row.prompts))
+    settings, texts = _sampling(row), text.expand(row.prompts)
 
     def run() -> list[Tensor]:
-        path = inversion.path_to(levels().sampler(kind, steps, spacing="trailing"), levels(), steps, "trailing")
-        way = [clean, *(step.latents for step in inversion.invert(video, levels(), clean, empty, path))][::-1]
-        source, start = editing.Source(way, text, share), way[0].expand(row.prompts, -1, -1, -1, -1)
-        made: list[Tensor] = []
+        path = inversion.path_to(
+            editing.sampler_of(levels(), settings), levels(), settings.num_inference_steps, "trailing"
+        )
+        *_, inverted = editing.invert(video, levels(), clean, empty, path)
+        trajectory, made = inverted.trajectory, []
         for _ in range(PROMPTS // row.prompts):
-            sampler = levels().sampler(kind, steps, spacing="trailing")
-            *_, last = editing.generate(reusing(video, every), sampler, start, *texts, 12.5, source=source)
+            reused, sampler = reusing(video, settings.feature_reuse), editing.sampler_of(levels(), settings)
+            *_, last = editing.edit(reused, levels(), sampler, settings, trajectory, clean, text, texts, empty)
             made += last.latents.split(1)
         return made
 
     return Bench(run, run)
 
 
-def _sampling(row: Row) -> tuple[Any, int, int, float]:
-    """Sampler, steps, every how-many-th computes inner features, and the share of steps led by the clip."""
-    told = PRESETS["fast"] if row.fast else {}
-    steps = STEPS * told.get("num_inference_steps", 50) // 50
-    share = TuneSettings.model_fields["attention_injection"].default if row.led else 0.0
-    return told.get("sampler", "ddim"), steps, told.get("feature_reuse", 1), share
+def _sampling(row: Row) -> Sampling:
+    """The settings of the edits, in a tenth of the steps."""
+    told: dict[str, Any] = {"num_inference_steps": 50, **(PRESETS["fast"] if row.fast else {})}
+    told["num_inference_steps"] *= STEPS / 50
+    return Sampling(**told, **({} if row.led else {"attention_injection": 0.0}))
 
 
 def _counted_edits(row: Row) -> float:
     """Operations of `edits`, from those of its calls."""
-    _, steps, every, share = _sampling(row)
+    settings = _sampling(row)
+    steps, every, share = settings.num_inference_steps, settings.feature_reuse, settings.attention_injection
 
     def call(clips: int, reused: bool = False) -> float:
         one = dataclasses.replace(row, task="edit", reused=reused)

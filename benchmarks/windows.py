@@ -137,7 +137,6 @@ def _drawn(frames: int) -> Iterator[np.ndarray]:
 def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str, Any]:
     """Edits of a real clip in windows of 8 frames, which follow it as by default."""
     from tuneavideo import api, cache, editing, inversion, models
-    from tuneavideo.bases import BASES
     from tuneavideo.inflate import video_unet
     from tuneavideo.noise import Levels
     from tuneavideo.runs import RunFolder
@@ -149,7 +148,7 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
     levels, kept = Levels.of(pipe.scheduler), cache.read(run.latents)
     assert kept
     negative, caption, *texts = models.embed(pipe, ["", "a man", *EDITS]).split(1)
-    share = BASES["miniature"].settings["attention_injection"]
+    settings = run.read_settings().model_copy(update={"num_inference_steps": steps})
     rows: dict[str, Any] = {}
     cuts = {"whole": Windows(frames, 0)} | {
         f"overlap {overlap}, {'moving' if moving else 'fixed'}": Windows(WINDOW, overlap, moving)
@@ -157,15 +156,12 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
     }
     for name, windows in cuts.items():
         began, unet = time.process_time(), WindowedUNet(video_unet(pipe.unet), windows)
-        sampler: Any = levels.sampler("ddim", steps, spacing="trailing")
-        grid = inversion.path_to(sampler, levels, steps, "trailing")
-        clean, up = kept["mean"], inversion.invert(unet, levels, kept["mean"], negative, grid)  # pyright: ignore
-        way = [clean, *(step.latents for step in up)][::-1]
-        followed, made = editing.Source(way, caption, share), []
+        path = inversion.path_to(editing.sampler_of(levels, settings), levels, steps, "trailing")
+        *_, inverted = editing.invert(unet, levels, kept["mean"], negative, path)
+        grid, made = inverted.timesteps[::-1], []
         for text in texts:
-            sampler = levels.sampler("ddim", steps, spacing="trailing")
-            down = editing.generate(unet, sampler, way[0], text, negative, 5.0, source=followed)  # pyright: ignore
-            *_, edit = down
+            sampler, trajectory = editing.sampler_of(levels, settings), inverted.trajectory
+            *_, edit = editing.edit(unet, levels, sampler, settings, trajectory, kept["mean"], caption, text, negative)
             made.append(models.decode(pipe, edit.latents, 8.0)[0].frames_THWC)
         cut = Windows(WINDOW, 0) if windows.holds(frames) else windows
         borders = [span.start for span in cut.spans(frames, float(grid[0]))[1:]]  # of the last step

@@ -24,11 +24,11 @@ from tests.test_job import BRIEF
 from tuneavideo import TuneAVideoPipeline, TuneAVideoXLPipeline, api, cli, models, opening
 from tuneavideo.bases import BASES
 from tuneavideo.conditions import Conditions
-from tuneavideo.editing import generate
 from tuneavideo.errors import ModelError
 from tuneavideo.inflate import video_unet
 from tuneavideo.inversion import invert
 from tuneavideo.noise import Levels
+from tuneavideo.sampling import generate
 from tuneavideo.video import read
 
 PUBLISHED = {  # parameters of UNet, autoencoder and text encoders

@@ -15,11 +15,11 @@ from tests.test_job import BRIEF
 from tests.test_noise import STABLE
 from tuneavideo import api
 from tuneavideo.attention import SparseCausalAttention, TemporalAttention, referred
-from tuneavideo.editing import Source, generate
 from tuneavideo.errors import SettingsError
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.inversion import invert, path_to
 from tuneavideo.noise import Levels
+from tuneavideo.sampling import Source, generate
 from tuneavideo.settings import OTHER_LEVELS, SAMPLERS, Inflation
 
 LEVELS = Levels.of(DDIMScheduler(**STABLE))

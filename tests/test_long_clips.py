@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from tests.conftest import image_unet
 from tests.test_job import same
 from tests.test_noise import STABLE
-from tuneavideo import api, cache, editing, inversion, streaming
+from tuneavideo import api, cache, inversion, sampling, streaming
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.montage import side_by_side
 from tuneavideo.noise import Levels
@@ -165,13 +165,13 @@ def test_an_edit_on_the_disk_follows_its_clip_as_in_memory(video: VideoUNet, ree
         unet, LEVELS, reel, caption, LEVELS.inversion_grid(3, "trailing"), whole=True, folder=tmp_path
     )
     ways, outcomes = [last.latents.split(1), [each[EVERY] for each in last.latents.split(1)]], []
-    for way, generate in zip(ways, (partial(streaming.generate, folder=tmp_path), editing.generate), strict=True):
-        sampler, source = LEVELS.sampler("ddim", 3, spacing="trailing"), editing.Source(way, caption, 0.6)
+    for way, generate in zip(ways, (partial(streaming.generate, folder=tmp_path), sampling.generate), strict=True):
+        sampler, source = LEVELS.sampler("ddim", 3, spacing="trailing"), sampling.Source(way, caption, 0.6)
         steps: Any = generate(unet, sampler, way[0], text, negative, 3.0, source=source, guidance_interval=(0.0, 0.6))  # pyright: ignore
         outcomes.append([*steps][-1].latents[EVERY])
     assert torch.allclose(*outcomes, atol=1e-4)
     sampler = LEVELS.sampler("ddim", 3, spacing="trailing")
-    *_, alone = editing.generate(unet, sampler, ways[1][0], text, negative, 3.0)  # pyright: ignore
+    *_, alone = sampling.generate(unet, sampler, ways[1][0], text, negative, 3.0)  # pyright: ignore
     assert not torch.allclose(alone.latents, outcomes[1], atol=1e-2)
 
 
@@ -181,7 +181,7 @@ def test_a_reel_is_denoised_by_every_sampler_as_the_tensor_it_holds(
 ) -> None:
     unet, (text, negative) = WindowedUNet(video, Windows(6, 2)), torch.randn(2, 1, 5, 24)
     outcomes = []
-    for start, generate in ((reel[EVERY], editing.generate), (reel, streaming.generate)):
+    for start, generate in ((reel[EVERY], sampling.generate), (reel, streaming.generate)):
         sampler, more = LEVELS.sampler(name, 4, spacing="trailing", strength=0.8), {}
         if generate is streaming.generate:
             more = {"folder": tmp_path}

@@ -10,10 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from tuneavideo import cli, miniature, models
-from tuneavideo.editing import generate
 from tuneavideo.inflate import video_unet
 from tuneavideo.inversion import invert, path_to
 from tuneavideo.noise import Levels
+from tuneavideo.sampling import generate
 from tuneavideo.video import read
 
 

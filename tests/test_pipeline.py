@@ -7,18 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from tests.conftest import image_unet, moving_square
 from tests.test_adapter import learned
-from tuneavideo import TuneAVideoPipeline, models
-from tuneavideo.errors import AdapterError
-from tuneavideo.video import Video, read
+from tuneavideo import TuneAVideoPipeline, api, models
+from tuneavideo.errors import AdapterError, SettingsError
+from tuneavideo.runs import RunFolder
+from tuneavideo.video import Video, read, write
 
 QUICK = {"num_frames": 3, "num_inference_steps": 2, "output_type": "latent"}
+
+CLIP = Video(np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8), 8.0)
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ def test_a_callback_sees_every_step_and_may_change_the_latents(pipe: TuneAVideoP
         return {"latents": torch.zeros_like(values["latents"])}
 
     made = pipe("a square", callback_on_step_end=callback, **QUICK).frames
-    assert seen == [(0, 501), (1, 1)] and not made.any()
+    assert seen == [(0, 999), (1, 499)] and not made.any()
 
 
 def test_an_adapter_is_loaded_and_leaves_no_trace(base: Path, tmp_path: Path) -> None:
@@ -110,6 +113,102 @@ def test_it_is_made_of_the_components_of_a_stock_pipeline(base: Path) -> None:
     stock = models.open(str(base))
     assert type(stock) is StableDiffusionPipeline
     assert TuneAVideoPipeline(**stock.components)("a square", **QUICK).frames.shape == (1, 4, 3, 8, 8)
+
+
+# Edits of a clip
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tuned clip, with settings of its own."""
+    folder = tmp_path_factory.mktemp("runs")
+    own = {"max_train_steps": 3, "num_frames": 4, "mixed_precision": "no", "learning_rate": 1e-2, "seeds": (1,)}
+    own |= {"num_inference_steps": 4, "guidance_scale": 3.0, "attention_injection": 0.5, "resolution": 32}
+    return api.tune(
+        moving_square(folder / "square.mp4"),
+        "a red square moves",
+        base=str(base),
+        out=folder / "run",
+        progress=False,
+        **own,
+    )
+
+
+PROMPTS = ["a blue circle moves", "a red circle jumps"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strength": 0.5, "fresh_noise": 0.4, "negative_prompt": "red"},
+        {"guidance_interval": (0.0, 0.6), "attention_injection": 1.0, "feature_reuse": 2},
+        {"window": 3, "batch_guidance": False},
+        {"sampler": "dpm++"},
+        {"sampler": "euler-ancestral", "attention_injection": 0.0, "num_inference_steps": 3},
+    ],
+)
+def test_it_makes_the_frames_that_the_command_makes(settings: dict, run: Path) -> None:
+    folders = api.edit(run, PROMPTS, formats=("frames",), batch_prompts=2, progress=False, **settings)
+    pipe = TuneAVideoPipeline.from_pretrained(RunFolder(run).read_settings().base, adapter=run / "adapter")
+    pipe.set_progress_bar_config(disable=True)
+    steps = {name: settings[name] for name in ("num_inference_steps", "window") if name in settings}
+    generators = [torch.Generator().manual_seed(1) for _ in PROMPTS]
+    made = pipe(PROMPTS, latents=pipe.invert(**steps), generator=generators, output_type="video", **settings).frames
+    for folder, clip in zip(folders, made, strict=True):
+        assert np.array_equal(clip.frames_THWC, read(folder / "frames").frames_THWC)
+        assert clip.fps == 8.0
+
+
+def test_a_clip_comes_back_as_it_can_be_written(pipe: TuneAVideoPipeline, clip: Path, tmp_path: Path) -> None:
+    inverted = pipe.invert(read(clip, size=(16, 16)), 2, prompt="a red square")
+    (made,) = pipe("a square", latents=inverted, num_inference_steps=2, output_type="video").frames
+    write(made, tmp_path / "made.mp4")
+    assert read(tmp_path / "made.mp4").frames == 6
+    with pytest.raises(SettingsError, match="no clip to invert"):
+        pipe.invert()
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "said"),
+    [
+        ({}, {"num_inference_steps": 3}, "every level"),
+        ({}, {"attention_injection": 0.0, "timestep_spacing": "leading"}, "starts at"),
+        ({}, {"num_inference_steps": 4, "sampler": "plms"}, "sampler plms"),
+        ({}, {"num_inference_step": 4}, "did you mean 'num_inference_steps'"),
+        (None, {"attention_injection": 0.6}, "needs an inverted clip"),
+        (None, {"strength": 0.6}, "needs an inverted clip"),
+    ],
+)  # fmt: skip
+def test_sampling_from_where_the_clip_is_not_known_is_refused(
+    made: dict | None, asked: dict, said: str, pipe: TuneAVideoPipeline
+) -> None:
+    latents = None if made is None else pipe.invert(CLIP, 4)
+    with pytest.raises(SettingsError, match=said):
+        pipe("a square", latents=latents, **asked)
+
+
+def test_inversion_and_sampling_meet_whatever_scheduler_the_base_ships(base: Path, tmp_path: Path) -> None:
+    shipped = StableDiffusionPipeline.from_pretrained(base)
+    shipped.scheduler = PNDMScheduler.from_config(shipped.scheduler.config, skip_prk_steps=True)
+    shipped.save_pretrained(tmp_path)
+    back = {}
+    for folder in (base, tmp_path):
+        pipe = TuneAVideoPipeline.from_pretrained(folder)
+        back[folder] = pipe(
+            "a square", latents=pipe.invert(CLIP, 6), num_inference_steps=6, output_type="latent"
+        ).frames
+    assert torch.equal(*back.values())
+    own = {"num_inference_steps": 6, "output_type": "latent", "guidance_scale": 1.0}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    inverted = pipe.invert(CLIP, 6)
+    led = pipe("a square", latents=inverted, **own).frames
+    assert int(pipe.scheduler.timesteps[0]) == inverted.trajectory.timesteps[0] < 999
+    assert torch.isfinite(led).all()
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    with pytest.raises(SettingsError, match="attention_injection needs"):
+        pipe("a square", latents=pipe.invert(CLIP, 6), **own)
+    assert torch.isfinite(pipe("a square", latents=pipe.invert(CLIP, 6), attention_injection=0.0, **own).frames).all()
 
 
 def test_inverted_noise_is_turned_back_into_the_clip(pipe: TuneAVideoPipeline, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from tests.conftest import moving_square
 from tests.test_job import BRIEF
 from tuneavideo import api, cli
 from tuneavideo.errors import DiskError, RunError
-from tuneavideo.report.comparison import pieces
-from tuneavideo.report.curve import smoothed
-from tuneavideo.report.words import duration
+from tuneavideo.reporting.comparison import pieces
+from tuneavideo.reporting.curve import smoothed
+from tuneavideo.reporting.words import duration
 
 PROMPT = "a red square moves"
 EDITS = ["a blue circle moves", "a \"red\" square <script>window.struck = 1</script> & moves 'on' the snow"]

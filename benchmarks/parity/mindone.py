@@ -27,10 +27,10 @@ from tuneavideo.adapter import Adapter
 from tuneavideo.checkpoints import mindspore
 from tuneavideo.checkpoints.opening import opened_at
 from tuneavideo.checkpoints.optimizer import UncorrectedAdamW
-from tuneavideo.editing import generate
 from tuneavideo.errors import CheckpointError
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.noise import Sampler
+from tuneavideo.sampling import generate
 
 UNET, INVERSION, MODEL = 5e-5, 1e-4, 5e-5  # absolute
 ADAMW = 2e-7  # absolute: four steps between numbers of float16 that small

@@ -7,14 +7,15 @@ Each job is a generator of `Progress`, so that every door shows it in its own wa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuneavideo import miniature, plan
 from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Bars, Job, Progress
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import PRESETS, EditSettings, Sampling, TuneSettings, checked, layers, read_yaml
 
@@ -36,7 +37,7 @@ def tune(
     edit: str | Iterable[str] = (),
     out: str | Path | None = None,
     config: str | Path | None = None,
-    progress: Listener | None = None,
+    progress: Listener | bool = True,
     **settings: Any,
 ) -> Path:
     """Teach a text-to-image model the motion of one clip, and edit the clip.
@@ -47,7 +48,7 @@ def tune(
         edit: New prompts to edit the clip with when it is tuned.
         out: Run folder to make; by default the next free `runs/<clip>-<n>`.
         config: YAML file of further settings.
-        progress: Called with a `Progress` after every step.
+        progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
         **settings: Any field of `TuneSettings`, such as `base`, `preset`, `max_train_steps`, `learning_rate`.
 
     Returns:
@@ -61,12 +62,12 @@ def tune(
     return next(each.path for each in done if each.path)
 
 
-def resume(run: str | Path, *, progress: Listener | None = None, **settings: Any) -> Path:
+def resume(run: str | Path, *, progress: Listener | bool = True, **settings: Any) -> Path:
     """Go on with a tuning that was stopped, to the result of an unbroken one.
 
     Args:
         run: Its run folder.
-        progress: Called with a `Progress` after every step.
+        progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
         **settings: Only `edit`, `max_train_steps`, `learning_rate`, `mixed_precision`, what is kept on the way and how
             edits are made may differ from the run's own.
     """
@@ -79,7 +80,7 @@ def edit(
     prompts: str | Iterable[str],
     *,
     config: str | Path | None = None,
-    progress: Listener | None = None,
+    progress: Listener | bool = True,
     **settings: Any,
 ) -> list[Path]:
     """Make new videos with the motion of a tuned clip, one per prompt and seed.
@@ -88,7 +89,7 @@ def edit(
         run: Run folder of the tuned clip.
         prompts: What the edits should show.
         config: YAML file of settings.
-        progress: Called with a `Progress` after every step.
+        progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
         **settings: Any field of `Sampling`, such as `guidance_scale` or `strength`; the others are the run's own.
 
     Returns:
@@ -99,7 +100,7 @@ def edit(
     return [each.path for each in done if each.stage == "edit" and each.path]
 
 
-def invert(run: str | Path, *, progress: Listener | None = None, **settings: Any) -> Path:
+def invert(run: str | Path, *, progress: Listener | bool = True, **settings: Any) -> Path:
     """Find the noise a tuned clip came from, and keep it in the run folder for edits to start from.
 
     Returns:
@@ -157,7 +158,7 @@ def evaluate(
     mask: str | Path | None = None,
     clip: str | None = None,
     pick: str | None = None,
-    progress: Listener | None = None,
+    progress: Listener | bool = True,
 ) -> list[Path]:
     """Measure the edits of runs, and keep the scores in the run folders.
 
@@ -167,7 +168,7 @@ def evaluate(
         mask: Picture, clip or folder of pictures, bright where edits may change the picture.
         clip: Hub id or folder of CLIP, instead of ViT-L/14.
         pick: Hub id or folder of PickScore.
-        progress: Called with a `Progress` after every edit.
+        progress: True shows bars, False nothing; a function is called with a `Progress` after every edit.
 
     Returns:
         The `scores.json` of every run. What could not be measured is in there too, with the reason.
@@ -192,7 +193,7 @@ def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = Non
         TuneAVideoError: A folder that is no run, a place that cannot be written. What is damaged or missing within a
             run is said on its page.
     """
-    from tuneavideo.report import write
+    from tuneavideo.reporting import write
 
     folders = [RunFolder.open(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
     if not folders:
@@ -402,12 +403,30 @@ def _listed(prompts: str | Iterable[str]) -> tuple[str, ...]:
     return (prompts,) if isinstance(prompts, str) else tuple(prompts)
 
 
-def _listened(job: Job, listener: Listener | None) -> list[Progress]:
+def _listened(job: Job, listener: Listener | bool) -> list[Progress]:
     """Run a job to its end; returns where files were finished."""
-    finished = []
-    for each in job:
-        if listener:
-            listener(each)
-        if each.path:
-            finished.append(each)
+    bars, finished = Bars() if listener is True else None, []
+    with _quiet(), closing(bars) if bars else nullcontext():
+        for each in job:
+            if bars:
+                bars(each)
+            elif callable(listener):
+                listener(each)
+            if each.path:
+                finished.append(each)
     return finished
+
+
+@contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """Keep loading bars and notices of other libraries from the user, and leave these libraries as they were."""
+    name = "TRANSFORMERS_VERBOSITY"  # is read when transformers is imported
+    is_ours = name not in os.environ
+    os.environ.setdefault(name, "error")
+    try:
+        from tuneavideo import opening
+    finally:
+        if is_ours:
+            del os.environ[name]
+    with opening.hushed():
+        yield

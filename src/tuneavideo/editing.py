@@ -1,128 +1,208 @@
-"""From noise and a new prompt to a new clip: guided sampling, as a generator of steps."""
+"""An edit from end to end: from a clip's latents to noise, and from there, with new prompts, to new latents.
+
+Clips in memory and clips on the disk go the same way; `streaming` has the arithmetic of the latter.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tuneavideo import inversion, sampling, streaming
 from tuneavideo.conditions import Conditions
+from tuneavideo.errors import SettingsError
 from tuneavideo.inflate import VideoUNet
-from tuneavideo.noise import Sampler, ddim_move
+from tuneavideo.noise import Levels, Sampler
+from tuneavideo.reels import Reel
+from tuneavideo.reuse import reusing
+from tuneavideo.sampling import Source
+from tuneavideo.settings import Sampling
+from tuneavideo.windows import WindowedUNet, Windows
 
 
 @dataclass(frozen=True)
-class EditStep:
-    """Latents `B C T H W` after step `number` of `total`; the last ones are the edit."""
+class Trajectory:
+    """A clip at the noise levels of an inversion, noisiest first.
+
+    Attributes:
+        latents: `S C T H W`: the clip at each of `timesteps`; in a whole trajectory, then clean.
+        timesteps: Falling.
+    """
+
+    latents: Any  # in memory or on the disk
+    timesteps: tuple[int, ...]
+
+    def start(self, sampler: Sampler, levels: Levels, followed: float = 0.0) -> int:
+        """The place in `timesteps` at which sampling starts, and follows the clip in a fraction of its steps.
+
+        Raises:
+            SettingsError: Sampling passes levels at which the clip is not known.
+        """
+        asked = [round(float(t)) for t in sampler.timesteps]
+        known = f"the inversion has the clip at timesteps {_listed(self.timesteps)}"
+        first = next((place for place, t in enumerate(self.timesteps) if inversion.starts_at(sampler, levels, t)), None)
+        if first is None:
+            raise SettingsError(
+                f"sampling starts at timestep {float(sampler.timesteps[0]):g}; {known}. Invert and sample with the "
+                "same num_inference_steps and timestep_spacing, or take another strength"
+            )
+        count = math.ceil(followed * len(asked))
+        if tuple(asked[:count]) != self.timesteps[first : first + count]:
+            raise SettingsError(
+                f"attention_injection needs the clip at every level of the sampling, which passes {_listed(asked)}; "
+                f"{known}. Invert and sample with the same num_inference_steps and timestep_spacing, take sampler "
+                "ddim, or set attention_injection to 0"
+            )
+        return first
+
+
+def prepared(video: VideoUNet, settings: Sampling, frames: int, *, reuse: int = 1, on_disk: bool = False) -> Any:
+    """The UNet for a clip of so many frames: in windows if one does not hold it, or with inner features reused.
+
+    Raises:
+        SettingsError: Windows go neither with `reuse` nor with a ControlNet.
+    """
+    windows = Windows.of(settings, frames)
+    if windows.holds(frames) and not on_disk:
+        return reusing(video, reuse)
+    for name, stated in (("feature_reuse", reuse > 1), ("controlnet", video.control)):
+        if stated:
+            raise SettingsError(
+                f"{name} does not go with a clip that is edited in windows ({frames} frames, windows of "
+                f"{windows.size}) or from the disk; leave it out, or take fewer frames"
+            )
+    return WindowedUNet(video, windows)
+
+
+def sampler_of(levels: Levels, settings: Sampling) -> Sampler:
+    """The sampler that `settings` ask for, at its first step."""
+    return levels.sampler(
+        settings.sampler,
+        settings.num_inference_steps,
+        spacing=settings.timestep_spacing,
+        strength=settings.strength,
+    )
+
+
+@dataclass(frozen=True)
+class InvertedStep:
+    """An inversion after step `number` of `total`; what it `passed` are latents `1 C T H W` from clean to noisy."""
 
     number: int
     total: int
-    latents: Tensor
+    passed: list[Tensor] | Reel
+    timesteps: tuple[int, ...]
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """What was passed, noisiest first. A trajectory of latents on the disk is complete at the last step only."""
+        latents = self.passed if isinstance(self.passed, Reel) else torch.cat(self.passed[::-1])
+        return Trajectory(latents, self.timesteps)
 
 
-def mix_noise(inverted: Tensor, clean: Tensor, alpha: float, share: float, generator: torch.Generator) -> Tensor:
-    """Replace a share of the noise in `inverted` (at level `alpha`, found from `clean`) by fresh noise.
-
-    The variance of the noise stays what it was; 0 changes nothing, 1 leaves only the noisy clip, as SDEdit starts.
-    """
-    if not share:
-        return inverted
-    level = torch.tensor(alpha, device=clean.device)
-    noise = (inverted - level.sqrt() * clean) / (1 - level).sqrt()
-    fresh = torch.randn(clean.shape, generator=generator).to(clean)
-    return ddim_move(clean, (1 - share**2) ** 0.5 * noise + share * fresh, level)
-
-
-Leader = tuple[Tensor, Conditions]
-"""Latents `1 C T H W` and caption of the clip that decides where attention looks."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """The clip that is edited, which its edits may follow.
-
-    Attributes:
-        latents: `1 C T H W` before each step of the sampler: the inversion, backwards.
-        text: Conditions of its caption, or the bare embedding `1 L D`.
-        share: Of the first steps, in which edits attend where the clip does (Plug-and-Play, Tumanyan et al. 2023).
-    """
-
-    latents: Sequence[Any]
-    text: Conditions | Tensor
-    share: float
-
-    def leader(self, number: int, total: int) -> Leader | None:
-        """What leads step `number` (counted from 0)."""
-        return (self.latents[number], Conditions.of(self.text)) if number < self.share * total else None
-
-
-@torch.no_grad()
-def generate(
-    video: VideoUNet,
-    sampler: Sampler,
-    start_BCTHW: Tensor,
-    text: Conditions | Tensor,
-    negative: Conditions | Tensor,
-    guidance_scale: float,
+def invert(
+    video: Any,
+    levels: Levels,
+    clean: Tensor | Reel,
+    empty: Conditions | Tensor,
+    timesteps: Sequence[int],
     *,
-    batch_guidance: bool = True,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    source: Source | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-) -> Iterator[EditStep]:
-    """Denoise `start_BCTHW`, at the level where `sampler` starts, towards the text; yields after every step.
+    whole: bool = True,
+    folder: Path | None = None,
+) -> Iterator[InvertedStep]:
+    """Find the noise a clip came from; yields after every step. The last step has the trajectory.
 
     Args:
-        video: The (tuned) video UNet.
-        sampler: Which scheduler, how many steps, from where.
-        start_BCTHW: Inverted or random latents of B clips.
-        text: What each clip should show.
-        negative: What it should not show (the empty prompt, usually).
-        guidance_scale: Classifier-free guidance (Ho & Salimans, eq. 6, with w = scale - 1); 1 is none.
-        batch_guidance: Both predictions in one batch, or one after the other.
-        guidance_interval: Shares of the steps between which there is guidance (Kynkaanniemi et al. 2024).
-        source: The clip, for edits that follow it.
-        generator: For samplers that add noise; a list has one for each clip.
+        video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
+        levels: Noise levels of the base.
+        clean: Latents of the clip, `1 C T H W`.
+        empty: Conditions of the empty prompt.
+        timesteps: Rising; `inversion.path_to` finds those that end where sampling starts.
+        whole: Keep the clip at all levels, which attention injection needs, or at the last one only.
+        folder: Where latents lie while they are computed, if `clean` is on the disk.
     """
-    text, negative = Conditions.of(text), Conditions.of(negative)
-    x = sampler.enter(start_BCTHW)
-    timesteps = sampler.timesteps.to(x.device)
-    guided = Guided(video, text, negative, batch_guidance)
-    for number, t in enumerate(timesteps):
-        seen, at = sampler.scaled(x, t), number / len(timesteps)
-        scale = guidance_scale if guidance_interval[0] <= at < guidance_interval[1] else 1.0
-        leader = source.leader(number, len(timesteps)) if source else None
-        x = sampler.step(guided(seen, t, scale, leader).to(x.dtype), t, x, generator)
-        yield EditStep(number + 1, len(timesteps), x)
+    passed: list[Tensor] = []
+    if isinstance(clean, Reel):
+        assert folder, "latents on the disk need a folder for others like them"
+        steps = streaming.invert(video, levels, clean, empty, [*timesteps], whole=whole, folder=folder)
+    else:
+        steps, passed = inversion.invert(video, levels, clean, empty, [*timesteps]), [clean]
+    for step in steps:
+        latents, below = step.latents, timesteps[: step.number]
+        if isinstance(latents, Tensor):
+            latents = passed = [*passed, latents] if whole else [latents]
+        yield InvertedStep(step.number, step.total, latents, tuple(below[::-1] if whole else below[-1:]))
 
 
-@dataclass(frozen=True)
-class Guided:
-    """Guided predictions of all edits, led by the clip they are made of or not."""
+def edit(
+    video: Any,
+    levels: Levels,
+    sampler: Sampler,
+    settings: Sampling,
+    trajectory: Trajectory,
+    clean: Tensor | Reel,
+    caption: Conditions | Tensor,
+    text: Conditions,
+    negative: Conditions,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    *,
+    folder: Path | None = None,
+) -> Iterator[Any]:
+    """Denoise an inverted clip towards B prompts; yields an `EditStep` (or a `ReelStep`) after every step.
 
-    video: VideoUNet
-    text: Conditions
-    negative: Conditions
-    batched: bool
+    Args:
+        video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
+        levels: Noise levels of the base.
+        sampler: Such as `sampler_of` returns.
+        settings: Guidance, attention injection and fresh noise.
+        trajectory: Of the clip, as `invert` returns it.
+        clean: Latents of the clip, `1 C T H W`.
+        caption: Conditions of what the clip shows, for attention injection.
+        text: What each edit should show.
+        negative: What the edits should not show: of each, or of all.
+        generator: Of fresh noise and of samplers that add noise; a list has one for each edit.
+        folder: Where latents lie while they are computed, if `clean` is on the disk, from which one clip is edited.
 
-    def __call__(self, x: Tensor, t: Tensor, scale: float, leader: Leader | None) -> Tensor:
-        if scale == 1:
-            return self._predict(x, t, self.text, leader)
-        if self.batched:
-            both = self._predict(torch.cat([x, x]), t, self.negative.joined(self.text), leader)
-            without, towards = both.chunk(2)
-        else:
-            without, towards = (self._predict(x, t, text, leader) for text in (self.negative, self.text))
-        return without + scale * (towards - without)
+    Raises:
+        SettingsError: The trajectory does not have the levels that the sampler passes.
+    """
+    share, count = settings.attention_injection, len(text)
+    latents = trajectory.latents.split(1)[trajectory.start(sampler, levels, share) :]
+    generators: list[Any] = generator if isinstance(generator, list) else [generator] * count
+    told: dict[str, Any] = {
+        "batch_guidance": settings.batch_guidance,
+        "guidance_interval": settings.guidance_interval,
+        "source": Source(latents, caption, share) if share else None,
+    }
+    fresh, alpha = settings.fresh_noise, sampler.start_alpha
+    if isinstance(clean, Reel):
+        assert folder and count == 1, "clips on the disk are edited one by one"
+        start = streaming.mix_noise(latents[0], clean, alpha, fresh, generators[0], folder=folder)
+        yield from streaming.generate(
+            video,
+            sampler,
+            start,
+            text,
+            negative,
+            settings.guidance_scale,
+            generator=generators[0],
+            folder=folder,
+            **told,
+        )
+    else:
+        start = torch.cat([sampling.mix_noise(latents[0], clean, alpha, fresh, each) for each in generators])
+        negative = negative if len(negative) == count else negative.expand(count)
+        told |= {"generator": generators[0] if count == 1 else generator}
+        yield from sampling.generate(video, sampler, start, text, negative, settings.guidance_scale, **told)
 
-    def _predict(self, x: Tensor, t: Tensor, text: Conditions, leader: Leader | None) -> Tensor:
-        if leader is None:
-            return self.video(x, t, text)
-        self.video.clip.led = True
-        try:
-            return self.video(torch.cat([leader[0], x]), t, leader[1].joined(text))[1:]
-        finally:
-            self.video.clip.led = False
+
+def _listed(timesteps: Sequence[int]) -> str:
+    return ", ".join(map(str, timesteps)) if len(timesteps) < 5 else (
+        f"{timesteps[0]}, {timesteps[1]}, {timesteps[2]}, ..., {timesteps[-1]}"
+    )  # fmt: skip

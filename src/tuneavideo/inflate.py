@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class VideoUNet:
         """
         self.clip.clips, frames = len(x_BCTHW), x_BCTHW.shape[2]
         self.clip.frames = frames
-        dtype = next(self.unet.parameters()).dtype
+        dtype = get_parameter_dtype(self.unet)  # of the computation: weights may be kept in another
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").to(dtype)
         t_N = t.repeat_interleave(frames) if t.ndim else t
         told = Conditions.of(text).to(dtype)
@@ -92,7 +93,7 @@ def inflate(unet: UNet2DConditionModel, inflation: Inflation | None = None, *, s
     clip = Clip(references=inflation.references)
     generator = torch.Generator().manual_seed(seed)
     for block in blocks:
-        _see_time(block, clip, inflation.temporal_init, generator)
+        _see_time(block, clip, inflation.temporal_init, generator, get_parameter_dtype(unet))
     for norm in _clip_norms(unet) if inflation.clip_norm else ():
         _become(norm, ClipGroupNorm, clip)
     _announce(unet, BasicTransformerBlock, VideoBlock)
@@ -125,7 +126,9 @@ def added_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
     return {name: p for name, p in unet.named_parameters() if any(f".{part}." in name for part in _ADDED)}
 
 
-def _see_time(block: BasicTransformerBlock, clip: Clip, init: str, generator: torch.Generator) -> None:
+def _see_time(
+    block: BasicTransformerBlock, clip: Clip, init: str, generator: torch.Generator, dtype: torch.dtype
+) -> None:
     like = block.attn1.to_q.weight
     width = like.shape[1]
     block.norm_temp = nn.LayerNorm(width)
@@ -135,7 +138,7 @@ def _see_time(block: BasicTransformerBlock, clip: Clip, init: str, generator: to
     block.attn_temp.clip = clip
     _initialise(block.attn_temp, init, generator)
     for name in _ADDED:
-        getattr(block, name).to(like.device, like.dtype).train(block.training)
+        getattr(block, name).to(like.device, dtype).train(block.training)
     _become(block.attn1, SparseCausalAttention, clip)
     if type(block.attn2) is Attention:
         _become(block.attn2, TextAttention, clip)

@@ -28,6 +28,11 @@ class InversionStep:
     alpha: float
 
 
+def starts_at(sampler: Sampler, levels: Levels, t: int) -> bool:
+    """Whether `sampler` starts on the level of timestep `t`."""
+    return math.isclose(float(levels.alphas[t]), sampler.start_alpha, rel_tol=SAME_LEVEL, abs_tol=1e-6)
+
+
 def path_to(sampler: Sampler, levels: Levels, steps: int, spacing: str | None) -> list[int]:
     """Timesteps, rising, of the inversion that ends on the level where `sampler` starts.
 
@@ -36,7 +41,7 @@ def path_to(sampler: Sampler, levels: Levels, steps: int, spacing: str | None) -
     """
     grid = levels.inversion_grid(steps, spacing)
     for number, t in enumerate(grid, start=1):
-        if math.isclose(float(levels.alphas[t]), sampler.start_alpha, rel_tol=SAME_LEVEL, abs_tol=1e-6):
+        if starts_at(sampler, levels, t):
             return grid[:number]
     raise SettingsError(
         f"sampling starts at timestep {float(sampler.timesteps[0]):g}, where no step of the inversion ends: its "

@@ -195,10 +195,9 @@ def invert(settings: EditSettings) -> Job:
     with run.locked(), run.present(), memory_told(run.read_settings(), settings):
         yield from _opening(settings)
         studio = _reopened(settings)
-        sampler = studio.sampler(settings)
         with _freed_memory(run):
-            yield from studio.inverted(sampler, settings)
-        yield Progress("invert", path=studio.inversion_file(sampler, settings))
+            yield from studio.inverted(settings)
+        yield Progress("invert", path=studio.inversion_file(settings))
 
 
 def _opening(settings: EditSettings) -> Job:

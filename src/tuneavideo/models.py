@@ -133,8 +133,8 @@ def encoded(pipe: Pipeline, video: Video | Spool) -> Iterator[tuple[Tensor, Tens
     """Mean and standard deviation of each frame's latents, `1 C H W`."""
     vae, device = pipe.vae, pipe._execution_device
     for frame_HWC in video.images:
-        pixels = torch.tensor(frame_HWC).to(device, vae.dtype) / 127.5 - 1
-        moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w")).latent_dist
+        pixels = torch.tensor(frame_HWC, dtype=torch.float32) / 127.5 - 1
+        moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w").to(device, vae.dtype)).latent_dist
         yield moments.mean.float() * vae.config.scaling_factor, moments.std.float() * vae.config.scaling_factor
     _rest(vae)
 
@@ -144,15 +144,20 @@ def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
     return [Video(np.stack(list(decoded(pipe, latents[None]))), fps) for latents in latents_BCTHW]
 
 
-@torch.no_grad()
 def decoded(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[np.ndarray]:
-    """The frames of a clip's latents, `H W C`, one at a time."""
+    """The frames of a clip's latents, uint8 `H W C`, one at a time."""
+    for pixels_CHW in pictures(pipe, latents_1CTHW):
+        yield rearrange((pixels_CHW * 255).round().to(torch.uint8), "c h w -> h w c").numpy()
+
+
+@torch.no_grad()
+def pictures(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[Tensor]:
+    """The frames of a clip's latents, `C H W` in 0..1 on the CPU, one at a time and not rounded."""
     vae, device = pipe.vae, pipe._execution_device
     for number in range(latents_1CTHW.shape[2]):
         latents_NCHW = latents_1CTHW[:, :, [number]][:, :, 0] / vae.config.scaling_factor
         pixels_CHW = vae.decode(latents_NCHW.to(device, vae.dtype)).sample[0].float()
-        pixels_CHW = ((pixels_CHW / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-        yield rearrange(pixels_CHW, "c h w -> h w c").numpy()
+        yield (pixels_CHW / 2 + 0.5).clamp(0, 1).cpu()
     _rest(vae)
 
 

@@ -79,13 +79,11 @@ class Levels:
 
     def inversion_grid(self, steps: int, spacing: str | None) -> list[int]:
         """Timesteps of an inversion of `steps` steps, rising: those of a DDIM sampling, backwards."""
-        return [int(t) for t in reversed(self._scheduler("ddim", steps, spacing).timesteps)]
+        return [int(t) for t in reversed(Sampler.of(self._scheduler("ddim", steps, spacing), steps).timesteps)]
 
     def sampler(self, name: str, steps: int, *, spacing: str | None = None, strength: float = 1.0) -> Sampler:
         """A sampler that runs the last `strength` share of `steps` steps."""
-        scheduler = self._scheduler(name, steps, spacing)
-        skipped = (steps - max(1, round(steps * strength))) * getattr(scheduler, "order", 1)
-        return Sampler(scheduler, skipped)
+        return Sampler.of(self._scheduler(name, steps, spacing), steps, strength)
 
     def _scheduler(self, name: str, steps: int, spacing: str | None) -> Any:
         count = len(self.alphas)
@@ -93,9 +91,7 @@ class Levels:
             raise SettingsError(f"{steps} steps were asked for; the model knows {count} noise levels: take fewer steps")
         class_name, overrides = SAMPLERS[name]
         overrides = overrides | ({"timestep_spacing": spacing} if spacing else {})
-        scheduler = getattr(diffusers, class_name).from_config(self.config, **overrides)
-        scheduler.set_timesteps(steps)
-        return scheduler
+        return getattr(diffusers, class_name).from_config(self.config, **overrides)
 
 
 class Sampler:
@@ -108,6 +104,12 @@ class Sampler:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(skipped)
         self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+
+    @classmethod
+    def of(cls, scheduler: Any, steps: int, strength: float = 1.0) -> Sampler:
+        """Set any diffusers scheduler to the last `strength` share of `steps` steps."""
+        scheduler.set_timesteps(steps)
+        return cls(scheduler, (steps - max(1, round(steps * strength))) * getattr(scheduler, "order", 1))
 
     def twin(self) -> Sampler:
         """Another one at the same step; what either remembers of its latents from now on, the other does not."""

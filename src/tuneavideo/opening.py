@@ -6,7 +6,8 @@ import difflib
 import logging
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,36 @@ VOCABULARY = "openai/clip-vit-large-patch14"
 PADDING = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}
 
 _UNET = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+NOISY = tuple(
+    f"diffusers.pipelines.{name}" for name in ("pipeline_utils", "stable_diffusion.pipeline_stable_diffusion")
+)
 FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError, pickle.PickleError)
 
 
 def hush() -> None:
     """Loading bars and notices of libraries say nothing to the user of a command."""
-    for noisy in ("pipeline_utils", "stable_diffusion.pipeline_stable_diffusion"):
-        logging.getLogger(f"diffusers.pipelines.{noisy}").setLevel(logging.ERROR)
+    for noisy in NOISY:
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def hushed() -> Generator[None, None, None]:
+    """Do the same for a while, and leave the libraries as they were."""
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    verbosity = transformers_logging.get_verbosity()
+    bars = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
+    hush()
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        for each in bars:
+            each.enable_progress_bar()
 
 
 def opened(base: str, kind: Any = None, **options: Any) -> Any:
@@ -61,10 +82,10 @@ def opened(base: str, kind: Any = None, **options: Any) -> Any:
     try:
         if Path(place).is_file():
             return from_file(Path(place), kind, **options)
-        options = {"variant": variant(folder(place)), **without_checker(place), **options}
-        return (kind or DiffusionPipeline).from_pretrained(place, **options)
+        chosen = {"variant": variant(folder(place)), **without_checker(place)}
+        return (kind or DiffusionPipeline).from_pretrained(place, **chosen | options)
     except FAULTS as error:
-        if "memory" in str(error):
+        if "memory" in str(error) or "variant" in options:  # one that is not there is told as diffusers does
             raise
         raise ModelError(dangerous(place) or missing(base, error)) from error
 

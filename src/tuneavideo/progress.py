@@ -81,3 +81,29 @@ class TimeLeft:
             return None
         paces = {stage: seconds / steps for stage, (steps, seconds) in self.made.items()}
         return sum(steps * paces.get(stage, WORK.get(stage, 1.0) * spent / work) for stage, steps in self.ahead.items())
+
+
+class Bars:
+    """A listener that shows each stage of a job as a tqdm bar; `TQDM_DISABLE=1` turns all of them off."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._shown: tuple[str, str] | None = None
+
+    def __call__(self, each: Progress) -> None:
+        from tqdm.auto import tqdm
+
+        if not each.total:
+            return
+        if self._shown != (each.stage, each.about):
+            self.close()
+            name = f"{each.stage}: {each.about}" if each.about else each.stage
+            self._bar, self._shown = tqdm(total=each.total, desc=name[:60]), (each.stage, each.about)
+        if each.step:
+            self._bar.set_postfix(loss=f"{each.step.loss:.3g}", refresh=False)
+        self._bar.update(each.number - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar of the last stage as it is."""
+        if self._bar is not None:
+            self._bar.close()

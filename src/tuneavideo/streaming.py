@@ -1,6 +1,6 @@
 """Clips too long for memory: encoded, inverted and edited window by window, with their latents on the disk.
 
-The arithmetic is that of `inversion` and `editing`. A step changes latents in place: frames that no later window sees.
+The arithmetic is that of `inversion` and `sampling`. A step changes latents in place: frames that no later window sees.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneavideo import cache, editing, machine, models
+from tuneavideo import cache, machine, models, sampling
 from tuneavideo.conditions import Conditions
-from tuneavideo.editing import Guided, Source
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.inversion import moved
 from tuneavideo.noise import Levels, Sampler
 from tuneavideo.opening import Pipeline
 from tuneavideo.reels import Reel
+from tuneavideo.sampling import Guided, Source
 from tuneavideo.video import Spool
 from tuneavideo.windows import WindowedUNet
 
@@ -48,14 +48,14 @@ def encode(pipe: Pipeline, clip: Spool, path: Path) -> None:
 
 
 def mix_noise(
-    inverted: Reel, clean: Reel, alpha: float, share: float, generator: torch.Generator, *, folder: Path
+    inverted: Reel, clean: Reel, alpha: float, share: float, generator: torch.Generator | None, *, folder: Path
 ) -> Reel:
-    """See `editing.mix_noise`; fresh noise is drawn frame by frame."""
+    """See `sampling.mix_noise`; fresh noise is drawn frame by frame."""
     if not share:
         return inverted
     mixed = _copy(inverted, folder)
     for place in _places(mixed):
-        mixed[place] = editing.mix_noise(mixed[place], clean[place], alpha, share, generator)
+        mixed[place] = sampling.mix_noise(mixed[place], clean[place], alpha, share, generator)
     return mixed
 
 
@@ -104,7 +104,7 @@ def generate(
     generator: torch.Generator | None = None,
     folder: Path,
 ) -> Iterator[ReelStep]:
-    """See `editing.generate`, of one clip; the latents of all steps are one reel, in a file without a name in `folder`.
+    """See `sampling.generate`, of one clip; latents of all steps are one reel, in a file without a name in `folder`.
 
     Every frame has a twin of the sampler. Of DDIM and Euler these remember nothing; samplers that look back keep their
     last predictions in memory. Noise that a sampler adds is drawn frame by frame.

@@ -146,28 +146,16 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     if tuned:
         stages["tune"] = _tune(pipe, video, settings, moments)
     pipe.unet.requires_grad_(False).eval()
-    sampler = levels.sampler(
-        settings.sampler,
-        settings.num_inference_steps,
-        spacing=settings.timestep_spacing,
-        strength=settings.strength,
-    )
+    sampler, clean = editing.sampler_of(levels, settings), moments["mean"]
     path = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
-    way = [moments["mean"]]
     with _noted(stages, "invert", video) as counted:
-        way += [step.latents for step in inversion.invert(counted, levels, way[0], empty, path)]
-    generator = torch.Generator().manual_seed(settings.seed)
-    start = editing.mix_noise(way[-1], way[0], sampler.start_alpha, settings.fresh_noise, generator)
-    text, count = models.embed(pipe, list(prompts)), len(prompts)
-    caption = models.embed(pipe, [settings.prompt])
-    source = editing.Source(way[::-1], caption, settings.attention_injection)
+        *_, inverted = editing.invert(counted, levels, clean, empty, path)
+    text, caption = models.embed(pipe, list(prompts)), models.embed(pipe, [settings.prompt])
+    generators = [torch.Generator().manual_seed(settings.seed) for _ in prompts]
     with _noted(stages, "edit", video, settings.feature_reuse) as counted:
-        steps = editing.generate(
-            counted, sampler, start.expand(count, -1, -1, -1, -1), text, empty.expand(count),
-            settings.guidance_scale, batch_guidance=settings.batch_guidance,
-            guidance_interval=settings.guidance_interval, source=source, generator=generator,
+        *_, last = editing.edit(
+            counted, levels, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators
         )  # fmt: skip
-        *_, last = steps
     return clip, models.decode(pipe, last.latents, clip.fps), {"stages": stages}
 
 

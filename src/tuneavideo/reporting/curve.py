@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tuneavideo.report.contents import Run
+from tuneavideo.reporting.contents import Run
 
 POINTS = 500  # of a loss curve; more would lie upon each other
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tuneavideo import files
-from tuneavideo.report.comparison import differences, meters, pieces, rows
-from tuneavideo.report.contents import Run, opened
-from tuneavideo.report.curve import curve
-from tuneavideo.report.words import plain
+from tuneavideo.reporting.comparison import differences, meters, pieces, rows
+from tuneavideo.reporting.contents import Run, opened
+from tuneavideo.reporting.curve import curve
+from tuneavideo.reporting.words import plain
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import TuneSettings
 from tuneavideo.version import __version__

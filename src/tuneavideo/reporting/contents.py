@@ -16,7 +16,7 @@ from tuneavideo import files
 from tuneavideo import video as videos
 from tuneavideo.errors import TuneAVideoError
 from tuneavideo.progress import Step
-from tuneavideo.report.words import duration, plain
+from tuneavideo.reporting.words import duration, plain
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import Sampling, TuneSettings, checked, layers
 from tuneavideo.video import Video
