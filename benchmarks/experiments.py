@@ -57,8 +57,9 @@ def main() -> None:
         [VARIANTS[name] for name in chosen.variants], LEDGER, seeds=range(chosen.seeds), part=chosen.part,
         clips=chosen.clips, processes=chosen.processes,
     ):  # fmt: skip
-        rows.append(row)
-        print(row["variant"], row["clip"], row["seed"], [edit["clean"] for edit in row["edits"]], flush=True)
+        if row:
+            rows.append(row)
+            print(row["variant"], row["clip"], row["seed"], [edit["clean"] for edit in row["edits"]], flush=True)
     for name in chosen.variants:
         _print(name, edits_of(_of(rows, name)))
     if chosen.page:

@@ -81,7 +81,7 @@ def test_it_shows_clips_prompts_loss_settings_versions_time_and_memory(run: Path
         "a blue circle moves",
         "3 frames of 16 × 16",
         f"{BRIEF['max_train_steps']} steps in",
-        "peak memory",
+        "memory in tuning",
     ):
         assert fact in text
     assert page.count('class="smooth') == 1, "the loss"
@@ -126,8 +126,36 @@ def test_scores_are_bars_against_the_baseline(run: Path) -> None:
     assert page.count("<b style") == 6 and page.count("--width: 40.0%") == 2, "of the largest value, from nought"
     assert page.count('<s style="--left: 50.0%"') == 3, "the baseline"
     assert "Measured with clip at 0123456789ab, 3 frames." in text_of(page)
-    assert "pickscore was not measured: its model is not here" in text_of(page)
+    text = text_of(page)
+    assert "Not measured: pickscore: its model is not here" in text
+    assert text.index("a blue circle moves") < text.index("frame consistency") < text.index("Not measured"), "below"
     assert "tuneavideo evaluate" not in page
+
+
+def test_edits_of_one_prompt_are_told_apart(run: Path) -> None:
+    """In the scores as below the pictures."""
+    for path in (run / "edits").iterdir():
+        made = json.loads((path / "edit.json").read_text())
+        seed = int(path.name[:3])
+        (path / "edit.json").write_text(json.dumps(made | {"prompt": "a cat", "seed": seed}))
+    write_scores(run, 0.4, 1.0, missing=[{"metric": "flicker", "why": "no reason", "edits": ["001-a-cat"]}])
+    text = text_of(reported(run))
+    assert "Edit 000" in text and "Edit 001" in text
+    assert "a cat (000)" in text and "a cat (001, seed 1)" in text
+    assert "flicker (edits 001): no reason" in text
+    other = Path(shutil.copytree(run, run.parent / "other"))
+    assert text_of(reported(run, other)).count("a cat (number 2, seed 1)") == 1 + 2, "above the clips and by metric"
+
+
+def test_among_runs_what_is_none_is_left_out(run: Path, capsys: pytest.CaptureFixture, caplog) -> None:
+    (run.parent / "benchmark").mkdir()
+    (run.parent / "report.html").write_text("x")
+    names = [str(run.parent / name) for name in ("benchmark", "report.html", "square")]
+    cli.main(["report", *names, "--json"])
+    assert json.loads(capsys.readouterr().out)["report"] == f"{run}/report.html"
+    assert caplog.text.count("is no run folder") == 2
+    with pytest.raises(RunError, match="is no run folder"):
+        api.report(names[:2])
 
 
 def test_several_runs_stand_side_by_side_and_are_measured_by_the_first(run: Path) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from PIL import Image
@@ -202,3 +208,21 @@ def test_the_miniature_benchmark_is_printed_as_a_table(
 def test_a_variant_that_is_not_known_is_refused(refused: Said) -> None:
     line = "unknown variant 'offical'; known are untuned, default, official, fast"
     assert refused(["benchmark", "miniature", "offical"]) == line
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_miniature_benchmark_in_a_line(tmp_path: Path) -> None:
+    """A terminal sends the signal to the whole group: here while the workers are being started."""
+    words = ["benchmark", "miniature", "untuned", "--quick", "--processes", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tuneavideo", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as stopped:
+        first = stopped.stderr.readline()  # pyright: ignore[reportOptionalMemberAccess]
+        while len(children := psutil.Process(stopped.pid).children()) < 3:  # two workers, and what watches over them
+            time.sleep(0.05)
+        os.killpg(stopped.pid, signal.SIGINT)
+        _, said = stopped.communicate()
+    assert first.startswith("benchmark 0/4") and stopped.returncode == 130
+    *_, last = said.splitlines()
+    assert last == "tuneavideo: stopped; go on with: the same command" and "Traceback" not in said
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive

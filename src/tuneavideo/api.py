@@ -6,6 +6,7 @@ Each job is a generator of `Progress`, so that every door shows it in its own wa
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, contextmanager, nullcontext
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tuneavideo import miniature, plan
 from tuneavideo.bases import BASES
-from tuneavideo.errors import SettingsError
+from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.progress import Bars, Job, Progress
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import PRESETS, EditSettings, Sampling, TuneSettings, checked, layers, read_yaml
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 RESUMED_ANEW = {"edit", "max_train_steps", "learning_rate", "mixed_precision"} | {
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to",
 }  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[Progress], None]
 
@@ -190,14 +193,21 @@ def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = Non
         The file.
 
     Raises:
-        TuneAVideoError: A folder that is no run, a place that cannot be written. What is damaged or missing within a
-            run is said on its page.
+        TuneAVideoError: None of the folders is a run, or a place cannot be written. Among runs, a folder that is none
+            is left out with a warning. What is damaged or missing within a run is said on its page.
     """
     from tuneavideo.reporting import write
 
-    folders = [RunFolder.open(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    folders, troubles = list[RunFolder](), list[RunError]()
+    for run in [runs] if isinstance(runs, str | Path) else runs:
+        try:
+            folders.append(RunFolder.open(run))
+        except RunError as error:
+            troubles.append(error)
     if not folders:
-        raise SettingsError("no run to report; give one or more run folders")
+        raise troubles[0] if troubles else SettingsError("no run to report; give one or more run folders")
+    for trouble in troubles:
+        logger.warning("left out: %s", trouble)
     path = Path(out or (folders[0].report if len(folders) == 1 else RunFolder(Path()).report))
     write(folders, path)
     return path

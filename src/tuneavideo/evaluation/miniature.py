@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tuneavideo import cache, editing, inversion, miniature, models, opening, plan
 from tuneavideo import video as videos
+from tuneavideo.errors import MemoryShort
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.metrics.judge import Judge, Reading
 from tuneavideo.noise import Levels
@@ -62,8 +66,10 @@ def benchmark(
     part: str = "development",
     clips: int | None = None,
     processes: int = 1,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | None]:
     """Compute what the ledger lacks, clip by clip; yields every row wanted, those it had first.
+
+    While rows are computed it yields None every second, so that a caller can stop.
 
     Args:
         variants: What to compare.
@@ -73,22 +79,62 @@ def benchmark(
         clips: How many clips of the part, evenly spread; all if None.
         processes: How many clips are computed at a time, each by one thread.
     """
-    chosen = [clip for clip in miniature.clips() if clip["set"] == part]
-    chosen = chosen[:: max(1, len(chosen) // clips)][:clips] if clips else chosen
+    chosen = _chosen(part, clips)
     wanted = {
         _key(variant, clip, seed): (variant, clip, seed) for clip in chosen for variant in variants for seed in seeds
     }
     had = {row["key"]: row for row in read(ledger)}
     yield from (had[key] for key in wanted if key in had)
+    for row in _computed({key: what for key, what in wanted.items() if key not in had}, processes):
+        if row:
+            with ledger.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        yield row
+
+
+def count(variants: Sequence[Variant], seeds: Sequence[int], part: str, clips: int | None) -> int:
+    """How many rows `benchmark` yields."""
+    return len(_chosen(part, clips)) * len(variants) * len(seeds)
+
+
+def _chosen(part: str, clips: int | None) -> list[dict[str, Any]]:
+    chosen = [clip for clip in miniature.clips() if clip["set"] == part]
+    return chosen[:: max(1, len(chosen) // clips)][:clips] if clips else chosen
+
+
+def _computed(wanted: Mapping[str, tuple], processes: int) -> Iterator[dict[str, Any] | None]:
+    """Rows in the order in which they are finished, and None every second; closing it ends the processes at once."""
+    before = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), opening.hush) as pool:
-        runs = [pool.submit(_row, key, *what) for key, what in wanted.items() if key not in had]
+        with _without_interrupts():
+            waiting = {pool.submit(_row, key, *what) for key, what in wanted.items()}
         try:
-            for run in as_completed(runs):
-                with ledger.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(run.result()) + "\n")
-                yield run.result()
+            while waiting:
+                done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+                yield from [run.result() for run in done] or [None]
+        except BrokenProcessPool as error:
+            raise MemoryShort(
+                "a process that computed a clip was ended from outside, as systems do when memory runs out; "
+                "give fewer --processes; the same command goes on"
+            ) from error
         finally:
+            if waiting:
+                for process in {*multiprocessing.active_children()} - before:
+                    process.terminate()
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started in here do not see Ctrl-C, which a terminal sends to them, too."""
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def read(ledger: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tuneavideo import files
 from tuneavideo.evaluation.compare import difference, estimate
-from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of
+from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, count, edits_of
 from tuneavideo.progress import Job, Progress
 
 SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
@@ -24,13 +24,15 @@ def summarised(
     files.refuse_foreign(out / "results.json", '"format": 1')
     files.refuse_foreign(out / "rows.jsonl", '"key": ')
     out.mkdir(parents=True, exist_ok=True)
-    rows = benchmark(
-        variants, out / "rows.jsonl", seeds=range(seeds), part=part, clips=4 if quick else None, processes=processes
-    )
-    had = []
-    for row in rows:
-        had.append(row)
-        yield Progress("benchmark", about=f"{row['variant']} {row['clip']} {row['seed']}")
+    had, clips = list[dict[str, Any]](), 4 if quick else None
+    total = count(variants, range(seeds), part, clips)
+    yield Progress("benchmark", 0, total, about=f"{processes} at a time")
+    for row in benchmark(variants, out / "rows.jsonl", seeds=range(seeds), part=part, clips=clips, processes=processes):
+        if row:
+            had.append(row)
+            yield Progress("benchmark", len(had), total, about=f"{row['variant']} {row['clip']} {row['seed']}")
+        else:
+            yield Progress("benchmark")
     about = {"format": 1, "part": part, "seeds": seeds, "clips": len({row["clip"] for row in had})}
     files.write(out / "results.json", json.dumps(about | {"variants": summary(had, names)}, indent=1))
     yield Progress("results", path=out / "results.json")

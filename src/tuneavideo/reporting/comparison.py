@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,10 +17,15 @@ TASK = {"video", "prompt", "edit", "preset"}  # settings that say what a run is 
 
 
 class Row(NamedTuple):
-    """Edits of one prompt, by run; None where a run has none."""
+    """Edits of one prompt, by run; None where a run has none. `which` tells rows of the same prompt apart."""
 
     prompt: str
     edits: list[Edit | None]
+    which: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.prompt} ({self.which})" if self.which else self.prompt
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
@@ -30,7 +36,17 @@ def rows(runs: Sequence[Run]) -> list[Row]:
         for edit in run.edits:
             turn = seen[edit.prompt] = seen.get(edit.prompt, -1) + 1
             table.setdefault((edit.prompt, turn), [None] * len(runs))[column] = edit
-    return [Row(prompt, edits) for (prompt, _), edits in table.items()]
+    turns = Counter(prompt for prompt, _ in table)
+    return [
+        Row(prompt, edits, _which(turn, edits) if turns[prompt] > 1 else "") for (prompt, turn), edits in table.items()
+    ]
+
+
+def _which(turn: int, edits: Sequence[Edit | None]) -> str:
+    """Number, and seed and settings if they are the same in all runs; of one run, the number of the edit's folder."""
+    abouts = {edit.about for edit in edits if edit}
+    number = edits[0].number if len(edits) == 1 and edits[0] else f"number {turn + 1}"
+    return ", ".join(filter(None, [number, abouts.pop() if len(abouts) == 1 else ""]))
 
 
 class Value(NamedTuple):
@@ -72,7 +88,7 @@ def meters(runs: Sequence[Run], aligned: Sequence[Row]) -> list[Meter]:
 
 
 def _meter(name: str, metric: Metric, runs: Sequence[Run], aligned: Sequence[Row]) -> Meter:
-    table = [(row.prompt, _values(name, runs, row)) for row in aligned]
+    table = [(row.label, _values(name, runs, row)) for row in aligned]
     if len(table) > 1:
         table.insert(0, _means([values for _, values in table]))
     baseline = _finite(metric.baseline)

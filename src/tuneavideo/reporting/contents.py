@@ -57,6 +57,14 @@ class Missing(BaseModel):
 
     metric: str
     why: str
+    edits: list[str] = []
+    """Folder names of the edits it is true of; empty if of all."""
+
+    @property
+    def what(self) -> str:
+        """The metric, and the numbers of the edits."""
+        numbers = ", ".join(folder.split("-")[0] for folder in self.edits)
+        return self.metric.replace("_", " ") + (f" (edits {numbers})" if numbers else "")
 
 
 class Scores(BaseModel):
@@ -108,6 +116,11 @@ class Edit:
     clip: Clip
 
     @property
+    def number(self) -> str:
+        """The number of its folder."""
+        return self.folder.split("-")[0]
+
+    @property
     def about(self) -> str:
         """Its seed and what was set for it alone, in words."""
         seed = [f"seed {self.seed}"] if self.seed else []
@@ -134,6 +147,14 @@ class Run:
         return self.settings.prompt if self.settings else self.name
 
     @property
+    def not_measured(self) -> list[str]:
+        """What has no score, by reason."""
+        found: dict[str, list[str]] = {}
+        for each in self.scores.missing if self.scores else ():
+            found.setdefault(each.why, []).append(each.what)
+        return [f"{', '.join(names)}: {why}" for why, names in found.items()]
+
+    @property
     def facts(self) -> list[tuple[str, str]]:
         """What the run is, in a few names and words."""
         facts = []
@@ -144,7 +165,7 @@ class Run:
         if self.steps:
             seconds, memory = sum(step.seconds for step in self.steps), max(step.memory for step in self.steps)
             facts.append(("tuned", f"{self.steps[-1].number} steps in {duration(seconds)}"))
-            facts.append(("peak memory", files.size(memory)))
+            facts.append(("memory in tuning", f"at most {files.size(memory)}"))
         return facts
 
 
@@ -217,8 +238,6 @@ def _add_notes(run: Run, folder: RunFolder) -> None:
         run.scores = _tried(run, lambda: Scores.model_validate_json(folder.scores.read_bytes()), folder.scores.name)
     elif run.edits:
         run.notes.append(Note("The edits are not measured yet. Measure them with", f"tuneavideo evaluate {where}"))
-    for missing in run.scores.missing if run.scores else ():
-        run.notes.append(Note(f"{missing.metric} was not measured: {missing.why}"))
 
 
 def _tried(run: Run, read: Callable[[], Thing], name: str = "") -> Thing | None:
