@@ -25,7 +25,8 @@ class Progress:
 
     Attributes:
         stage: `plan` (a line on what will be done), `open`, `memory` (what was chosen to fit), `encode`, `tune`,
-            `preview`, `invert`, `edit`, `picture` or `evaluate`.
+            `preview`, `invert`, `edit`, `picture`, `evaluate` or `benchmark`; empty if there is nothing new, and the
+            job can be stopped here.
         number: Steps of the stage that are done.
         total: Steps of the stage.
         step: The tuning step just made.
@@ -61,6 +62,8 @@ class TimeLeft:
 
     def note(self, each: Progress, now: float) -> None:
         """Count what was made until `now`, in seconds of any clock."""
+        if not each.stage:
+            return
         self.ahead |= each.ahead
         if each.total and not each.path:
             begun = self.at[1] if self.at[0] == each.stage and self.at[1] < each.number else 0

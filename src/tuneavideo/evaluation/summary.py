@@ -32,7 +32,7 @@ def summarised(
             had.append(row)
             yield Progress("benchmark", len(had), total, about=f"{row['variant']} {row['clip']} {row['seed']}")
         else:
-            yield Progress("benchmark")
+            yield Progress("")
     about = {"format": 1, "part": part, "seeds": seeds, "clips": len({row["clip"] for row in had})}
     files.write(out / "results.json", json.dumps(about | {"variants": summary(had, names)}, indent=1))
     yield Progress("results", path=out / "results.json")
