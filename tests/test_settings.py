@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuneavideo import api
 from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
 from tuneavideo.settings import PRESETS, TuneSettings, as_yaml, checked, layers, read_yaml
@@ -101,12 +103,44 @@ def test_a_yaml_file_that_cannot_be_used_names_file_and_key(text: str, told: str
         ({"width": 64}, "width and height go together"),
         ({"seeds": (1, 2)}, "2 seeds would give the same edit 2 times: set fresh_noise"),
         ({"steps": 3}, "unknown setting 'steps'; did you mean 'seeds'?"),
+        ({"sampler": "EULR"}, "did you mean 'euler'?"),
+        ({"zzz": 3}, "known are num_inference_steps, "),
+        ({"resume": "runs/a-1"}, "give --resume on the command line"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_says_what_to_do(stated: dict, told: str) -> None:
     with pytest.raises(SettingsError) as error:
         made(stated)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "told"),
+    [
+        ({"edit": ("a circle", " ")}, "prompt is empty"),
+        ({"edit": ("a circle", "a dot", "a circle")}, "'a circle' is given twice"),
+        ({"seeds": ()}, "seeds: found none"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval 0.8 0.2"),
+    ],
+)
+def test_what_makes_no_edit_or_the_same_twice_is_refused(stated: dict, told: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        api.tune_settings({**NEEDED, **stated})
+    made(stated)  # a run that was made so is read all the same
+
+
+def test_a_negative_prompt_without_guidance_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    api.tune_settings({**NEEDED, "negative_prompt": "snow", "guidance_scale": 2})
+    assert not caplog.text
+    api.tune_settings({**NEEDED, "negative_prompt": "snow", "guidance_scale": 1})
+    assert "negative_prompt has no effect" in caplog.text
+
+
+def test_choices_bases_seeds_and_times_may_be_spelt_freely() -> None:
+    settings = made({"base": "SDXL", "preset": "Fast", "fit": "Crop"}, {"seeds": "1,2", "fresh_noise": 0.5})
+    assert (settings.base, settings.resolution, settings.preset) == ("sdxl", 1024, "fast")
+    assert (settings.fit, settings.sampler, settings.seeds) == ("crop", "dpm++", (1, 2))
+    assert [made({"start_time": time}).start_time for time in ("90", "1:30", "1:00:02.5", 3)] == [90, 90, 3602.5, 3]
 
 
 # Whatever the values

@@ -114,6 +114,8 @@ class Adapter:
             )
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if "format" not in config:
+                raise ValueError(f"{CONFIG} does not name its format")
             if config["format"] != FORMAT:
                 raise AdapterError(f"{folder}: adapter format {config['format']}, this version reads {FORMAT}; upgrade")
             inflation = config["inflation"]

@@ -13,12 +13,24 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tuneavideo import miniature, plan
+from tuneavideo import miniature, plan, preflight
 from tuneavideo.bases import BASES
 from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.progress import Bars, Job, Progress
 from tuneavideo.runs import RunFolder
-from tuneavideo.settings import PRESETS, EditSettings, Sampling, TuneSettings, checked, layers, read_yaml
+from tuneavideo.settings import (
+    PRESETS,
+    EditSettings,
+    Sampling,
+    TuneSettings,
+    check_sense,
+    checked,
+    layers,
+    parse_yaml,
+    read_yaml,
+    stated_values,
+    with_preset,
+)
 
 if TYPE_CHECKING:
     from tuneavideo.checkpoints.convert import Report
@@ -60,8 +72,10 @@ def tune(
     Raises:
         TuneAVideoError: Something the user can put right; nothing is left half-written.
     """
+    read = read_config(config) if config else None
     stated = {"video": str(video), "prompt": prompt, "edit": _listed(edit), **settings}
-    done = _listened(tuning(tune_settings(stated, config), out=out), progress)
+    job = tuning(_tune_settings(stated, read, str(config)), out=out or (read and read.out))
+    done = _listened(job, progress)
     return next(each.path for each in done if each.path)
 
 
@@ -215,42 +229,84 @@ def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = Non
 
 def tune_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> TuneSettings:
     """Settings of a tuning: what is stated, over the YAML file, the preset, the base and the built-in values."""
-    merged = layers(stated, read_config(config).settings if config else {})
+    return _tune_settings(stated, read_config(config) if config else None, str(config))
+
+
+def _tune_settings(stated: Mapping[str, Any], read: Config | None, where: str) -> TuneSettings:
+    merged = layers(stated, read.settings if read else {})
     for name in {"video", "base"} & merged.keys():  # a run folder is to be understood from anywhere
         if merged[name] not in BASES and os.path.exists(merged[name]):
             merged[name] = os.path.abspath(merged[name])
-    return checked(TuneSettings, merged, str(config or "settings"))
+    settings = checked(TuneSettings, merged, where if read else "settings")
+    check_sense(settings, settings.edit)
+    return settings
 
 
 def read_config(path: str | Path) -> Config:
-    """Settings of a tuning in a YAML file of ours, of the published code or of MindONE; tells what is idle."""
+    """Settings of a tuning in a YAML file of ours, of the published code or of MindONE; tells what is idle.
+
+    A relative `video` is one in the file's folder if it is there, otherwise one in the current folder.
+    """
     from tuneavideo.checkpoints import yamls
 
-    return yamls.read_config(path, TuneSettings)
+    config = yamls.read_config(path, TuneSettings)
+    beside = Path(path).parent / str(config.settings.get("video", ""))
+    if "video" in config.settings and beside.exists():
+        config.settings["video"] = str(beside)
+    return config
+
+
+def read_edit_config(path: str | Path) -> dict[str, Any]:
+    """Settings of edits in a YAML file: one for `edit`, or one for `tune`, of which `edit` are the prompts here."""
+    values = parse_yaml(path)
+    if values.keys() <= EditSettings.model_fields.keys() or not values.keys() & (
+        TuneSettings.model_fields.keys() - EditSettings.model_fields.keys()
+    ):
+        return stated_values(EditSettings, values, str(path))
+    found = read_config(path).settings
+    kept = {name: value for name, value in found.items() if name in {*Sampling.model_fields, "preset"}}
+    if idle := [name for name in values if name not in {*kept, "edit"}]:
+        logger.warning("%s: settings of 'tune', left out here: %s", path, ", ".join(idle))
+    return kept | ({"prompt": found["edit"]} if found.get("edit") else {})
 
 
 def edit_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> EditSettings:
     """Settings of an edit: what is stated, over the YAML file and the run's own values."""
-    own = RunFolder.open(stated["run"]).read_settings().model_dump(include=set(Sampling.model_fields))
-    from_file = read_yaml(config, EditSettings) if config else {}
-    return checked(EditSettings, {**own, **from_file, **stated}, str(config or "settings"))
+    given = {**(read_edit_config(config) if config else {}), **stated}
+    own = with_preset(RunFolder.open(given["run"]).read_settings(), given.get("preset"))
+    settings = checked(EditSettings, {**own, **given}, str(config or "settings"))
+    check_sense(settings, settings.prompt)
+    return settings
 
 
 def resumed_settings(run: str | Path, stated: Mapping[str, Any]) -> TuneSettings:
     """A run's own settings with those changes that leave its result comparable; refuses others."""
     own = RunFolder.open(run).read_settings().model_dump()
+    new = checked(TuneSettings, {**own, **stated})
+    if os.path.abspath(new.video) == own["video"]:
+        new = new.model_copy(update={"video": own["video"]})
     free = {*Sampling.model_fields, *RESUMED_ANEW} - {"window"}  # what is tuned on
-    fixed = [name for name, value in stated.items() if name not in free and own.get(name) != value]
+    fixed = [name for name in stated if name not in free and own[name] != getattr(new, name)]
     if fixed:
         raise SettingsError(
             f"{run}: {fixed[0]} cannot change when a run is resumed; it is {own.get(fixed[0], 'unknown')!r}. "
             "Leave it out, or start a new run"
         )
-    return checked(TuneSettings, {**own, **stated})
+    check_sense(new, new.edit)
+    return new
 
 
 def tuning(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:
-    """Tune a clip, save the adapter and make the edits; closing the job early leaves a run that can be resumed."""
+    """Tune a clip, save the adapter and make the edits; closing the job early leaves a run that can be resumed.
+
+    Raises:
+        TuneAVideoError: At once, before torch is imported: the clip or the base is missing, or `out` cannot be used.
+    """
+    preflight.check_tuning(settings, out, resumed=resume is not None)
+    return _tuning(settings, out, resume)
+
+
+def _tuning(settings: TuneSettings, out: str | Path | None, resume: str | Path | None) -> Job:
     if not resume:
         plan.frames(settings)  # a clip that cannot be read is told before torch is imported
     yield Progress("plan", about=plan.loading(settings.base))
@@ -260,7 +316,12 @@ def tuning(settings: TuneSettings, *, out: str | Path | None = None, resume: str
 
 
 def editing(settings: EditSettings) -> Job:
-    """Make the edits of a tuned clip."""
+    """Make the edits of a tuned clip. Raises TuneAVideoError at once when a file that they need is missing."""
+    preflight.check_editing(settings)
+    return _editing(settings)
+
+
+def _editing(settings: EditSettings) -> Job:
     yield _loading(settings)
     from tuneavideo import jobs
 
@@ -268,7 +329,12 @@ def editing(settings: EditSettings) -> Job:
 
 
 def inverting(settings: EditSettings) -> Job:
-    """Invert a tuned clip to the level its edits start from."""
+    """Invert a tuned clip to the level its edits start from. Raises like `editing`."""
+    preflight.check_editing(settings)
+    return _inverting(settings)
+
+
+def _inverting(settings: EditSettings) -> Job:
     yield _loading(settings)
     from tuneavideo import jobs
 
@@ -282,11 +348,17 @@ def adopting(
 
     `own_base` converts the image model in `checkpoint` too, into the run; otherwise `settings.base` is taken.
     """
+    preflight.check_weights(checkpoint)
+    preflight.check_tuning(settings, out, own_base=own_base)
+    return _adopting(settings, Path(checkpoint), out, own_base)
+
+
+def _adopting(settings: TuneSettings, checkpoint: Path, out: str | Path | None, own_base: bool) -> Job:
     plan.frames(settings)
     yield Progress("plan", about=plan.loading(str(checkpoint) if own_base else settings.base))
     from tuneavideo import adopting
 
-    yield from adopting.adopt(settings, Path(checkpoint), out=out, own_base=own_base)
+    yield from adopting.adopt(settings, checkpoint, out=out, own_base=own_base)
 
 
 def evaluating(
@@ -297,11 +369,18 @@ def evaluating(
     clip: str | None = None,
     pick: str | None = None,
 ) -> Job:
-    """Measure edits; see `evaluate`."""
+    """Measure edits; see `evaluate`. Raises TuneAVideoError at once when a place, a metric or the mask is unknown."""
+    places, names, mask = [*places], (*metrics,), Path(mask) if mask else None
+    preflight.check_evaluating(places, names, mask)
+    return _evaluated(places, names, mask, clip, pick)
+
+
+def _evaluated(
+    places: list[str | Path], metrics: tuple[str, ...], mask: Path | None, clip: str | None, pick: str | None
+) -> Job:
     from tuneavideo.evaluation import scoring
 
-    wish = scoring.Wish(tuple(metrics), Path(mask) if mask else None, clip, pick)
-    yield from scoring.evaluate([*places], wish)
+    yield from scoring.evaluate(places, scoring.Wish(metrics, mask, clip, pick))
 
 
 def benchmarking_tgve(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tuneavideo import miniature
+from tuneavideo.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,30 @@ BASES: dict[str, Base] = {
     "sd-turbo": Base("stabilityai/sd-turbo", "of Stable Diffusion 2.1, for few steps", _TURBO, "sd2", 9.3),
     "sdxl": Base("stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL", _SD_XL, "sdxl", 22.7, frames=8),
 }
+
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def in_its_case(name: str) -> str:
+    """A base's name as the table has it, whatever its case; other names and what is there as a path stay."""
+    return name.lower() if name.lower() in BASES and not os.path.exists(name) else name
+
+
+def may_be_on_hub(place: str) -> bool:
+    """Whether a place reads as a hub id, OWNER/NAME, and not as a file or folder that is missing."""
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", place) and not place.endswith(WEIGHTS)
+    return bool(is_id) and not os.path.isdir(place.split("/")[0])
+
+
+def refuse_unknown(base: str) -> None:
+    """Raise ModelError when a base is no name of the table, nothing that is there, and no hub id either."""
+    if base in BASES or os.path.exists(base) or may_be_on_hub(base):
+        return
+    if os.path.basename(base) != base or base.endswith(WEIGHTS):
+        raise ModelError(
+            f"base {base!r} does not exist; give a folder, a .safetensors or .ckpt file, a hub id or a name that "
+            "'tuneavideo models' lists"
+        )
+    near = difflib.get_close_matches(base.lower(), BASES, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else "'tuneavideo models' lists the names"
+    raise ModelError(f"base {base!r}: no known name, hub id, file or folder; {advice}")

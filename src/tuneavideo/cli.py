@@ -19,12 +19,27 @@ from tuneavideo.terminal import Show, report_done, stopped
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command, or say in one line why not; exit codes are 0 and those of `_fail` and `stopped`."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print(_help())
-    elif name == "--version":
+    """Run a command, or say in one line why not; exit codes are 0 and those of `_fail`, `stopped` and a closed pipe."""
+    try:
+        try:
+            _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has closed it: nothing is left to be said, at exit neither
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(quiet, stream.fileno())
+        raise SystemExit(CLOSED) from None
+
+
+def _main(argv: list[str]) -> None:
+    name, *rest = argv or ["help"]
+    if name == "help" and rest[:1] and rest[0] in COMMANDS:
+        name, rest = rest[0], [*rest[1:], "--help"]
+    if name in ("-V", "--version") or (name in COMMANDS and name != "mindone" and {"-V", "--version"} & {*rest}):
         print(__version__)
+    elif name in ("-h", "--help", "help"):
+        print(_help())
     elif name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"did you mean '{near[0]}'?" if near else f"commands are {', '.join(COMMANDS)}"
@@ -35,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             COMMANDS[name](rest)
         except KeyboardInterrupt:
             stopped()
+        except BrokenPipeError:
+            raise
         except Exception as error:
             if "--debug" in rest:
                 traceback.print_exc()
@@ -57,6 +74,10 @@ def tune(argv: Sequence[str]) -> None:
     from tuneavideo import api
     from tuneavideo.settings import TuneSettings
 
+    command = flags.Command(
+        "tune", tune.__doc__, TuneSettings, "video", "edit",
+        "tuneavideo tune skiing.mp4 --prompt 'a man is skiing' --edit 'a panda is skiing'", RESUMABLE,
+    )  # fmt: skip
     early, folder = flags.early(argv), None
     if early.resume and {word.split("=")[0] for word in argv} & {"--config", "--out"}:
         raise SettingsError(
@@ -66,7 +87,7 @@ def tune(argv: Sequence[str]) -> None:
         stated = api.resumed_settings(early.resume, {}).model_dump()
     else:
         stated, folder = _stated(early)
-    settings, options = flags.parse("tune", tune.__doc__, argv, TuneSettings, stated, "video", ("edit",), RESUMABLE)
+    settings, options = flags.parse(command, argv, stated)
     if options.resume:
         job = api.tuning(api.resumed_settings(options.resume, settings), resume=options.resume)
     else:
@@ -76,17 +97,19 @@ def tune(argv: Sequence[str]) -> None:
 
 def edit(argv: Sequence[str]) -> None:
     """Make new videos with the motion of a tuned clip, one per prompt."""
-    settings, options = _edit_settings("edit", edit.__doc__, argv)
     from tuneavideo import api
 
+    example = "tuneavideo edit runs/skiing-1 --prompt 'a panda is skiing'"
+    settings, options = _edit_settings("edit", edit.__doc__, argv, example)
     report_done(options.json, Show(options.json).run(api.editing(settings)))
 
 
 def invert(argv: Sequence[str]) -> None:
     """Find the noise a tuned clip came from, and keep it for edits to start from."""
-    settings, options = _edit_settings("invert", invert.__doc__, [*argv, "--prompt", "-"])
     from tuneavideo import api
 
+    example = "tuneavideo invert runs/skiing-1"
+    settings, options = _edit_settings("invert", invert.__doc__, argv, example, prompt=("-",))
     report_done(options.json, Show(options.json).run(api.inverting(settings)))
 
 
@@ -95,10 +118,14 @@ def adopt(argv: Sequence[str]) -> None:
     from tuneavideo import api
     from tuneavideo.settings import TuneSettings
 
+    command = flags.Command(
+        "adopt", adopt.__doc__, TuneSettings, "video", "edit",
+        "tuneavideo adopt skiing.mp4 --checkpoint tuned/ --prompt 'a man is skiing' --edit 'a panda is skiing'",
+        {"out": "run folder to make", "checkpoint": "what the other program tuned"},
+    )  # fmt: skip
     early = flags.early(argv)
     stated, folder = _stated(early)
-    paths = {"out": "run folder to make", "checkpoint": "what the other program tuned"}
-    settings, options = flags.parse("adopt", adopt.__doc__, argv, TuneSettings, stated, "video", ("edit",), paths)
+    settings, options = flags.parse(command, argv, stated)
     if not options.checkpoint:
         raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of what was tuned")
     own = options.checkpoint.is_dir() and not (early.base or "base" in stated)
@@ -108,10 +135,13 @@ def adopt(argv: Sequence[str]) -> None:
 
 def convert(argv: Sequence[str]) -> None:
     """Turn weights of one program into files of another, tensor by tensor."""
-    from tuneavideo import api, opening
-
     asked = vars(flags.read(flags.of_convert(convert.__doc__), argv))
     as_json, _, binary = asked.pop("json"), asked.pop("debug"), not asked.pop("no_binary")
+    from tuneavideo import api, preflight
+
+    preflight.check_weights(asked["source"])
+    from tuneavideo import opening
+
     opening.hush()
     report = api.convert(asked.pop("source"), asked["out"], binary=binary, **{k: asked[k] for k in asked if k != "out"})
     print(json.dumps(dataclasses.asdict(report)) if as_json else "\n".join([*report.lines(), f"done: {asked['out']}"]))
@@ -122,6 +152,10 @@ def mindone(argv: Sequence[str]) -> None:
     from tuneavideo import api
     from tuneavideo.checkpoints import flags as theirs
 
+    if argv[:1] in (["-h"], ["--help"]):
+        more = "'tuneavideo mindone train --help' and 'tuneavideo mindone infer --help' list the flags."
+        print(f"usage: tuneavideo mindone {{train,infer}} ...\n\n{mindone.__doc__}\n\n{more}")
+        return
     if argv[:1] not in (["train"], ["infer"]):
         raise SettingsError("mindone: say 'mindone train' or 'mindone infer', and MindONE's flags")
     checkpoint = ""
@@ -201,16 +235,9 @@ def models(argv: Sequence[str]) -> None:
     if options.json:
         print(json.dumps(known, indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from tuneavideo import tables
 
-    table = Table("name", "model", "pixels", "frames", "memory", "opened from", "here", box=None)
-    for row in known:
-        source = "(bundled)" if row["name"] == "miniature" else row["source"]
-        memory = f"{row['memory_gb']} GB" if row["memory_gb"] else "-"
-        size = (str(row["resolution"]), str(row["num_frames"]), memory)
-        table.add_row(row["name"], row["note"], *size, source, "yes" if row["here"] else "no")
-    Console().print(table)
+    tables.show_models(known)
     print(
         "Memory is what tuning that many frames holds at least: counted, not measured (bf16, gradient checkpointing).\n"
         "Any Stable Diffusion 1.x, 2.x or XL works: give --base a hub id, a folder, or a .safetensors or .ckpt file."
@@ -242,6 +269,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "models": models,
     "doctor": doctor,
 }
+CLOSED = 141  # as a shell has it of a program that SIGPIPE ended
 RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tuning to go on with"}
 
 
@@ -267,7 +295,10 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "tuneavideo COMMAND --help says more; tuneavideo --version which this is.",
+            "Begin with 'tuneavideo demo', then:",
+            "  tuneavideo tune skiing.mp4 --prompt 'a man is skiing' --edit 'a panda is skiing'",
+            "",
+            "'tuneavideo COMMAND --help' shows a command's options, 'tuneavideo --version' the version.",
         ]
     )
 
@@ -282,16 +313,21 @@ def _stated(early: Any) -> tuple[dict[str, Any], str | None]:
     return layers(given, config.settings if config else {}), config and config.out
 
 
-def _edit_settings(name: str, about: str | None, argv: Sequence[str]) -> tuple[Any, Any]:
+def _edit_settings(name: str, about: str | None, argv: Sequence[str], example: str, **hidden: Any) -> tuple[Any, Any]:
+    """Settings of an edit, and the options of its command; the run is the one in the positional argument's place."""
     from tuneavideo import api
     from tuneavideo.runs import RunFolder
-    from tuneavideo.settings import EditSettings, Sampling, read_yaml
+    from tuneavideo.settings import EditSettings, Sampling, with_preset
 
+    command = flags.Command(
+        name, about, EditSettings, "run", "prompt", example,
+        inherited=frozenset(Sampling.model_fields), hidden=next(iter(hidden), ""),
+    )  # fmt: skip
     early = flags.early(argv)
-    stated = read_yaml(early.config, EditSettings) if early.config else {}
-    runs = [word for word in (*argv, str(stated.get("run", ""))) if os.path.isfile(os.path.join(word, "settings.yaml"))]
-    if runs:
-        own = RunFolder.open(runs[0]).read_settings()
-        stated = own.model_dump(include=set(Sampling.model_fields)) | stated
-    settings, options = flags.parse(name, about, argv, EditSettings, stated, "run", ("prompt",), {})
-    return api.edit_settings(settings), options
+    stated = (api.read_edit_config(early.config) if early.config else {}) | hidden
+    run = flags.positional(command, argv) or stated.get("run")
+    if run and RunFolder(Path(run)).settings.is_file():
+        own = RunFolder.open(run).read_settings()
+        stated = with_preset(own, early.preset or stated.get("preset")) | stated
+    settings, options = flags.parse(command, argv, stated)
+    return api.edit_settings(settings | hidden), options

@@ -74,6 +74,15 @@ def is_draft(path: Path) -> bool:
     return _DRAFT.fullmatch(path.name) is not None
 
 
+def check_writable(folder: Path, advice: str) -> None:
+    """Raise DiskError, with this advice, when nothing can be written in `folder` or where it would be made."""
+    place = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    draft = place / f".{uuid4().hex}{PART}"
+    with told(folder, draft, advice=advice):
+        draft.mkdir()
+        draft.rmdir()
+
+
 def sweep(folder: Path) -> None:
     """Remove what writers that were killed have left in a folder and below it."""
     for draft in filter(is_draft, list(folder.rglob(f".*{PART}"))):

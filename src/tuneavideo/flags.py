@@ -6,23 +6,76 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
+import os
 import re
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 from tuneavideo.errors import SettingsError
+from tuneavideo.settings import Settings, choices
 
 ALIASES = {"base": ("--model",)}
+METAVARS = {"video": "CLIP", "run": "RUN", "prompt": "TEXT", "edit": "TEXT"}
+# Settings whose words the settings themselves take apart: type for the parser, and how help names a value.
+WORDS: dict[str, tuple[Any, str]] = {"seeds": (tuple[str, ...], "INT"), "start_time": (str | None, "SECONDS")}
+# Options that help shows first, and the titles of the groups of the others.
+FIRST = ("prompt", "edit", "base", "preset")
+GROUPS = {"TuneSettings": "tuning", "Sampling": "editing", "Styling": "style"}
+OUTPUT = {"json": "print the result for machines", "debug": "show the traceback of an error"}
+
+_STEPS = "--max-train-steps (of tuning) or --num-inference-steps (of an edit)"
+_TUNED = "frames and size are chosen when a clip is tuned: 'tuneavideo tune'"
+_DEVICE = "a GPU is used if there is one; set CUDA_VISIBLE_DEVICES=1 for another, CUDA_VISIBLE_DEVICES= for the CPU"
+# Options of other programs, or of another command, and what to do here: for every command, and for single ones.
+ELSEWHERE: dict[str, dict[str, str]] = {
+    "": {
+        **dict.fromkeys(("--device", "--gpu", "--gpus", "--cuda", "--cpu", "--gpu-id"), _DEVICE),
+        **dict.fromkeys(("--cfg", "--cfg-scale", "--guidance", "--scale"), "use --guidance-scale"),
+        **dict.fromkeys(("--fp16", "--bf16", "--fp32", "--half", "--precision", "--dtype"), "use --mixed-precision"),
+        **dict.fromkeys(("--threads", "--num-threads"), "set OMP_NUM_THREADS"),
+    },
+    "tune": {
+        **dict.fromkeys(("--steps", "--num-steps", "--iterations", "--epochs"), f"use {_STEPS}"),
+        **dict.fromkeys(("--train-steps", "--max-steps"), "use --max-train-steps"),
+        **dict.fromkeys(("--frames", "--n-frames", "--length"), "use --num-frames"),
+        **dict.fromkeys(("--video", "--clip", "--input", "-i"), "the clip comes first, without an option"),
+        **dict.fromkeys(("--output", "--output-dir", "--outdir", "-o"), "use --out"),
+        **dict.fromkeys(("--lr", "--rate"), "use --learning-rate"),
+        **dict.fromkeys(("--size", "--res", "--pixels"), "use --resolution, or --width and --height"),
+        **dict.fromkeys(("--batch", "--batch-size"), "use --train-batch-size"),
+        **dict.fromkeys(("--caption", "-p"), "use --prompt"),
+        "--lora": "LoRAs of a style go with 'tuneavideo edit --lora'; to tune one, use --lora-rank",
+    },
+    "edit": {
+        **dict.fromkeys(("--steps", "--num-steps", "--max-train-steps"), "use --num-inference-steps"),
+        "--base": "an edit takes the base that was tuned; use --edit-model for another of the same shape",
+        "--model": "an edit takes the base that was tuned; use --edit-model for another of the same shape",
+        **dict.fromkeys(("--out", "--output", "--output-dir", "-o"), "edits are written into RUN/edits"),
+        **dict.fromkeys(("--run", "--video", "--clip", "--input", "-i"), "the run comes first, without an option"),
+        **dict.fromkeys(("--frames", "--num-frames", "--resolution", "--size", "--width", "--height"), _TUNED),
+        **dict.fromkeys(("--seed",), "use --seeds"),
+        **dict.fromkeys(("--caption", "-p", "--text"), "use --prompt"),
+        **dict.fromkeys(("--mixed-precision", "--offload", "--memory"), "it is taken from the run's settings"),
+        "--adapter": "the run comes first, without an option, and has its adapter",
+        "--resume": "a stopped edit goes on with the same command; 'tuneavideo tune --resume' goes on with a tuning",
+    },
+}  # fmt: skip
+ELSEWHERE |= {"invert": ELSEWHERE["edit"], "adopt": ELSEWHERE["tune"]}
 
 
 def parser(name: str, about: str | None, among: Any = None) -> argparse.ArgumentParser:
     """The parser of a command, or of one among the kinds of a command."""
-    make = among.add_parser if among else argparse.ArgumentParser
-    made = make(name if among else f"tuneavideo {name}", description=about)
-    made.add_argument("--json", action="store_true", help="print the result for machines")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    made: argparse.ArgumentParser = (
+        among.add_parser(name, description=about, help=about)
+        if among
+        else argparse.ArgumentParser(f"tuneavideo {name}", description=about)
+    )
+    for option, meaning in OUTPUT.items():
+        made.add_argument(f"--{option}", action="store_true", help=meaning)
     return made
 
 
@@ -39,7 +92,7 @@ def of_evaluate(about: str | None) -> argparse.ArgumentParser:
 def of_benchmark(about: str | None) -> argparse.ArgumentParser:
     """What `benchmark` takes."""
     whole = argparse.ArgumentParser("tuneavideo benchmark", description=about)
-    which = whole.add_subparsers(dest="name", required=True, metavar="BENCHMARK")
+    which = whole.add_subparsers(dest="name", required=True, metavar="{tgve,miniature}")
     tgve = parser("tgve", "LOVEU-TGVE-2023: 76 clips, 4 edits each; goes on where it was stopped.", which)
     tgve.add_argument("--data", required=True, metavar="DIR", help="its frames, and its configs or its table")
     tgve.add_argument("--clips", type=_count, help="so many clips only, evenly spread")
@@ -103,7 +156,9 @@ def read(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespa
     with _one_line(made.prog):
         options, unknown = made.parse_known_args(argv)
     if unknown:
-        raise SettingsError(_left_over(unknown, made.prog, re.findall(r"--[a-z][a-z-]+", made.format_help())))
+        raise SettingsError(
+            _left_over(unknown, made.prog.split()[-1], re.findall(r"--[a-z][a-z-]+", made.format_help()))
+        )
     return options
 
 
@@ -111,54 +166,159 @@ def early(argv: Sequence[str]) -> argparse.Namespace:
     """The flags that other flags' defaults hang on."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
     for name in ("base", "preset", "config", "resume"):
-        made.add_argument(f"--{name}", *ALIASES.get(name, ()), dest=name, nargs="?")
+        made.add_argument(f"--{name}", *(ALIASES["base"] if name == "base" else ()), dest=name, nargs="?")
     return made.parse_known_args(argv)[0]
 
 
-def parse(
-    name: str,
-    about: str | None,
-    argv: Sequence[str],
-    kind: Any,
-    stated: Mapping[str, Any],
-    positional: str,
-    repeated: tuple[str, ...],
-    paths: Mapping[str, str],
-) -> tuple[dict[str, Any], Any]:
-    """Read flags over `stated` values: every field of the settings `kind`, and options of the command itself."""
+@dataclass(frozen=True)
+class Command:
+    """A command whose flags are the fields of settings.
+
+    Attributes:
+        name: As it is typed.
+        about: What it does, in a sentence.
+        kind: Class of its settings.
+        positional: The setting that is given without a flag.
+        repeated: The setting whose flag is given once for each value.
+        example: A call of it, for its help and for messages.
+        paths: Options of the command itself, each a path, and their meanings.
+        inherited: Settings whose default is that of the run, unless `stated` has it.
+        hidden: A setting without a flag.
+    """
+
+    name: str
+    about: str | None
+    kind: type[Settings]
+    positional: str
+    repeated: str
+    example: str
+    paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    inherited: frozenset[str] = frozenset()
+    hidden: str = ""
+
+    def flags_of(self, setting: str) -> tuple[str, ...]:
+        """Every flag that a setting goes by; new prompts go by `--edit` in every command."""
+        aliases = ("--edit",) if self.repeated == setting == "prompt" else ALIASES.get(setting, ())
+        return (f"--{setting.replace('_', '-')}", *aliases)
+
+    @property
+    def known(self) -> list[str]:
+        """All flags."""
+        settings = [name for name in self.kind.model_fields if name not in (self.positional, self.hidden)]
+        own = [f"--{name}" for name in (*self.paths, "config", "json", "debug", "help")]
+        return [flag for name in settings for flag in self.flags_of(name)] + own
+
+
+def parse(command: Command, argv: Sequence[str], stated: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Read flags over `stated` values: every field of the command's settings, and options of the command itself."""
+    asks_help = not {"-h", "--help"}.isdisjoint(argv)
+    given = {re.sub("^--no-", "--", word.split("=")[0].replace("_", "-")) for word in argv}
+    values = dict(stated)
+    if not given.isdisjoint(command.flags_of(command.repeated)):
+        values.pop(command.repeated, None)
+    parsed, unknown = _parsed(command, argv, values, strict=asks_help)
+    if unknown:
+        raise SettingsError(_left_over(unknown, command.name, command.known))
+    lacking = [
+        METAVARS[name] if name == command.positional else command.flags_of(name)[0]
+        for name, each in command.kind.model_fields.items()
+        if each.is_required() and name not in values and parsed.get(name) in ("", ())
+    ]
+    if lacking:
+        verb = "is" if len(lacking) == 1 else "are"
+        raise SettingsError(f"{' and '.join(lacking)} {verb} missing; for example: {command.example}")
+    typed = [name for name in command.kind.model_fields if not given.isdisjoint(command.flags_of(name))]
+    settings = {**values, **{name: parsed[name] for name in (*typed, command.positional)}}
+    return settings, argparse.Namespace(**{name: parsed[name] for name in (*command.paths, "config", *OUTPUT)})
+
+
+def positional(command: Command, argv: Sequence[str]) -> str | None:
+    """What stands in the positional argument's place; None if there is nothing, or if the words cannot be read."""
+    try:
+        parsed, _ = _parsed(command, [word for word in argv if word not in ("-h", "--help")], {}, strict=False)
+    except SettingsError:  # is told when the words are read again
+        return None
+    return parsed[command.positional] or None
+
+
+def _parsed(
+    command: Command, argv: Sequence[str], values: Mapping[str, Any], *, strict: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Every option's value, and the words left over; `strict` shows in the help what is required."""
     import tyro
 
-    given = {word.split("=")[0] for word in argv}
-    values = {key: value for key, value in stated.items() if not (key in repeated and f"--{key}" in given)}
-    arguments, default = _arguments(kind, values, positional, repeated)
-    fields: list[Any] = [("settings", tyro.conf.OmitArgPrefixes[arguments], dataclasses.field(default=default))]
-    for key, meaning in {"config": "YAML file of settings; flags go before it", **paths}.items():
-        described = Annotated[Path | None, tyro.conf.arg(help=meaning, metavar="PATH")]
-        fields.append((key, described, dataclasses.field(default=None)))
-    for key, meaning in {"json": "print the result for machines", "debug": "show the traceback of an error"}.items():
-        described = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=meaning)]
-        fields.append((key, described, dataclasses.field(default=False)))
-    command = dataclasses.make_dataclass(name.title(), fields)
-    command.__doc__ = about
-    with _one_line(f"tuneavideo {name}"):
+    given = [f"./{word}" if word[:1] == "-" and word[1:2] != "-" and os.path.exists(word) else word for word in argv]
+    made = _fields(command, values, strict)
+    about = f"{command.about}\n\nexample:\n  {command.example}"
+    with _one_line(f"tuneavideo {command.name}"):
         parsed, unknown = tyro.cli(
-            command, prog=f"tuneavideo {name}", description=about, args=list(argv), return_unknown_args=True
+            made, prog=f"tuneavideo {command.name}", description=about, args=given, return_unknown_args=True
         )
-    if unknown:
-        known = [key.replace("_", "-") for key in (*kind.model_fields, *(field[0] for field in fields[1:]))]
-        raise SettingsError(_left_over(unknown, f"tuneavideo {name}", [f"--{key}" for key in known]))
-    return {
-        key: value
-        for key, value in vars(parsed.settings).items()
-        if key not in _left_alone(parsed, kind, given, values)
-    }, parsed
+    flat = vars(parsed)
+    for group in [name for name, value in flat.items() if dataclasses.is_dataclass(value)]:
+        flat |= vars(flat.pop(group))
+    return flat, unknown
 
 
-def _left_alone(parsed: Any, kind: Any, given: set[str], values: Mapping[str, Any]) -> set[str]:
-    """Settings that nobody stated, not even at their built-in value."""
-    flags = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in given}
-    same = {key for key, field in kind.model_fields.items() if getattr(parsed.settings, key) == field.default}
-    return same - flags - values.keys()
+def _fields(command: Command, values: Mapping[str, Any], strict: bool) -> Any:
+    """The options as tyro wants them: plain classes, so that checking (and its one-line errors) stays ours.
+
+    First what is given most, then a group of options for each class that the settings are made of.
+    """
+    import tyro
+
+    kind = command.kind
+    order = [command.positional, *(name for name in FIRST if name in kind.model_fields and name != command.hidden)]
+    fields = [_field(command, name, values, strict) for name in order]
+    for name, meaning in {**command.paths, "config": "YAML file of settings; flags take precedence over it"}.items():
+        hint = Annotated[Path | None, tyro.conf.arg(help=meaning, metavar="PATH", help_behavior_hint="")]
+        fields.append((name, hint, dataclasses.field(default=None)))
+    for name, meaning in OUTPUT.items():
+        hint = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=meaning, help_behavior_hint="")]
+        fields.append((name, hint, dataclasses.field(default=False)))
+    for each in kind.__mro__:
+        names = [name for name in inspect.get_annotations(each) if name in kind.model_fields]
+        inner = [_field(command, name, values, strict) for name in names if name not in (*order, command.hidden)]
+        if inner:
+            group = dataclasses.make_dataclass(each.__name__, inner)
+            group.__doc__ = each.__doc__
+            named = GROUPS.get(each.__name__, each.__name__.lower())
+            fields.append((named, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass(command.name.title(), fields, kw_only=True)
+
+
+def _field(command: Command, name: str, values: Mapping[str, Any], strict: bool) -> tuple[str, Any, Any]:
+    """One option: name, type and default. Choices are words here, which the settings check in any case."""
+    import tyro
+
+    about = command.kind.model_fields[name]
+    words, several = choices(about.annotation), get_origin(about.annotation) is tuple
+    hint, metavar, shown = about.annotation, METAVARS.get(name), None
+    default: Any = values.get(name, () if name == command.repeated else "" if about.is_required() else about.default)
+    if name in WORDS:
+        hint, metavar = WORDS[name]
+    elif words:
+        hint, metavar = tuple[str, ...] if several else str | None, f"{{{','.join(words)}}}"
+    if name in WORDS and default is not None:
+        default = tuple(map(str, default)) if isinstance(default, tuple) else str(default)
+    if default in (None, (), ""):
+        shown = ""
+    if name in command.inherited and name not in values:
+        shown = "(default: the run's)"
+    if strict and default == "" and about.is_required():
+        shown, default = None, tyro.MISSING
+    if several and metavar and name != command.repeated:
+        metavar += " ..."
+    if name == command.repeated:
+        shown = "(give it once for each)"
+        hint = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    if name == command.positional:
+        hint = tyro.conf.Positional[hint]
+    aliases = command.flags_of(name)[1:]
+    more = tyro.conf.arg(
+        help=" ".join(str(about.description).split()), metavar=metavar, aliases=aliases, help_behavior_hint=shown
+    )
+    return name, Annotated[hint, more], dataclasses.field(default=default)
 
 
 @contextlib.contextmanager
@@ -181,25 +341,11 @@ def _left_over(words: Sequence[str], command: str, known: Sequence[str]) -> str:
     """What to do about words of a command line that mean nothing."""
     flag = next((word.split("=")[0] for word in words if word.startswith("-")), None)
     if flag is None:
-        return f"{words[0]!r} is one word too many; put words that belong together in quotes"
-    near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1)
-    return f"unknown option {flag!r}; " + (f"did you mean {near[0]!r}?" if near else f"'{command} --help' lists them")
-
-
-def _arguments(kind: Any, values: Mapping[str, Any], positional: str, repeated: tuple[str, ...]) -> tuple[Any, Any]:
-    """Settings as tyro wants them: a plain class, so that checking (and its one-line errors) stays ours."""
-    import tyro
-
-    fields, defaults = [], {}
-    for key, field in kind.model_fields.items():
-        hint: Any = field.annotation
-        if key == positional:
-            hint = tyro.conf.Positional[hint]
-        if key in repeated:
-            hint = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-        hint = Annotated[hint, tyro.conf.arg(help=field.description, aliases=ALIASES.get(key))]
-        missing = () if key in repeated else tyro.MISSING
-        defaults[key] = values.get(key, missing if field.is_required() else field.default)
-        fields.append((key, hint, dataclasses.field(default=defaults[key])))
-    arguments = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
-    return arguments, arguments(**defaults)
+        return f"unexpected {words[0]!r}; put words that belong together in quotes"
+    if flag[1:2] != "-" and len(flag) > 2:
+        return f"unknown option {flag!r}; if it is a file, write './{flag}'"
+    plain = flag.replace("_", "-").lower()
+    advice = ELSEWHERE.get(command, {}).get(plain) or ELSEWHERE[""].get(plain)
+    near = difflib.get_close_matches(plain, known, n=1)
+    advice = advice or (f"did you mean {near[0]!r}?" if near else f"'tuneavideo {command} --help' lists the options")
+    return f"unknown option {flag!r}; {advice}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import pickle
 import re
@@ -22,7 +21,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tuneavideo.bases import BASES
+from tuneavideo.bases import BASES, refuse_unknown
 from tuneavideo.errors import ModelError
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -162,10 +161,7 @@ def missing(base: str, error: Exception) -> str:
     place, first = source(base), " ".join(str(error).split())[:300]
     if Path(place).exists():
         return f"{place}: cannot be opened as a Stable Diffusion model: {first}"
-    if "/" not in place:
-        near = difflib.get_close_matches(base, BASES, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else "'tuneavideo models' lists the names"
-        return f"base {base!r} is no name that is known, no hub id and no file or folder; {advice}"
+    refuse_unknown(base)
     return (
         f"base {base!r} is not there: no such folder, and not in the hub's cache ({HF_HUB_CACHE}). Download it with "
         f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases"

@@ -21,6 +21,9 @@ from tuneavideo.errors import DiskError, RunError
 from tuneavideo.settings import TuneSettings, as_yaml, checked, read_yaml
 
 LOCK = ".lock"
+# What to do about a run folder that cannot be made, and about one that cannot be written.
+OTHER_PLACE = "choose another place with --out"
+COPY = "make the folder writable, or copy the run and work on the copy"
 NEW, MADE = ".new", "folder"
 ASKED = ".edits.json"
 
@@ -51,14 +54,11 @@ class RunFolder:
             DiskError: The place cannot be written.
         """
         path = Path(root if out is None else out)
-        with files.told(path, advice="choose another place with --out"):
+        with files.told(path, advice=OTHER_PLACE):
             if out is not None:
                 made = not path.exists()
                 path.mkdir(parents=True, exist_ok=True)
-                if not all(file.name in (LOCK, NEW) or files.is_draft(file) for file in path.iterdir()):
-                    resume = f"tuneavideo tune --resume {cls(path).quoted}"
-                    how = f", or go on with: {resume}" if cls(path).settings.is_file() else ""
-                    raise RunError(f"{path} exists and is not empty; give another --out{how}")
+                cls.check_free(path)
                 return cls(path)._begun(made)
             path.mkdir(parents=True, exist_ok=True)
             number = 1
@@ -69,6 +69,15 @@ class RunFolder:
                     return cls(path)._begun(True)
                 except FileExistsError:
                     number += 1
+
+    @classmethod
+    def check_free(cls, path: Path | str) -> None:
+        """Raise RunError when a folder holds something already."""
+        path = Path(path)
+        if path.is_dir() and not all(file.name in (LOCK, NEW) or files.is_draft(file) for file in path.iterdir()):
+            resume = f"tuneavideo tune --resume {cls(path).quoted}"
+            how = f", or go on with: {resume}" if cls(path).settings.is_file() else ""
+            raise RunError(f"{path} exists and is not empty; give another --out{how}")
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
@@ -90,7 +99,7 @@ class RunFolder:
         """
         lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)  # a job may be closed in another thread
         try:
-            with files.told(self.path, advice="make the folder writable, or copy the run and work on the copy"):
+            with files.told(self.path, advice=COPY):
                 lock.acquire()
         except Timeout:
             raise RunError(

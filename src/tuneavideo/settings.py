@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+import re
 import reprlib
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -24,13 +28,40 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
-from tuneavideo.bases import BASES
+from tuneavideo.bases import BASES, in_its_case
 from tuneavideo.errors import SettingsError
 
+logger = logging.getLogger(__name__)
+
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _split(seeds: Any) -> Any:
+    """Split words such as `1,2,3`."""
+    seeds = (seeds,) if isinstance(seeds, str) else seeds
+    if not isinstance(seeds, list | tuple):
+        return seeds
+    parts = [each.split(",") if isinstance(each, str) else [each] for each in seeds]
+    return tuple(part for each in parts for part in each if part != "")
+
+
+def _seconds(time: Any) -> Any:
+    """Turn a time such as `19:50` or `1:02:03.5` into seconds."""
+    if not isinstance(time, str) or not re.fullmatch(r"(\d+:){1,2}\d+(\.\d*)?", time):
+        return time
+    total = 0.0
+    for part in time.split(":"):
+        total = 60 * total + float(part)
+    return total
+
+
+Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split)]
+Seconds = Annotated[NonNegativeFloat | None, BeforeValidator(_seconds)]
 
 _PLAIN = {"use_karras_sigmas": False}
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,6 +94,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _choices_in_any_case(cls, value: Any, info: ValidationInfo) -> Any:
+        return _as_chosen(cls.model_fields[str(info.field_name)].annotation, value)
+
 
 class Sampling(Settings):
     """How an edit is made."""
@@ -89,7 +125,7 @@ class Sampling(Settings):
     """How far an edit may go: 1 starts from the whole inversion, less from a less noisy point of it."""
     fresh_noise: Share = 0.0
     """Share of new noise mixed into the inverted noise: 0 keeps the clip's layout, 1 forgets it."""
-    seeds: tuple[NonNegativeInt, ...] = (0,)
+    seeds: Seeds = (0,)
     """One edit per prompt and seed; seeds differ only with fresh noise or a sampler that adds noise."""
     batch_guidance: bool = True
     """Both halves of guidance in one batch; off: one after the other, in less memory."""
@@ -98,7 +134,8 @@ class Sampling(Settings):
     feature_reuse: PositiveInt = 1
     """Inner features are computed at every so many steps of an edit and used again in between; 1: at every step."""
     fps: PositiveFloat | None = None
-    """Frame rate of the edits, without sound; none: that of the frames taken, with the source's sound."""
+    """Frame rate of the edits (that of frames taken: sample_fps), without sound; none: that of the frames taken, with
+    the source's sound."""
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
     """Files to write of each edit."""
 
@@ -165,8 +202,8 @@ class TuneSettings(Sampling):
 
     start: NonNegativeInt = 0
     """First frame taken."""
-    start_time: NonNegativeFloat | None = None
-    """Second at which to start, instead of start."""
+    start_time: Seconds = None
+    """Second at which to start, instead of start; 1:30 is 90 seconds."""
     stride: PositiveInt | None = None
     """Take every so many frames; none: spread the frames over the clip, at least four of a second."""
     sample_fps: PositiveFloat | None = None
@@ -322,6 +359,9 @@ class EditSettings(Styling, Sampling):
     """Run folder to edit with."""
     prompt: Annotated[tuple[str, ...], Field(min_length=1)]
     """What the edits should show; one edit each."""
+    preset: Literal["default", "official", "fast"] | None = None
+    """Preset instead of the one that the run was tuned with; none: the run's. Values that were set for the run itself
+    stay, except those that the preset names."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -360,17 +400,37 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What only the command line takes, and how many known names a message lists.
+ON_THE_LINE = {"out", "config", "resume", "checkpoint", "json", "debug"}
+SHOWN = 8
+
 Kind = TypeVar("Kind", bound=Settings)
 
 
 def layers(flags: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> dict[str, Any]:
     """Merge base, preset, YAML and flags, weakest first; what no layer names keeps its built-in value."""
     stated = {**yaml_values, **flags}
-    base = BASES.get(str(stated.get("base", "miniature")))
-    preset = stated.get("preset", "default")
+    if "base" in stated:
+        stated["base"] = in_its_case(str(stated["base"]))
+    base = BASES.get(stated.get("base", "miniature"))
+    preset = _as_chosen(TuneSettings.model_fields["preset"].annotation, stated.get("preset", "default"))
     if preset not in PRESETS:
         raise SettingsError(f"unknown preset {preset!r}{_suggestion(str(preset), PRESETS)}")
+    if "preset" in stated:
+        stated["preset"] = preset
     return {**(base.settings if base else {}), **PRESETS[preset], **stated}
+
+
+def with_preset(own: TuneSettings, preset: str | None) -> dict[str, Any]:
+    """Sampling settings of a run: as it was tuned, or with another preset in place of its own."""
+    stated = own.model_dump(include=set(Sampling.model_fields))
+    if preset is None:
+        return stated
+    before, after = (layers({"base": own.base, "preset": name}, {}) for name in (own.preset, preset))
+    for name, field in Sampling.model_fields.items():
+        if name in PRESETS[after["preset"]] or stated[name] == before.get(name, field.default):
+            stated[name] = after.get(name, field.default)
+    return stated
 
 
 def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:
@@ -410,6 +470,55 @@ def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings"
         raise SettingsError(f"{where}: " + "; ".join(_told(each) for each in error.errors())) from None
 
 
+def check_sense(settings: Sampling, new: Iterable[str]) -> None:
+    """Refuse what would make no edit, or the same edit twice; warn of what has no effect.
+
+    Args:
+        settings: The settings.
+        new: The new prompts among them.
+    """
+    prompts = list(new)
+    if not all(prompt.strip() for prompt in prompts):
+        raise SettingsError("a new prompt is empty; say in words what the edit should show")
+    if twice := next((prompt for prompt in prompts if prompts.count(prompt) > 1), None):
+        raise SettingsError(f"the prompt {twice!r} is given twice and would make the same edit twice; give it once")
+    if not settings.seeds:
+        raise SettingsError("seeds: found none, which makes no edit; give one, such as 0")
+    begin, end = settings.guidance_interval
+    if begin > end:
+        raise SettingsError(f"guidance_interval {begin:g} {end:g}: the first must not be above the second; turn them")
+    if settings.negative_prompt and settings.guidance_scale <= 1:
+        logger.warning("negative_prompt has no effect at guidance_scale %g; set it above 1", settings.guidance_scale)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """Split `FILE:0.8` into a place and its weight, which is 1 when there is none."""
+    place, _, weight = text.rpartition(":")
+    try:
+        return (place, float(weight)) if place else (text, 1.0)
+    except ValueError:  # the colon is part of the place, as in C:\\style.safetensors
+        return text, 1.0
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """Words that a setting can be, or a list of such; empty for a setting of another kind."""
+    if get_origin(annotation) is Literal:
+        return tuple(word for word in get_args(annotation) if isinstance(word, str))
+    if get_origin(annotation) in (tuple, Union, types.UnionType):
+        found = [choices(each) for each in get_args(annotation) if each not in (type(None), ...)]
+        return tuple(word for words in found for word in words) if all(found) else ()
+    return ()
+
+
+def _as_chosen(annotation: Any, value: Any) -> Any:
+    """A choice, or several, as they are written, whatever their case."""
+    if isinstance(value, list | tuple):
+        return tuple(_as_chosen(annotation, each) for each in value)
+    if not isinstance(value, str):
+        return value
+    return next((word for word in choices(annotation) if word.lower() == value.lower()), value)
+
+
 def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     """A YAML value as its setting wants it: one word where several may stand, `no` as people write it."""
     field = kind.model_fields[name]
@@ -417,6 +526,8 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
         value = "no"
     if get_origin(field.annotation) is tuple:
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if choices(field.annotation):
+        value = _as_chosen(field.annotation, value)
     try:
         kind_of_value: Any = Annotated[field.annotation, Field(), *field.metadata]
         return TypeAdapter(kind_of_value).validate_python(value)
@@ -427,6 +538,8 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
 def _refuse_unknown(kind: type[Settings], values: Iterable[str], where: str) -> None:
     for name in values:
         if name not in kind.model_fields:
+            if name in ON_THE_LINE:
+                raise SettingsError(f"{where}: {name!r} is no setting; give --{name} on the command line")
             raise SettingsError(f"{where}: unknown setting {reprlib.repr(name)}{_suggestion(name, kind.model_fields)}")
 
 
@@ -447,9 +560,16 @@ def _told(error: Any, name: str = "") -> str:
     if name == "prompt" and error["type"] == "string_pattern_mismatch":
         return "prompt is empty; say in words what the clip shows"
     found = f"; found {reprlib.repr(error['input'])}"
+    if error["type"] == "literal_error":
+        near = difflib.get_close_matches(
+            str(error["input"]).lower(), re.findall("'([^']+)'", error["ctx"]["expected"]), n=1
+        )
+        found += f"; did you mean {near[0]!r}?" if near else ""
     return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}{found}"
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    more = ", ... ('tuneavideo tune --help' and 'tuneavideo edit --help' list them)" if len(names) > SHOWN else ""
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names[:SHOWN])}{more}"

@@ -26,7 +26,7 @@ from tuneavideo.control import Control, maps
 from tuneavideo.errors import AdapterError
 from tuneavideo.inflate import VideoUNet
 from tuneavideo.opening import FAULTS, Pipeline, dangerous
-from tuneavideo.settings import EditSettings
+from tuneavideo.settings import EditSettings, weighted
 from tuneavideo.video import Spool, Video
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def _loras(pipe: Any, wanted: tuple[str, ...]) -> list[float]:
     """Load LoRAs of the diffusers or the kohya format; returns their weights."""
     weights = []
     for number, each in enumerate(wanted):
-        place, weight = _weighed(each)
+        place, weight = weighted(each)
         name = f"style_{number}"
         with _told("LoRA", place):
             pipe.load_lora_weights(place, adapter_name=name)
@@ -105,15 +105,6 @@ def _loras(pipe: Any, wanted: tuple[str, ...]) -> list[float]:
     if weights:
         pipe.set_adapters([f"style_{number}" for number in range(len(weights))], weights)
     return weights
-
-
-def _weighed(text: str) -> tuple[str, float]:
-    """`FILE:0.8` as a place and its weight; 1 if there is none."""
-    place, _, weight = text.rpartition(":")
-    try:
-        return (place, float(weight)) if place else (text, 1.0)
-    except ValueError:  # the colon is part of the place, as in C:\\style.safetensors
-        return text, 1.0
 
 
 def _embedding(pipe: Any, file: str) -> list[str]:

@@ -1,8 +1,10 @@
-"""Scores on the terminal. No torch here."""
+"""Tables on the terminal. No torch here."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -13,15 +15,39 @@ from rich.text import Text
 WIDE = 4
 """So many edits have a column each; of more, the table shows the best and the worst, and which they are."""
 
+UNLIMITED = 1000
+WIDE_TABLE = 120
+
 ARROWS = {"higher": "↑", "lower": "↓"}
+
+
+def console() -> Console:
+    """Standard output; tables are as wide as they need when it is a file or a pipe, which have no edge."""
+    return Console(emoji=False, width=None if sys.stdout.isatty() else UNLIMITED)
+
+
+def show_models(known: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table of bases; a narrow terminal shows all but where they are opened from."""
+    out, table = console(), Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    wide = out.width >= WIDE_TABLE
+    for name in ("name", "pixels", "frames", "memory", "here"):
+        table.add_column(name, no_wrap=True)
+    for name in ("model", "opened from") if wide else ("model",):
+        table.add_column(name, overflow="fold")
+    for row in known:
+        memory = f"{row['memory_gb']} GB" if row["memory_gb"] else "-"
+        size = (str(row["resolution"]), str(row["num_frames"]), memory, "yes" if row["here"] else "no")
+        source = "(bundled)" if Path(row["source"]).is_absolute() else row["source"]
+        table.add_row(row["name"], *size, row["note"], *([source] if wide else []))
+    out.print(table)
+    if not wide:
+        print("A wider terminal, or --json, shows where each is opened from.")
 
 
 def show_scores(file: str, scores: Mapping[str, Any]) -> None:
     """Print scores in the form of `scores.json`: a row for every metric, the edits, the models, and what is missing."""
-    console, edits = Console(emoji=False), scores["edits"]
-    if not console.is_terminal:
-        console.width = 1000  # nothing is cut in a file
-    console.print(f"{file}: {_count(len(edits), 'edit')}", markup=False, highlight=False, soft_wrap=True)
+    out, edits = console(), scores["edits"]
+    out.print(f"{file}: {_count(len(edits), 'edit')}", markup=False, highlight=False, soft_wrap=True)
     single = len(edits) <= WIDE
     table = _columns("metric", "unit", "")
     for name in [*map(_number, edits)] if single else ["best", "edit", "worst", "edit"]:
@@ -41,11 +67,11 @@ def show_scores(file: str, scores: Mapping[str, Any]) -> None:
         shown += [number(metric["baseline"])] if published else []
         table.add_row(name, metric["unit"], ARROWS[metric["better"]], *shown)
     if scores["metrics"]:
-        console.print(table)
+        out.print(table)
     few = [*scores["metrics"]] if not single and len(scores["metrics"]) <= WIDE else []
-    console.print(_edits(edits, few))
+    out.print(_edits(edits, few))
     for line in [*_measured_with(scores), *_not_measured(scores)]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _edits(edits: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
@@ -125,12 +151,12 @@ def _count(number: int, name: str) -> str:
 
 def show_variants(results: Mapping[str, Any]) -> None:
     """Print the miniature benchmark's results: scores with their spread, and differences from the first variant."""
-    console, (first, *others) = Console(), results["variants"]
-    console.print(f"{results['part']} clips: {results['clips']}, seeds: {results['seeds']}; 95 % limits over clips")
-    console.print(_by_variant(results["variants"], [first, *others], "scores"))
+    out, (first, *others) = console(), results["variants"]
+    out.print(f"{results['part']} clips: {results['clips']}, seeds: {results['seeds']}; 95 % limits over clips")
+    out.print(_by_variant(results["variants"], [first, *others], "scores"))
     if others:
-        console.print(f"less {first}:", highlight=False)
-        console.print(_by_variant(results["variants"], others, "differences"))
+        out.print(f"differences from {first}:", highlight=False)
+        out.print(_by_variant(results["variants"], others, "differences"))
 
 
 _SCORES = {"clean": "clean", "success": "success", "preserved": "preserved", "track": "track, px",

@@ -90,6 +90,8 @@ def contents(path: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
         return tensors, dict.fromkeys(others, "no tensor")
     if begin[8:] == b"{" or path.suffix == ".safetensors":
         return safe.read(path)[0], {}
+    if path.suffix not in (".ckpt", ""):
+        raise CheckpointError(f"{path}: not a file of weights; give a .safetensors, .ckpt, .pth, .pt or .bin file")
     found = mindspore.read(path)
     tensors = {name: value for name, value in found.items() if not isinstance(value, str)}
     return tensors, {name: "a text" for name in found if name not in tensors}
@@ -202,7 +204,9 @@ def _weights(folder: Path) -> list[Path]:
 def _adapter(folder: Path) -> Checkpoint:
     config = _json(folder / adapter.CONFIG)
     if config.get("format") != adapter.FORMAT:
-        raise CheckpointError(f"{folder}: adapter format {config.get('format')}, this version reads {adapter.FORMAT}")
+        raise CheckpointError(
+            f"{folder}: adapter format {config.get('format', 'unknown')}, this version reads {adapter.FORMAT}"
+        )
     tensors, _ = safe.read(folder / adapter.WEIGHTS)
     return Checkpoint("adapter", {f"{UNET}{name}": tensor for name, tensor in tensors.items()}, learned=config)
 

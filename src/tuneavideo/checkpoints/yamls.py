@@ -156,7 +156,8 @@ def read_config(path: Path | str, kind: type[Settings]) -> Config:
     elif values.keys() & {"sample_interval", "start_learning_rate", "image_size", "version", "model_config"}:
         config = mindone(values, str(path))
     else:
-        return Config(stated_values(kind, values, str(path)))
+        out = values.pop("out", None)
+        return Config(stated_values(kind, values, str(path)), None if out is None else str(out))
     config.tell(str(path))
     return config
 

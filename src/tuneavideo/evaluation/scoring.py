@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from tuneavideo import cache, files, miniature
 from tuneavideo import video as videos
 from tuneavideo.bases import BASES
 from tuneavideo.errors import DiskError, ModelError, RunError, SettingsError, TuneAVideoError
+from tuneavideo.metrics import check_metric
 from tuneavideo.metrics.background import Mask, read_mask
 from tuneavideo.metrics.drawn import around_subjects
 from tuneavideo.metrics.sample import NotMeasurable, Sample, Shown
@@ -48,12 +48,7 @@ class Wish:
 
     def __post_init__(self) -> None:
         for name in self.metrics:
-            if name not in METRICS:
-                near = difflib.get_close_matches(name, METRICS, n=1)
-                raise SettingsError(
-                    f"unknown metric {name!r}; "
-                    + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METRICS)}")
-                )
+            check_metric(name)
 
     def names(self, settings: TuneSettings) -> list[str]:
         """The metrics wished for. The miniature has its judge in place of CLIP, which other bases need."""
