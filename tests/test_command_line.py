@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +264,17 @@ def test_a_closed_pipe_is_silent(words: str) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_a_shell_completes_commands_and_options(capsys: pytest.CaptureFixture) -> None:
+    cli.main(["completion"])
+    script = capsys.readouterr().out
+    for words, expected in {"tuneavideo ev": "evaluate", "tuneavideo edit run --gui": "--guidance-scale",
+                            "tuneavideo convert --li": "--like", "tuneavideo edit so": ""}.items():  # fmt: skip
+        ask = f"COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}; _tuneavideo; echo ${{COMPREPLY[*]}}"
+        done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+        assert expected in done.stdout.split() if expected else not done.stdout.strip()
 
 
 def test_a_table_in_a_pipe_is_not_cut(capsys: pytest.CaptureFixture) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -255,6 +258,19 @@ def doctor(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def completion(argv: Sequence[str]) -> None:
+    """Print a script for bash and zsh that completes commands and options: source <(tuneavideo completion)."""
+    flags.read(flags.parser("completion", completion.__doc__), argv)
+    lines = [f"  {name}) words='{' '.join(_flags_in_help(name))}' ;;" for name in COMMANDS]
+    print(COMPLETION.replace("COMMANDS", " ".join(COMMANDS)).replace("CASES", "\n".join(lines)))
+
+
+def _flags_in_help(name: str) -> list[str]:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        COMMANDS[name](["--help"])
+    return sorted(set(re.findall(r"--[a-z][a-z0-9-]+", shown.getvalue())))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "tune": tune,
@@ -268,7 +284,22 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": report,
     "models": models,
     "doctor": doctor,
+    "completion": completion,
 }
+COMPLETION = """\
+[ -n "$ZSH_VERSION" ] && autoload -U +X bashcompinit && bashcompinit
+_tuneavideo() {
+  local words='COMMANDS' current=${COMP_WORDS[COMP_CWORD]}
+  [ "$COMP_CWORD" -gt 1 ] && case ${COMP_WORDS[1]} in
+CASES
+  esac
+  COMPREPLY=()
+  case $COMP_CWORD,$current in
+    1,* | *,-*) COMPREPLY=($(compgen -W "$words" -- "$current")) ;;
+  esac
+}
+complete -o default -F _tuneavideo tuneavideo
+"""
 CLOSED = 141  # as a shell has it of a program that SIGPIPE ended
 RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tuning to go on with"}
 

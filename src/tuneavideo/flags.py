@@ -222,7 +222,10 @@ def parse(command: Command, argv: Sequence[str], stated: Mapping[str, Any]) -> t
     lacking = [
         METAVARS[name] if name == command.positional else command.flags_of(name)[0]
         for name, each in command.kind.model_fields.items()
-        if each.is_required() and name not in values and parsed.get(name) in ("", ())
+        if each.is_required()
+        and name not in values
+        and parsed.get(name) in ("", ())
+        and given.isdisjoint(command.flags_of(name))
     ]
     if lacking:
         verb = "is" if len(lacking) == 1 else "are"
