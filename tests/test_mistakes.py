@@ -64,6 +64,7 @@ def test_a_misspelt_base(base: str, advice: str, refused: Said, clip: Path) -> N
         (["tune", "a.mp4", "--prompt", "x", "--max-train-steps", "many"],
          "Error parsing --max-train-steps: invalid literal for int() with base 10: 'many'; "
          "'tuneavideo tune --help' tells more"),
+        (["tune", "a.mp4", "--prompt", "x", "--num-frames", "al"], "--num-frames: expected INT or all; found 'al'"),
         (["tune", "a.mp4", "--prompt", "x", "--fit", "crp"],
          "fit: input should be 'crop', 'pad' or 'stretch'; found 'crp'; did you mean 'crop'?"),
         (["doctor", "--json=3"],

@@ -260,7 +260,9 @@ def doctor(argv: Sequence[str]) -> None:
 
 def completion(argv: Sequence[str]) -> None:
     """Print a script for bash and zsh that completes commands and options: source <(tuneavideo completion)."""
-    flags.read(flags.parser("completion", completion.__doc__), argv)
+    made = flags.parser("completion", completion.__doc__)
+    made.add_argument("shell", nargs="?", choices=("bash", "zsh"), help="the script is the same for both")
+    flags.read(made, argv)
     lines = [f"  {name}) words='{' '.join(_flags_in_help(name))}' ;;" for name in COMMANDS]
     print(COMPLETION.replace("COMMANDS", " ".join(COMMANDS)).replace("CASES", "\n".join(lines)))
 

@@ -78,7 +78,7 @@ def check_writable(folder: Path, advice: str) -> None:
     """Raise DiskError, with this advice, when nothing can be written in `folder` or where it would be made."""
     place = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     draft = place / f".{uuid4().hex}{PART}"
-    with told(folder, draft, advice=advice):
+    with told(folder, draft, place, advice=advice):
         draft.mkdir()
         draft.rmdir()
 

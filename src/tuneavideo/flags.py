@@ -337,6 +337,9 @@ def _one_line(command: str) -> Generator[None, None, None]:
             lines = [line.strip("│╭╰╮╯─ ") for line in plain.splitlines()[1:]]
             told = " ".join(line for line in lines if line.strip("-")).rpartition(": error: ")[2]
             told = re.split(" For full helptext| Argument helptext", told)[0].rstrip(".")
+            if union := re.match(r"Error parsing (\S+): no type matching (\S+) .*? from \['(.*?)'\]", told):
+                kinds = " or ".join(kind.strip("{}") for kind in union[2].split("|") if kind != "{None}")
+                told = f"{union[1]}: expected {kinds}; found {union[3]!r}"
             raise SettingsError(f"{told}; '{command} --help' tells more") from None
 
 

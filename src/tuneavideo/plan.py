@@ -6,12 +6,14 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from tuneavideo import miniature
-from tuneavideo import video as videos
 from tuneavideo.bases import BASES, Base
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
-from tuneavideo.video import Span
+
+if TYPE_CHECKING:
+    from tuneavideo.video import Span
 
 TOY = "a toy that draws 16 subjects at 64 x 64 pixels; --base sd1.5 makes real pictures"
 NAMED = 8  # words that are named in a line
@@ -20,6 +22,8 @@ MUCH_LARGER = 2  # times the area that a base was trained at, above which a size
 
 def frames(settings: TuneSettings) -> Span:
     """The frames of the clip that `settings` take. Raises VideoError when they are not there."""
+    from tuneavideo import video as videos  # help is shown without it, and sooner
+
     return videos.spread(
         settings.video, usual=usual_frames(settings.base), count=settings.num_frames, start=settings.start,
         stride=settings.stride, start_time=settings.start_time, sample_fps=settings.sample_fps,
