@@ -162,11 +162,12 @@ def test_what_was_asked_of_the_edits_asked_is_printed(
 def test_of_many_edits_the_table_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     edits = {f"edit {number} [b]": passing((speed, 1)) for number, speed in enumerate((1, 0, 3, 2, 5))}
     run = made_run(tmp_path / "run", "sd1.5", "a square", passing((3, 1)), edits)
+    (run / "edits/004-edit-4-b").rename(run / "edits/1004-edit-4-b")
     cli.main(["evaluate", str(run), "--metrics", "motion_fidelity"])
     lines, rows = printed(capsys)
     assert rows["motion_fidelity"][2] == "002" and rows["motion_fidelity"][4] == "001"
     assert rows["002"][1] == rows["motion_fidelity"][1] and rows["002"][2:] == ["edit", "2", "[b]"]
-    assert [*rows][-6:-1] == ["000", "001", "002", "003", "004"]
+    assert [*rows][-6:-1] == ["000", "001", "002", "003", "1004"]
     assert "measured with DIS flow (OpenCV): motion_fidelity" in lines
 
 
@@ -226,6 +227,16 @@ def test_an_edit_of_other_frames_is_left_out(run: Path, caplog: pytest.LogCaptur
     api.evaluate([run, run.parent], metrics=["warp_error"])
     assert [edit["folder"] for edit in scores_of(run)["edits"]] == ["001-a-blue-circle"]
     assert "000-a-red-circle: found 4 frames" in caplog.text and f"{run.parent} is no run folder" in caplog.text
+
+
+@pytest.mark.parametrize("contents", ["{", "[1]", "{}", "\x00"])
+def test_a_damaged_edit_or_file_of_scores_is_named(run: Path, contents: str, refused: Said) -> None:
+    (run / "edits/000-a-red-circle/edit.json").write_text(contents)
+    api.evaluate(run, metrics=["warp_error"])
+    assert [edit["folder"] for edit in scores_of(run)["edits"]] == ["001-a-blue-circle"]
+    (run / "scores.json").write_text(contents)
+    assert f"{run}/scores.json is damaged" in refused(["evaluate", str(run)])
+    assert (run / "scores.json").read_text() == contents
 
 
 def test_a_run_without_edits_or_source_says_what_to_do(run: Path) -> None:

@@ -209,8 +209,8 @@ class RunFolder:
 
     @staticmethod
     def read_edit(edit: Path) -> dict[str, Any]:
-        """Prompt, seed and settings of an edit."""
-        return json.loads((edit / "edit.json").read_text(encoding="utf-8"))
+        """Prompt, seed and settings of an edit. Raises RunError when they are damaged."""
+        return _read_json(edit / "edit.json", "prompt", "seed")
 
     @staticmethod
     def clip_of(edit: Path) -> Path:
@@ -223,8 +223,8 @@ class RunFolder:
         return self.path / "scores.json"
 
     def read_scores(self) -> dict[str, Any] | None:
-        """What `tuneavideo evaluate` wrote; None if it has not."""
-        return json.loads(self.scores.read_text(encoding="utf-8")) if self.scores.is_file() else None
+        """What `tuneavideo evaluate` wrote; None if it has not. Raises RunError when it is damaged."""
+        return _read_json(self.scores, "edits", "missing") if self.scores.is_file() else None
 
     def is_newer(self, edit: Path) -> bool:
         """Whether an edit was made after the scores were written."""
@@ -347,6 +347,16 @@ def _number(path: Path, name: re.Pattern[str]) -> int | None:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
+
+
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); move it away") from error
+    if not isinstance(found, dict) or not {*keys} <= found.keys():
+        raise RunError(f"{path} is damaged: expected {' and '.join(keys)} in it; move it away")
+    return found
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -145,6 +145,7 @@ def _each_scored(
     """The edits of a run with their scores; what cannot be compared with the source is among the troubles."""
     if not run.source.is_file():
         raise RunError(f"{run.source} is missing, and edits are compared with it; put it back")
+    run.read_scores()  # before the work, for what is damaged
     settings, source = run.read_settings(), Shown(videos.read(run.source))
     mask = bench.mask(settings, source)
     for edit in edits:
