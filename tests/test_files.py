@@ -18,6 +18,12 @@ from tuneavideo.reels import Reel
 from tuneavideo.video import Video, write
 
 
+def test_assertions_are_evaluated() -> None:
+    """Also where Python leaves out those of the program: `make optimised`."""
+    with pytest.raises(AssertionError):
+        assert sum([1, 1]) == 3
+
+
 def test_a_file_appears_when_it_is_whole_and_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, forced = tmp_path / "new" / "file.txt", []
     real = os.fsync

@@ -115,7 +115,7 @@ def test_a_run_closed_early_is_resumed_to_the_adapter_of_an_unbroken_one(
 
 
 def test_a_run_that_is_done_is_not_tuned_again(run: Path) -> None:
-    with pytest.raises(RunError, match="is tuned to its end; edit it, or tune for more steps in a new run"):
+    with pytest.raises(RunError, match="is tuned to its end; edit it, or tune on with: .* --max-train-steps 8"):
         api.resume(run)
 
 

@@ -191,6 +191,34 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_says_how(
     is_whole(Path("run"))
 
 
+def test_sigterm_stops_as_ctrl_c_does_with_its_own_exit_code(
+    settings: TuneSettings, unbroken: bytes, tmp_path: Path, capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As Slurm, containers and `timeout` send it; the handler is the process's own again when all went well."""
+    monkeypatch.chdir(tmp_path)
+    real, before = api.tuning, signal.getsignal(signal.SIGTERM)
+
+    def tuning(*arguments, **options) -> Job:
+        for each in real(*arguments, **options):
+            if each.step and each.step.number == 3:
+                signal.raise_signal(signal.SIGTERM)
+            yield each
+
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(api, "tuning", tuning)
+            cli.main(as_words(settings.model_copy(update={"checkpointing_steps": 100}), "run"))
+    finally:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, before if each == signal.SIGTERM else signal.default_int_handler)
+    assert stopped.value.code == 143
+    assert "tuneavideo: stopped; go on with: tuneavideo tune --resume run\n" in capfd.readouterr().err
+    assert [path.name for path in RunFolder.open("run").checkpoints()] == ["000003.pt"]
+    cli.main(["tune", "--resume", "run", "--json"])
+    assert adapter(Path("run")) == unbroken and signal.getsignal(signal.SIGTERM) == before
+
+
 def as_words(settings: TuneSettings, out: str) -> list[str]:
     """The command line that makes the run `out` with these settings."""
     Path(f"{out}.yaml").write_text(as_yaml(settings))

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load, save_file
 
 from tests.test_job import BRIEF
 from tuneavideo import api
-from tuneavideo.errors import DiskError, RunError, VideoError
+from tuneavideo.errors import AdapterError, DiskError, RunError, VideoError
 from tuneavideo.progress import Job
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import TuneSettings
@@ -154,6 +155,62 @@ def test_a_run_folder_that_is_deleted_or_moved_while_it_tunes_is_one_line(
     words = ["tune", str(clip), "--prompt", "a square", "--base", str(base), "--num-frames", "3"]
     assert "was deleted or moved while it was in use" in refused([*words, "--out", str(out)])
     assert not out.exists() and (tmp_path / "moved/settings.yaml").is_file()
+
+
+# Going on
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"use_ema": True, "prior_weight": 1.0}])
+def test_a_finished_run_is_tuned_on(changes: dict, base: Path, clip: Path, tmp_path: Path) -> None:
+    """From its adapter, which stays until the new one is there, also when it is stopped in between."""
+    out = tmp_path / "run"
+    run = RunFolder(out)
+    done(api.tuning(settings(base, clip, edit=("a circle",), **changes), out=out))
+    first = (out / "adapter/adapter.safetensors").read_bytes()
+    job = api.tuning(api.resumed_settings(out, {"max_train_steps": 4}), resume=out)
+    for each in job:
+        if each.step:
+            job.close()
+            break
+    assert [path.name for path in run.checkpoints()] == ["000003.pt"]
+    assert (out / "adapter/adapter.safetensors").read_bytes() == first
+    assert len(api.edit(out, "a red circle")) == 1 and run.checkpoints()
+    api.resume(out)
+    assert [step["number"] for step in run.steps()] == [1, 2, 3, 4] and not run.checkpoints()
+    assert (out / "adapter/adapter.safetensors").read_bytes() != first
+    assert [(made["prompt"], made["tuned_steps"]) for made in map(run.read_edit, run.whole_edits())] == [
+        ("a circle", 2), ("a red circle", 2), ("a circle", 4),
+    ]  # fmt: skip
+    with pytest.raises(RunError, match="tuned to its end"):
+        api.resume(out)
+
+
+def done(job: Job) -> None:
+    for _ in job:
+        pass
+
+
+def test_the_same_edit_command_goes_on_after_it_was_stopped(run: Path) -> None:
+    wanted = {"run": str(run), "prompt": ("a red circle", "a blue circle"), "seeds": (1, 2), "fresh_noise": 0.5}
+    job = api.editing(api.edit_settings(wanted))
+    for each in job:
+        if each.stage == "edit" and each.path:
+            job.close()
+            break
+    for expected in (3, 4):  # what is left, and then all anew
+        made = api.edit(run, ["a red circle", "a blue circle"], seeds=(1, 2), fresh_noise=0.5)
+        assert len(made) == expected
+    assert len(RunFolder(run).whole_edits()) == 1 + 4 + 4
+
+
+def test_a_damaged_adapter_is_refused_and_one_without_a_checksum_is_taken(run: Path) -> None:
+    file = run / "adapter/adapter.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(AdapterError, match=r"adapter: the adapter is damaged .*make it again or copy it again"):
+        api.edit(run, "a red circle")
+    save_file(load(whole), file)
+    assert api.edit(run, "a red circle")
 
 
 # Outputs

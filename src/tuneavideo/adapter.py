@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from tuneavideo import files
+from tuneavideo import cache, files
 from tuneavideo.errors import AdapterError, SettingsError
 from tuneavideo.inflate import VideoUNet, added_parameters, deflate, inflate
 from tuneavideo.settings import Inflation
@@ -99,7 +99,8 @@ class Adapter:
             "about": self.about,
             "fingerprint": self.fingerprint,
         }
-        files.write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        metadata = {"format": "pt", "digest": cache.checksum(tensors), "about": json.dumps(self.about)}
+        files.write(folder / WEIGHTS, save(tensors, metadata=metadata))
         files.write(folder / CONFIG, json.dumps(config, indent=1))
         return folder
 
@@ -120,8 +121,13 @@ class Adapter:
                 raise AdapterError(f"{folder}: adapter format {config['format']}, this version reads {FORMAT}; upgrade")
             inflation = config["inflation"]
             inflation["references"] = tuple(inflation["references"])
-            tensors = load_file(folder / WEIGHTS)
-            return cls(tensors, Inflation(**inflation), config["base"], config["fingerprint"], config["about"])
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+            if metadata.get("digest", digest := cache.checksum(tensors)) != digest:
+                raise ValueError(f"{WEIGHTS} is not what was written")
+            about = config["about"] | json.loads(metadata.get("about", "{}"))  # the config may be an older one
+            return cls(tensors, Inflation(**inflation), config["base"], config["fingerprint"], about)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise AdapterError(f"{folder}: the adapter is damaged ({error}); make it again or copy it again") from None
 

@@ -57,7 +57,7 @@ def read(path: Path, *, by_frames: bool = False) -> dict[str, Any] | None:
             digest = (file.metadata() or {}).get("digest")
     except (OSError, SafetensorError):
         return None
-    return tensors if tensors and digest == _digest(tensors) else None
+    return tensors if tensors and digest == checksum(tensors) else None
 
 
 def write(path: Path, tensors: Mapping[str, Tensor | Reel]) -> None:
@@ -69,7 +69,7 @@ def write(path: Path, tensors: Mapping[str, Tensor | Reel]) -> None:
                 made[name].fill(reel)
         return
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    files.write(path, save(here, metadata={"digest": _digest(here)}))
+    files.write(path, save(here, metadata={"digest": checksum(here)}))
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def writing(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Generator[dict
     with files.replacing(path) as draft, draft.open("w+b", buffering=0) as file:
         blank = create(file, shapes, {"digest": "-" * DIGITS})
         yield blank
-        create(file, shapes, {"digest": _digest(blank)})
+        create(file, shapes, {"digest": checksum(blank)})
 
 
 def cached(name: str, compute: Callable[[], Tensors]) -> Tensors:
@@ -95,7 +95,8 @@ def cached(name: str, compute: Callable[[], Tensors]) -> Tensors:
     return tensors
 
 
-def _digest(tensors: Mapping[str, Tensor | Reel]) -> str:
+def checksum(tensors: Mapping[str, Tensor | Reel]) -> str:
+    """A digest of tensors with their names, types and shapes."""
     return key(*(part for item in sorted(tensors.items()) for part in item))
 
 

@@ -50,8 +50,8 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
     accelerator = _accelerator(settings)
     with _claimed(settings, accelerator, out, resume) as run, memory_told(settings):
         yield Progress("open", path=run.path, about=settings.base)
-        is_told = not run.is_tuned
-        if not run.is_tuned:
+        is_told = not run.is_finished(settings)
+        if is_told:
             yield from _learned(settings, accelerator, run)
         gc.collect()  # accelerate's wrapper for half precision is part of a cycle
         if settings.edit and accelerator.is_main_process:
@@ -61,9 +61,14 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
 
 def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
     """Edits that a run has which is resumed; refuses one that has them all."""
-    done = run.edited() if run.is_tuned else set()
-    if run.is_tuned and done >= set(product(settings.edit, settings.seeds)):
-        raise RunError(f"{run.path} is tuned to its end; edit it, or tune for more steps in a new run")
+    if not run.is_finished(settings):
+        return set()
+    done = run.edited()
+    if done >= set(product(settings.edit, settings.seeds)):
+        raise RunError(
+            f"{run.path} is tuned to its end; edit it, or tune on with: tuneavideo tune --resume {run.quoted} "
+            f"--max-train-steps {2 * settings.max_train_steps}"
+        )
     return done
 
 
@@ -123,7 +128,8 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
             inflation=settings.inflation,
             base=settings.base,
             fingerprint=marks,
-            about={"prompt": settings.prompt, "steps": tuning.number} | _versions(),
+            about={"prompt": settings.prompt, "steps": tuning.number, "max_train_steps": settings.max_train_steps}
+            | _versions(),
         ).save(run.adapter)
         run.drop_checkpoints()
         yield Progress("tune", tuning.number, settings.max_train_steps, path=run.path)
@@ -156,7 +162,9 @@ def edit(settings: EditSettings) -> Job:
     """See `api.editing`."""
     run = RunFolder.open(settings.run)
     with run.locked(), run.present(), memory_told(run.read_settings(), settings):
-        yield from _edited(settings)
+        done = run.begin_edits(settings.model_dump(mode="json", exclude={"run"}))
+        yield from _edited(settings, done if done < set(product(settings.prompt, settings.seeds)) else frozenset())
+        run.end_edits()
 
 
 def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset(), is_told: bool = False) -> Job:
@@ -409,7 +417,8 @@ def _write_edit(studio: Studio, settings: EditSettings, prompt: str, seed: int, 
         labels = [studio.run.read_settings().prompt, prompt]
         videos.write(side_by_side([source, video], labels=labels), draft / "side-by-side.mp4")
         made = settings.model_dump(mode="json", exclude={"prompt", "seeds", "run"})
-        files.write(draft / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made, indent=1))
+        told = {"tuned_steps": studio.run.about.get("steps")}
+        files.write(draft / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made | told, indent=1))
     return folder
 
 

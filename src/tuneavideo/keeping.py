@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from tuneavideo import files
+from tuneavideo.adapter import Adapter
 from tuneavideo.budget import REMEMBERED
 from tuneavideo.errors import DiskError
 from tuneavideo.inflate import added_parameters
@@ -39,7 +40,13 @@ class Keeper:
     saved: int = -1
 
     def resume(self) -> None:
-        """Go on from the newest state that is whole; from the start if there is none."""
+        """Go on from the newest state that is whole; if there is none from the adapter, or from the start."""
+        if self.run.is_tuned:
+            adapter = Adapter.load(self.run.adapter)
+            self.tuning.start_from(adapter.tensors, adapter.about["steps"])
+            logger.warning(
+                "going on from the adapter after step %d; the optimizer's state begins anew", self.tuning.number
+            )
         for path in reversed(self.run.checkpoints()):
             if state := _read(path):
                 self.tuning.load_state(state)

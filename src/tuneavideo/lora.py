@@ -35,6 +35,10 @@ class LowRank:
             self.factors[f"{name}.up"] = nn.Parameter(weight.new_zeros(rows, inner))
             self.factors[f"{name}.down"] = nn.Parameter(down.to(weight))
 
+    def restart(self) -> None:
+        """Take the weights as they are now for `W0`; `up` and `down` must be as they were made."""
+        self.first = {name: weight.detach().clone() for name, weight in self.matrices.items()}
+
     @torch.no_grad()
     def take_gradients(self) -> None:
         """Chain rule: turn the gradient of every `W` into those of its factors, as autograd would."""

@@ -188,15 +188,43 @@ class RunFolder:
         """Whether there is a whole adapter; its config is written last."""
         return (self.adapter / "adapter_config.json").is_file()
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the adapter's config tells of its tuning: `steps` and more; empty without an adapter."""
+        config = self.adapter / "adapter_config.json"
+        return json.loads(config.read_text(encoding="utf-8")).get("about", {}) if config.is_file() else {}
+
+    def is_finished(self, settings: TuneSettings) -> bool:
+        """Whether the adapter was tuned for the settings' number of steps, fewer if it was stopped early."""
+        about = self.about
+        if "steps" not in about or ("max_train_steps" not in about and settings.early_stopping is not None):
+            return self.is_tuned  # of another program, or of an older version that stopped early
+        return about.get("max_train_steps", about["steps"]) >= settings.max_train_steps
+
     def require_tuned(self) -> None:
         """Raise RunError when there is no whole adapter."""
         if not self.is_tuned:
             raise RunError(f"{self.path} is not tuned to its end; go on with: tuneavideo tune --resume {self.quoted}")
 
     def edited(self) -> set[tuple[str, int]]:
-        """Prompt and seed of the edits that are there."""
-        made = map(self.read_edit, self.whole_edits())
-        return {(edit["prompt"], edit["seed"]) for edit in made}
+        """Prompt and seed of the edits that the adapter made as it is now."""
+        about, made = self.about, map(self.read_edit, self.whole_edits())
+        steps = {about.get("steps")} if "max_train_steps" in about else {about.get("steps"), None}
+        return {(edit["prompt"], edit["seed"]) for edit in made if edit.get("tuned_steps") in steps}
+
+    def begin_edits(self, asked: dict[str, Any]) -> set[tuple[str, int]]:
+        """Note what a command asks for; returns prompt and seed of the edits it made before it was stopped."""
+        asked, note = json.loads(json.dumps(asked | {"tuned_steps": self.about.get("steps")})), self.path / ASKED
+        before = _parsed(note.read_text(encoding="utf-8")) if note.is_file() else None
+        if before and before["asked"] == asked:
+            later = [edit for edit in self.whole_edits() if (_number(edit, _EDIT) or 0) >= before["first"]]
+            return {(edit["prompt"], edit["seed"]) for edit in map(self.read_edit, later)}
+        files.write(note, json.dumps({"asked": asked, "first": self.next_edit}))
+        return set()
+
+    def end_edits(self) -> None:
+        """Forget what was asked for: all of it is made."""
+        (self.path / ASKED).unlink(missing_ok=True)
 
     def edits(self) -> list[Path]:
         """Folders named as edits are, oldest first; one without `edit.json` is unfinished, or no edit."""
@@ -269,9 +297,11 @@ class RunFolder:
             path.unlink()
 
     def drop_checkpoints(self) -> None:
-        """Remove the states that the adapter was tuned past."""
+        """Remove the states of steps that are in the adapter."""
+        done = self.about.get("steps", 0)
         for path in self.checkpoints():
-            path.unlink()
+            if (_number(path, _CHECKPOINT) or 0) <= done:
+                path.unlink()
         _remove_if_empty(self.path / "checkpoints")
 
     @property

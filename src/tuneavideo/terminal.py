@@ -18,12 +18,12 @@ WIDE = 100  # columns from which bars are long
 
 
 class Show:
-    """Progress of a job on the terminal; the first Ctrl-C ends the job after the step at hand."""
+    """Progress of a job on the terminal; the first Ctrl-C or SIGTERM ends the job after the step at hand."""
 
     def __init__(self, quiet: bool, resumable: bool = True) -> None:
         self.resumable = resumable
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
-        self.interrupted = self.broken_off = False
+        self.interrupted, self.broken_off = 0, False  # by which signal, and by a second one
         self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
         self.tasks: dict[str, Any] = {}
         self.at = ("", "")
@@ -32,7 +32,7 @@ class Show:
 
     def run(self, job: Job) -> dict[str, Any]:
         """Run the job to its end; returns the run folder, the edits and other files it made."""
-        before = signal.signal(signal.SIGINT, self._interrupt)
+        before = {each: signal.signal(each, self._interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             with self._bar() as bar:
                 for number, each in enumerate(job):
@@ -52,16 +52,17 @@ class Show:
             if not self.broken_off:
                 raise
         finally:  # a late press must not hide how to go on
-            signal.signal(signal.SIGINT, signal.SIG_IGN if self.interrupted else before)
+            for each, handler in before.items():
+                signal.signal(each, signal.SIG_IGN if self.interrupted else handler)
         if self.interrupted:
-            stopped(self.done["run"] if self.resumable else None)
+            stopped(self.done["run"] if self.resumable else None, self.interrupted)
         return self.done | {"seconds": round(time.perf_counter() - self.began, 1)}
 
-    def _interrupt(self, *_: Any) -> None:
+    def _interrupt(self, number: int, _: Any) -> None:
         if self.interrupted:
             self.broken_off = True  # libraries make errors of their own of it: torch, of a file not written to its end
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.interrupted = number
         os.write(2, b"stopping after the step at hand; Ctrl-C again stops at once\n")  # print cannot be used in here
 
     def _bar(self) -> Any:
@@ -162,8 +163,8 @@ def report_done(as_json: bool, done: Mapping[str, Any], **more: Any) -> None:
             print(f"(miniature is {TOY})")
 
 
-def stopped(run: str | None = None) -> None:
-    """Exit code 130: stopped by Ctrl-C."""
+def stopped(run: str | None = None, number: int = signal.SIGINT) -> None:
+    """Exit code 130 after Ctrl-C, 143 after SIGTERM: 128 and the signal's number."""
     how = f"tuneavideo tune --resume {shlex.quote(run)}" if run else "the same command"
     print(f"tuneavideo: stopped; go on with: {how}", file=sys.stderr)
-    raise SystemExit(130)
+    raise SystemExit(128 + number)

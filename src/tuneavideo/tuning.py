@@ -188,6 +188,19 @@ class Tuning:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.number, self.measured = state["number"], state.get("measured", [])
 
+    @torch.no_grad()
+    def start_from(self, weights: Mapping[str, Tensor], number: int) -> None:
+        """Go on after step `number` from tuned weights alone; what the optimiser remembered begins anew."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+        if self.low_rank:
+            self.low_rank.restart()
+        if self.ema:
+            self.ema = EMAModel(self.parameters.values(), decay=self.settings.ema_decay)
+        self.schedule.last_epoch = self.number = number
+        for group, share in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group["lr"] = self.settings.learning_rate * share(number)
+
     def _choose(self, video: VideoUNet) -> dict[str, Any]:
         """Freeze all but the chosen layers, which learn in float32 whatever the rest is kept in."""
         video.unet.to(self.accelerator.device).requires_grad_(False).train()
