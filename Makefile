@@ -28,7 +28,7 @@ test: $(READY)
 
 # Without the program's own assertions, which must have no side effects; pytest's are evaluated all the same.
 optimised: $(READY)
-	$(BIN)/python -O -m pytest tests/test_files.py tests/test_runs.py tests/test_noise.py tests/test_tuning.py
+	$(BIN)/python -O -m pytest tests/test_files.py tests/test_runs.py
 
 check: lint types layers test optimised
 
