@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -15,6 +16,7 @@ from PIL import Image
 from tests.conftest import image_unet, moving_square
 from tests.test_adapter import learned
 from tuneavideo import TuneAVideoPipeline, api, models
+from tuneavideo.bases import BASES
 from tuneavideo.errors import AdapterError, SettingsError
 from tuneavideo.runs import RunFolder
 from tuneavideo.video import Video, read, write
@@ -240,3 +242,145 @@ def test_moments_do_not_depend_on_how_many_frames_are_encoded_at_once(pipe: Tune
     together = models.encode(pipe, Video(frames, 8.0))
     alone = models.encode(pipe, Video(frames[1:2], 8.0))
     assert torch.allclose(together["mean"][:, :, 1:2], alone["mean"], atol=1e-6)
+
+
+# What users of diffusers rely on
+
+
+def test_callbacks_are_given_embeddings_and_may_change_them(pipe: TuneAVideoPipeline) -> None:
+    names, seen = ["latents", "prompt_embeds", "negative_prompt_embeds"], []
+
+    def swap(pipe, index, timestep, values):
+        seen.append([tuple(values[name].shape) for name in names])
+        values["prompt_embeds"] = values["prompt_embeds"].flip(0)
+        return values
+
+    told = {"callback_on_step_end": swap, "callback_on_step_end_tensor_inputs": names}
+    swapped = pipe("a square", negative_prompt="red", generator=rng(), **told, **QUICK).frames
+    assert seen == [[(1, 4, 3, 8, 8), (2, 12, 24), (1, 12, 24)]] * 2
+    assert not torch.equal(swapped, pipe("a square", negative_prompt="red", generator=rng(), **QUICK).frames)
+    with pytest.raises(ValueError, match="has to be in"):
+        pipe("a square", callback_on_step_end=swap, callback_on_step_end_tensor_inputs=["text"], **QUICK)
+
+
+def test_a_callback_may_end_guidance_or_the_sampling(pipe: TuneAVideoPipeline) -> None:
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    ended = pipe("a square", generator=rng(), callback_on_step_end=cutoff, **QUICK).frames
+    assert pipe.guidance_scale == 0.0
+    part = pipe("a square", generator=rng(), guidance_interval=(0.0, 0.4), **QUICK).frames
+    assert torch.allclose(ended, part, atol=1e-3)
+    seen = []
+
+    def stop(pipe, index, timestep, values):
+        seen.append(index)
+        pipe._interrupt = True
+
+    pipe("a square", callback_on_step_end=stop, **QUICK)
+    assert seen == [0] and pipe.num_timesteps == 2
+    pipe("a square", callback_on_step_end=stop, **QUICK)
+    assert seen == [0, 0]
+
+
+def test_pixels_are_rounded_where_they_become_pictures_only(pipe: TuneAVideoPipeline) -> None:
+    np_, pt, pil, video = (
+        pipe("a square", generator=rng(), **QUICK | {"output_type": kind}).frames
+        for kind in ("np", "pt", "pil", "video")
+    )
+    assert np.array_equal(np_[0], pt[0].permute(0, 2, 3, 1).numpy())
+    assert len(np.unique(np_)) > 256 and np_.dtype == np.float32
+    assert np.array_equal((np_[0] * 255).round(), np.stack([np.asarray(frame) for frame in pil[0]]))
+    assert np.array_equal((np_[0] * 255).round(), video[0].frames_THWC)
+    with pytest.raises(ValueError, match="output_type"):
+        pipe("a square", **QUICK | {"output_type": "jpg"})
+
+
+def test_clips_of_a_batch_are_those_made_alone(pipe: TuneAVideoPipeline) -> None:
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3, 4)]
+    together = pipe(["a square", "a circle"], num_videos_per_prompt=2, generator=seeds, **QUICK).frames
+    for at, (prompt, seed) in enumerate(zip(["a square"] * 2 + ["a circle"] * 2, (1, 2, 3, 4), strict=True)):
+        alone = pipe(prompt, generator=torch.Generator().manual_seed(seed), **QUICK).frames
+        assert torch.allclose(together[[at]], alone, atol=1e-2)  # of latents around 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 12, 24)}, "either prompt or prompt_embeds"),
+        ({}, "either prompt or prompt_embeds"),
+        ({"prompt": ["a", "a", "a"], "negative_prompt": ["red", "blue"]}, "2 negative prompts for 3"),
+        ({"prompt": "a", "generator": [rng(), rng()]}, "2 generators for 1"),
+        ({"prompt": "a", "height": 17}, "multiples of 2"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(arguments: dict, said: str, pipe: TuneAVideoPipeline) -> None:
+    with pytest.raises(ValueError, match=said):
+        pipe(**arguments, **QUICK)
+
+
+def test_what_is_saved_is_opened_again_with_its_adapter(base: Path, tmp_path: Path) -> None:
+    pipe = TuneAVideoPipeline.from_pretrained(base, adapter=learned(image_unet()))
+    before = pipe("a square", generator=rng(), **QUICK).frames
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(before, pipe("a square", generator=rng(), **QUICK).frames)
+    again = TuneAVideoPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(before, again("a square", generator=rng(), **QUICK).frames)
+    again.unload_video_adapter()
+    plain = TuneAVideoPipeline.from_pretrained(base)
+    assert torch.equal(
+        plain("a square", generator=rng(), **QUICK).frames, again("a square", generator=rng(), **QUICK).frames
+    )
+    with pytest.raises(ValueError, match="variant=fp16"):
+        TuneAVideoPipeline.from_pretrained(base, variant="fp16")
+
+
+@pytest.mark.parametrize("inflated", [False, True])
+def test_weights_may_rest_in_eight_bits(inflated: bool, base: Path) -> None:
+    pipe = TuneAVideoPipeline.from_pretrained(base, adapter=learned(image_unet()) if inflated else None)
+    whole = pipe("a square", generator=rng(), **QUICK).frames if inflated else None
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    made = pipe("a square", generator=rng(), **QUICK).frames
+    assert any(weight.dtype == torch.float8_e4m3fn for weight in pipe.unet.parameters())
+    assert torch.isfinite(made).all()
+    if whole is not None:
+        assert 0 < (made - whole).abs().mean() < whole.abs().mean() / 2
+
+
+def test_it_computes_in_the_precision_it_is_brought_to(pipe: TuneAVideoPipeline) -> None:
+    whole = pipe("a square", generator=rng(), **QUICK).frames
+    half = pipe.to(torch.bfloat16)("a square", generator=rng(), **QUICK).frames
+    assert pipe.unet.dtype == torch.bfloat16 and 0 < (whole - half).abs().mean() < whole.abs().mean() / 10
+
+
+def test_pixels_are_divided_before_they_are_rounded_to_half_precision(pipe: TuneAVideoPipeline) -> None:
+    seen = []
+    pipe.vae.to(torch.bfloat16)
+    pipe.vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ramp = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
+    models.encode(pipe, Video(ramp, 8.0))
+    levels = (seen[0][0, 0].float().flatten() + 1) * 127.5
+    assert (levels - torch.arange(256)).abs().max() < 0.3
+
+
+def test_every_base_is_inverted_in_steps_that_lead_back() -> None:
+    for base in BASES:
+        assert api.tune_settings({"video": "a.mp4", "prompt": "a", "base": base}).inversion_steps >= 20
+
+
+def test_a_clip_says_what_it_is_in_one_line() -> None:
+    assert repr(CLIP) == "Video(3 frames of 16 x 16, 8 frames per second, no sound)"
+
+
+def test_the_top_level_has_the_commands_whatever_was_imported(base: Path) -> None:
+    import tuneavideo
+    import tuneavideo.reporting
+
+    for name in ("tune", "resume", "edit", "invert", "evaluate", "report", "convert", "adopt"):
+        assert callable(getattr(tuneavideo, name)) and name in tuneavideo.__all__
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_python_users_see_bars_and_nothing_of_other_libraries(shown: bool, run: Path, capfd) -> None:
+    api.edit(run, "a blue circle", progress=shown, num_inference_steps=2)
+    lines = capfd.readouterr().err
+    assert ("edit: a blue circle" in lines) == shown
+    assert "Loading" not in lines and (shown or not lines)

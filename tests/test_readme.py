@@ -12,6 +12,7 @@ import pytest
 from tests.test_job import BRIEF
 from tuneavideo import cli
 from tuneavideo.settings import EditSettings, TuneSettings
+from tuneavideo.video import read
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -41,6 +42,7 @@ def test_the_commands_and_the_python_run(
     assert len(list(Path("runs/square-1/edits").iterdir())) == 3
     for code in blocks("python"):
         exec(compile(brief(code, base, clip), "README.md", "exec"), {})
+    assert read("spider-man.mp4").frames == 3
 
 
 def test_its_figures_are_those_of_the_committed_results() -> None:

@@ -12,7 +12,7 @@ from tuneavideo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tuneavideo.adapter import Adapter
-    from tuneavideo.api import edit, evaluate, invert, tune
+    from tuneavideo.api import adopt, convert, edit, evaluate, invert, report, resume, tune
     from tuneavideo.errors import TuneAVideoError
     from tuneavideo.inflate import deflate, inflate
     from tuneavideo.pipeline import TuneAVideoPipeline, TuneAVideoXLPipeline
@@ -27,11 +27,15 @@ _HOMES = {
     "TuneAVideoXLPipeline": "pipeline",
     "TuneSettings": "settings",
     "Video": "video",
+    "adopt": "api",
+    "convert": "api",
     "deflate": "inflate",
     "edit": "api",
     "evaluate": "api",
     "inflate": "inflate",
     "invert": "api",
+    "report": "api",
+    "resume": "api",
     "tune": "api",
 }
 
@@ -43,11 +47,15 @@ __all__ = [
     "TuneAVideoXLPipeline",
     "TuneSettings",
     "Video",
+    "adopt",
+    "convert",
     "deflate",
     "edit",
     "evaluate",
     "inflate",
     "invert",
+    "report",
+    "resume",
     "tune",
 ]
 

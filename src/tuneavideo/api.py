@@ -129,6 +129,42 @@ def invert(run: str | Path, *, progress: Listener | bool = True, **settings: Any
     return next(each.path for each in reversed(done) if each.path)
 
 
+def adopt(
+    video: str | Path,
+    prompt: str,
+    checkpoint: str | Path,
+    *,
+    edit: str | Iterable[str] = (),
+    out: str | Path | None = None,
+    config: str | Path | None = None,
+    own_base: bool = False,
+    progress: Listener | bool = True,
+    **settings: Any,
+) -> Path:
+    """Make a run of what another program tuned on a clip, to edit it here.
+
+    Args:
+        video: The clip that was tuned on.
+        prompt: What the clip shows, in words.
+        checkpoint: Folder, .pth, .ckpt or .safetensors of what was tuned.
+        edit: New prompts to edit the clip with.
+        out: Run folder to make; by default the next free `runs/<clip>-<n>`.
+        config: YAML file of further settings.
+        own_base: Convert the image model in `checkpoint` too, instead of opening `base`.
+        progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
+        **settings: Any field of `TuneSettings`.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        TuneAVideoError: Something the user can put right.
+    """
+    stated = {"video": str(video), "prompt": prompt, "edit": _listed(edit), **settings}
+    job = adopting(tune_settings(stated, config), checkpoint, out=out, own_base=own_base)
+    return next(each.path for each in _listened(job, progress) if each.path)
+
+
 def convert(
     source: str | Path,
     out: str | Path,

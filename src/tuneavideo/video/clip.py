@@ -15,7 +15,7 @@ Fit = Literal["crop", "pad", "stretch"]
 IN_MEMORY = 2**26  # bytes of frames; a `Shelf` lays longer clips on the disk
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Video:
     """A clip in memory: `frames_THWC` (uint8, RGB, 0..255), how many of them make a second, and what is heard.
 
@@ -31,6 +31,11 @@ class Video:
         assert len(shape) == 4 and shape[3] == 3 and 0 not in shape, f"expected T H W 3, found {shape}"
         assert dtype == np.uint8, f"expected uint8 in 0..255, found {dtype}"
         assert 0 < self.fps < math.inf, f"expected frames a second, found {self.fps}"
+
+    def __repr__(self) -> str:
+        sound = "no sound" if self.sound_SC is None else "with sound"
+        size = f"{self.frames} frames of {self.width} x {self.height}"
+        return f"Video({size}, {self.fps:g} frames per second, {sound})"
 
     @property
     def frames(self) -> int:
