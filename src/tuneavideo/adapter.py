@@ -100,7 +100,7 @@ class Adapter:
             "fingerprint": self.fingerprint,
         }
         metadata = {"format": "pt", "digest": cache.checksum(tensors), "about": json.dumps(self.about)}
-        files.write(folder / WEIGHTS, save(tensors, metadata=metadata))
+        files.write(folder / WEIGHTS, _with_metadata(save(tensors), metadata))
         files.write(folder / CONFIG, json.dumps(config, indent=1))
         return folder
 
@@ -190,6 +190,15 @@ class Attached:
 def _parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
     """Parameters by the names they have without LoRAs: a loaded LoRA puts the layer it changes under `base_layer`."""
     return {name.replace(".base_layer.", "."): parameter for name, parameter in unet.named_parameters()}
+
+
+def _with_metadata(contents: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with metadata in a fixed order, so that equal adapters are equal files; `save` has none."""
+    size = int.from_bytes(contents[:8], "little")
+    header = {"__metadata__": dict(metadata)} | json.loads(contents[8 : 8 + size])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + contents[8 + size :]
 
 
 @torch.no_grad()
