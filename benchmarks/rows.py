@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from benchmarks.parity.golden import levels
 from benchmarks.reference import TUNED, Reference
 from benchmarks.resident import Peak
 from benchmarks.sized import Parts, parts
-from tuneavideo import editing, inversion, machine, products
+from tuneavideo import editing, inversion, products
 from tuneavideo.adapter import tuned_parameters
 from tuneavideo.conditions import Conditions
 from tuneavideo.inflate import VideoUNet, inflate
@@ -96,17 +95,8 @@ class Bench:
 
 
 def measured(row: Row, *, device: str, seconds: float = 40.0) -> dict[str, Any]:
-    """Run a row: once to warm up, then three times or for about `seconds`; what takes `LONG` is warm by itself.
-
-    What is freed is kept or given back as in our jobs; with the reference glibc does as it likes.
-    """
+    """Run a row: once to warm up, then three times or for about `seconds`; what takes `LONG` is warm by itself."""
     network = parts(row.base, device, DTYPES[row.precision])
-    published = row.task.startswith("reference")
-    with nullcontext() if published else machine.freed_memory(kept=not row.checkpointing):
-        return _measured(row, network, device, seconds)
-
-
-def _measured(row: Row, network: Parts, device: str, seconds: float) -> dict[str, Any]:
     weights = Peak(device)
     bench = TASKS[row.task](row, network, device)
     warm = weights.timed(bench.step)
@@ -191,7 +181,7 @@ class Steps(Tuning):
     """Tuning whose every step can be called by itself."""
 
     def step(self) -> None:
-        self._move(float(self.learn(0)))
+        self._move(float(self.learn(0)[0]))
         self.number += 1
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_job import BRIEF
-from tuneavideo import api, budget, cli, counting, machine, models
+from tuneavideo import api, budget, cli, counting, fitting, machine, models
 from tuneavideo.budget import GB, Activations, Model, chosen, told
-from tuneavideo.errors import MemoryShort
+from tuneavideo.errors import MemoryShort, SettingsError
 from tuneavideo.runs import RunFolder
-from tuneavideo.settings import Inflation, TuneSettings
+from tuneavideo.settings import Inflation, TuneSettings, layers
 
 SIZES = {
     "sd1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -49,7 +47,7 @@ def video(name: str) -> Any:
 
 
 def stated(**values: Any) -> TuneSettings:
-    return TuneSettings(**NEEDED, **values)
+    return TuneSettings(**{**NEEDED, **values})
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -165,6 +163,37 @@ def test_the_way_out_fits() -> None:
         plan(8, side=768, window=window + 1)
 
 
+@given(st.floats(2.5, 40))
+def test_the_official_arithmetic_is_not_changed_by_memory(room: float) -> None:
+    own = layers({**NEEDED, "preset": "official", "base": "sd1.4"}, {})
+    try:
+        made = plan(room, **own)
+    except MemoryShort as error:
+        assert "lower num_frames to " in str(error) or "no room for a frame" in str(error)
+        return
+    saving = {"gradient_checkpointing", "offload", "batch_guidance"}
+    assert made.model_dump(exclude=saving) == stated(**own).model_dump(exclude=saving)
+
+
+def test_settings_that_save_memory_and_were_set_to_off_are_advised_if_they_are_enough() -> None:
+    with pytest.raises(MemoryShort, match=r"; add --gradient-checkpointing --offload$") as error:
+        plan(12, gradient_checkpointing=False, offload=False, batch_guidance=False)
+    assert error.value.resume_flags == "--gradient-checkpointing --offload"
+    plan(12, gradient_checkpointing=True, offload=True, batch_guidance=False)
+
+
+def test_a_window_chosen_by_memory_turns_feature_reuse_off_and_one_that_was_set_refuses_it() -> None:
+    clip: Any = SimpleNamespace(frames=24)
+    own = stated(feature_reuse=2)
+    made, line = fitting._without_reuse_in_windows(own, plan(8, feature_reuse=2), "for 8 GB", clip)
+    assert made.window and made.feature_reuse == 1 and "feature_reuse 1 (was 2)" in line
+    whole = plan(80, feature_reuse=2)
+    assert fitting._without_reuse_in_windows(own, whole, "", clip) == (whole, "")
+    own = stated(feature_reuse=2, window=8)
+    with pytest.raises(SettingsError, match="feature_reuse 2 does not go with windows"):
+        fitting._without_reuse_in_windows(own, own, "", clip)
+
+
 def test_the_8_bit_optimizer_is_taken_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for there in (True, False):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there or None)
@@ -244,18 +273,3 @@ def test_on_a_cpu_nothing_is_computed_twice_if_a_step_fits_into_what_is_free(
               "1", "--out", str(tmp_path / "run"), *flags])  # fmt: skip
     assert ("gradient_checkpointing off; tuning needs" in heard().err) is not recomputed
     assert RunFolder.open(tmp_path / "run").read_settings().gradient_checkpointing is recomputed
-
-
-@pytest.mark.skipif(not hasattr(machine.libc(), "mallopt"), reason="glibc only")
-def test_freed_memory_is_kept_until_the_end_or_given_back_at_once() -> None:
-    def held() -> int:
-        return psutil.Process().memory_info().rss
-
-    before = held()
-    with machine.freed_memory(kept=True):
-        np.ones(2**26, np.uint8)
-        assert held() - before > 2**25
-    assert held() - before < 2**25
-    with machine.freed_memory(kept=False):
-        np.ones(2**26, np.uint8)
-        assert held() - before < 2**25

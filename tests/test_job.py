@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.clips import clapped
-from tests.conftest import base_folder, moving_square
+from tests.conftest import Said, base_folder, moving_square
 from tuneavideo import api, cli, miniature, models
 from tuneavideo.errors import RunError, SettingsError, VideoError
 from tuneavideo.runs import RunFolder
+from tuneavideo.tuning import Tuning
 from tuneavideo.video import read
 
 CLIP = str(miniature.clips()[0]["path"])
@@ -66,7 +67,7 @@ def test_an_edit_has_the_frames_size_and_rate_of_the_source(run: Path) -> None:
 def test_every_step_is_logged(run: Path) -> None:
     steps = RunFolder.open(run).steps()
     assert [step["number"] for step in steps] == [1, 2, 3, 4]
-    assert all(set(step) == {"number", "loss", "learning_rate", "seconds", "memory"} for step in steps)
+    assert all(set(step) == {"number", "loss", "learning_rate", "seconds", "memory", "relative_loss"} for step in steps)
 
 
 def test_an_edit_made_later_is_the_edit_made_at_once(run: Path) -> None:
@@ -109,7 +110,8 @@ def test_a_run_closed_early_is_resumed_to_the_adapter_of_an_unbroken_one(
             job.close()
             break
     assert not (tmp_path / "broken/adapter").exists()
-    assert api.resume(tmp_path / "broken") == tmp_path / "broken"
+    saving = {"gradient_checkpointing": True, "offload": True, "batch_guidance": False} if stop == 3 else {}
+    assert api.resume(tmp_path / "broken", **saving) == tmp_path / "broken"
     assert same(run, tmp_path / "broken")
     assert [step["number"] for step in RunFolder.open(tmp_path / "broken").steps()] == [1, 2, 3, 4]
 
@@ -157,6 +159,33 @@ def test_a_tracker_receives_the_loss(tracker, base: Path, clip: Path, tmp_path: 
 def test_a_resumed_run_keeps_its_settings(run: Path) -> None:
     with pytest.raises(SettingsError, match="seed cannot change when a run is resumed; it is 0"):
         api.resume(run, seed=1)
+
+
+def test_memory_stated_when_a_run_is_resumed_chooses_only_what_leaves_the_result_as_it_is(run: Path) -> None:
+    own = RunFolder.open(run).read_settings()
+    resumed = api.resumed_settings(run, {"memory": 8, "batch_guidance": False})
+    free = set(own.model_fields) - resumed.model_fields_set
+    assert free == {"gradient_checkpointing", "offload"} and not resumed.batch_guidance and resumed.memory == 8
+
+
+def test_memory_that_runs_out_is_told_with_the_command_that_goes_on(
+    base: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Said
+) -> None:
+    learn = Tuning.learn
+
+    def short(work: Tuning, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if work.number == 2 and not work.settings.gradient_checkpointing:
+            raise torch.OutOfMemoryError("out of memory")
+        return learn(work, batch)
+
+    monkeypatch.setattr(Tuning, "learn", short)
+    words = ["tune", str(clip), "--prompt", "a square", "--base", str(base), "--out", str(tmp_path / "run"), *FLAGS]
+    line = refused([*words, "--checkpointing-steps", "1", "--no-gradient-checkpointing"])
+    *_, command = line.partition("; go on with: tuneavideo ")
+    assert command.split() == ["tune", "--resume", str(tmp_path / "run"), "--gradient-checkpointing"]
+    cli.main(command.split())
+    assert RunFolder.open(tmp_path / "run").is_tuned
+    assert RunFolder.open(tmp_path / "run").read_settings().gradient_checkpointing
 
 
 def test_one_prompt_may_be_given_as_it_is(run: Path) -> None:

@@ -12,14 +12,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from tests.conftest import image_unet
+from tests.conftest import Said, image_unet
 from tests.test_job import same
 from tests.test_noise import STABLE
-from tuneavideo import api, cache, inversion, sampling, streaming
+from tuneavideo import api, cache, cli, inversion, machine, sampling, streaming
+from tuneavideo.errors import SettingsError
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.montage import side_by_side
 from tuneavideo.noise import Levels
 from tuneavideo.reels import Reel
+from tuneavideo.runs import RunFolder
 from tuneavideo.settings import SAMPLERS, STOCHASTIC_SAMPLERS
 from tuneavideo.video import Spool, Video, clip, footage, read, write
 from tuneavideo.windows import WindowedUNet, Windows
@@ -86,6 +88,58 @@ def test_a_later_edit_of_a_clip_on_the_disk_starts_from_its_kept_inversion(run: 
     (folder,) = api.edit(run, ["a blue square"], progress=seen.append, formats=("gif", "frames"))
     assert set((run / "inversion").iterdir()) == kept and not any(each.stage == "invert" for each in seen)
     assert read(folder / "frames").frames == read(folder / "edit.gif").frames == 40
+
+
+def test_edits_of_a_clip_in_windows_are_refused_feature_reuse_and_controlnets_before_any_work(run: Path) -> None:
+    before = set(run.rglob("*"))
+    with pytest.raises(SettingsError, match=r"feature_reuse 2 does not go with windows .* set feature_reuse to 1"):
+        api.edit(run, ["a blue square"], feature_reuse=2, num_inference_steps=3, num_inv_steps=3)
+    with pytest.raises(SettingsError, match=r"controlnet does not go with windows"):
+        api.edit(run, ["a blue square"], controlnet="nowhere")
+    assert set(run.rglob("*")) == before
+
+
+def test_a_clip_on_the_disk_is_edited_without_feature_reuse_and_its_run_says_so(
+    film: Path, base: Path, tmp_path: Path, on_disk: None
+) -> None:
+    seen, brief = [], BRIEF | {"num_frames": 8, "max_train_steps": 1, "feature_reuse": 2, "window": None}
+    run = api.tune(
+        film,
+        "a red square moves",
+        edit=["a circle"],
+        base=str(base),
+        out=tmp_path / "run",
+        progress=seen.append,
+        **brief,
+    )
+    assert ["feature_reuse 1 (was 2)" in each.about for each in seen if each.stage == "memory"] == [True]
+    assert RunFolder.open(run).read_settings().feature_reuse == 1 and (run / "edits/000-a-circle/edit.json").is_file()
+
+
+def test_a_run_begun_with_feature_reuse_in_windows_is_resumed_as_its_error_says(
+    film: Path, base: Path, tmp_path: Path, refused: Said
+) -> None:
+    """Such runs were begun before they were refused."""
+    brief = BRIEF | {"num_frames": 8, "window": 4, "max_train_steps": 2, "checkpointing_steps": 1}
+    stated = {"video": str(film), "prompt": "a red square moves", "edit": ("a circle",), "base": str(base), **brief}
+    job, run = api.tuning(api.tune_settings(stated), out=tmp_path / "run"), RunFolder(tmp_path / "run")
+    for each in job:
+        if each.step:
+            job.close()
+    run.write_settings(run.read_settings().model_copy(update={"feature_reuse": 2}), {})
+    line = refused(["tune", "--resume", str(run.path)])
+    *_, command = line.partition("; go on with: tuneavideo ")
+    assert command.split() == ["tune", "--resume", str(run.path), "--feature-reuse", "1"]
+    cli.main(command.split())
+    assert len(run.whole_edits()) == 1
+
+
+def test_only_memory_of_a_cpu_goes_back_after_every_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(machine, "give_back", lambda: calls.append(0))
+    for device in ("meta", "cpu"):
+        streaming._alone(torch.empty(1, device=device))
+    assert len(calls) == 1
 
 
 def test_a_broken_off_run_of_a_clip_on_the_disk_is_resumed(

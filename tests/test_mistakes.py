@@ -102,7 +102,9 @@ def test_a_folder_that_cannot_be_made(place: str, refused: Said, tune: list[str]
         ),
         (["--trainable-modules", "atn1"], "trainable_modules: no layer's name ends with 'atn1'; usual are attn1.to_q"),
         (["--optimizer", "adamm"], "optimizer 'adamm': "),
-        (["--optimizer", "adamw8bit"], "The 8-bit optimizer needs an optional part: pip install 'tuneavideo[8bit]'"),
+        (["--optimizer", "math.pi"], "optimizer 'math.pi': "),
+        (["--optimizer", "adamw8bit"], "The 8-bit optimizer needs an optional part: pip install 'bitsandbytes>=0.45'"),
+        (["--preset", "fast", "--window", "2"], "feature_reuse 2 does not go with windows (3 frames, windows of 2): "),
     ],
 )
 def test_what_the_model_does_not_take_leaves_no_folder(

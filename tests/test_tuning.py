@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +24,16 @@ from tuneavideo.settings import PRESETS, TuneSettings
 from tuneavideo.tuning import Tuning
 
 
-def tuning(frames: int = 3, **changes) -> Tuning:
+def tuning(
+    frames: int = 3, prediction: str = "epsilon", accelerator: Accelerator | None = None, **changes: Any
+) -> Tuning:
     torch.manual_seed(8)
     settings = TuneSettings(**({"video": "-", "prompt": "-", "learning_rate": 1e-2, "max_train_steps": 4} | changes))
     moments = {"mean": torch.randn(1, 4, frames, 8, 8), "std": torch.full((1, 4, frames, 8, 8), 0.1)}
     video = inflate(image_unet(), settings.inflation)
     text, empty = torch.randn(1, 5, 24), torch.randn(1, 5, 24)
-    return Tuning(video, Levels.of(DDIMScheduler(**STABLE)), moments, text, settings, Accelerator(cpu=True), empty)
+    levels = Levels.of(DDIMScheduler(**STABLE, prediction_type=prediction))
+    return Tuning(video, levels, moments, text, settings, accelerator or Accelerator(cpu=True), empty)
 
 
 def weights(work: Tuning) -> dict[str, torch.Tensor]:
@@ -37,9 +43,11 @@ def weights(work: Tuning) -> dict[str, torch.Tensor]:
 def test_tuning_lowers_the_loss_and_touches_only_the_chosen_layers() -> None:
     work = tuning(max_train_steps=60, train_batch_size=4)
     before = weights(work)
-    losses = [step.loss for step in work]
+    steps = list(work)
+    losses, ratios = [step.loss for step in steps], [step.relative_loss or 0 for step in steps]
     after = weights(work)
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    assert sum(ratios[:5]) / 5 > 0.85 > sum(ratios[-20:]) / 20
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == set(work.parameters)
     assert all(".attn_temp." in name or name.endswith(("attn1.to_q.weight", "attn2.to_q.weight")) for name in moved)
@@ -153,13 +161,47 @@ def test_half_precision_keeps_what_learns_in_float32() -> None:
 
 
 def test_an_unknown_optimizer_names_those_that_are_known() -> None:
-    with pytest.raises(SettingsError, match="known are adamw, adamw8bit, adafactor and any package.Class"):
+    with pytest.raises(SettingsError, match="'adamm': no such name; take adamw, adamw8bit, adafactor, "):
         tuning(optimizer="adamm")
 
 
-def test_a_class_that_is_no_optimizer_is_refused() -> None:
-    with pytest.raises(SettingsError, match="'torch.nn.Linear' is no torch.optim.Optimizer"):
-        tuning(optimizer="torch.nn.Linear")
+@pytest.mark.parametrize(
+    "name", ["sgd", "RMSprop", "torch.optim.SGD", "tuneavideo.checkpoints.optimizer.UncorrectedAdamW"]
+)
+def test_an_optimizer_is_named_shortly_or_by_its_path(name: str) -> None:
+    assert type(tuning(optimizer=name).optimizer.optimizer).__name__.lower() == name.rpartition(".")[2].lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("torch.nn.Linear", "is no torch.optim.Optimizer"),
+        ("torch.optim.Optimizer.step", "No module named"),
+        ("torch.optim", "is no torch.optim.Optimizer"),
+        ("math.pi", "'math' is no installed package"),
+        ("os.system", "'os' is no installed package"),
+        ("lbfgs", "computes the loss several times"),
+        ("numpy.pi", "is no torch.optim.Optimizer"),
+        ("muon", "cannot be used: "),
+        ("...", "no such name"),
+        ("", "no such name"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused_in_one_line(name: str, why: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(why)) as error:
+        tuning(optimizer=name)
+    assert "\n" not in str(error.value) and "adamw8bit" in str(error.value)
+
+
+def test_no_optimizer_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mine", "prodigyopt"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    for name in ("mine.Best", "prodigyopt.Prodigy"):
+        with pytest.raises(SettingsError, match="is no installed package"):
+            tuning(optimizer=name)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_tuning_before_it_moves_the_weights() -> None:
@@ -181,3 +223,65 @@ def test_a_resumed_tuning_takes_the_learning_rate_of_its_settings() -> None:
     again.load_state(first.state())
     assert again.optimizer.param_groups[0]["lr"] == rates[1]
     assert [step.learning_rate for step in again] == rates[2:]
+
+
+# The loss beside that of the untuned model
+
+ENOUGH = {"max_train_steps": 200}
+TAKEN = {
+    "plain": {},
+    "velocity in windows": {"window": 4, "prediction": "v_prediction"},
+    "weighted": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2, "debias_weight": 1.0},
+    "prior, low rank": {"prior_weight": 1.0, "lora_rank": 2},
+}
+
+
+@pytest.mark.parametrize("variant", TAKEN)
+def test_the_relative_loss_of_a_model_that_does_not_learn_is_one_whatever_timesteps_are_drawn(variant: str) -> None:
+    work = tuning(frames=6, learning_rate=1e-9, **ENOUGH | TAKEN[variant])
+    ratios = [step.relative_loss or 0 for step in itertools.islice(work, 8)]
+    assert ratios == pytest.approx([1] * 8, abs=0.25) and sum(ratios) / 8 == pytest.approx(1, abs=0.08)
+
+
+def test_the_relative_loss_costs_few_predictions_and_changes_no_bit_of_a_tuning() -> None:
+    with_it, without = tuning(**ENOUGH), tuning(**ENOUGH)
+    calls = []
+    with_it.video.unet.register_forward_hook(lambda *_: calls.append(0))
+    next(iter(with_it))
+    assert 4 <= len(calls) - 1 <= 0.03 * 3 * 200
+    without.measure_untuned = lambda: None
+    next(iter(without))
+    told = [[(step.loss, step.learning_rate) for step in itertools.islice(work, 2)] for work in (with_it, without)]
+    assert told[0] == told[1]
+    for name, value in with_it.learned().items():
+        assert torch.equal(value, without.learned()[name]), name
+
+
+def test_a_tuning_too_short_to_measure_the_untuned_model_has_no_relative_loss() -> None:
+    assert next(iter(tuning())).relative_loss is None
+
+
+def test_a_resumed_tuning_has_the_relative_losses_of_an_unbroken_one() -> None:
+    whole, broken, resumed = (tuning(**ENOUGH, use_ema=True) for _ in range(3))
+    told = [step.relative_loss for step in itertools.islice(whole, 3)]
+    first = [step.relative_loss for step in itertools.islice(broken, 2)]
+    resumed.load_state(broken.state())
+    assert [*first, next(iter(resumed)).relative_loss] == told
+    old = broken.state()
+    del old["untuned"]
+    resumed.load_state(old)
+    assert next(iter(resumed)).relative_loss is None
+
+
+def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_average() -> None:
+    """An overflow, as in fp16 at a scale that is too large."""
+    accelerator = Accelerator(cpu=True)
+    scaler: Any = torch.amp.GradScaler("cpu", init_scale=3e38)
+    accelerator.scaler = scaler
+    work = tuning(lr_scheduler="linear", use_ema=True, debias_weight=30.0, accelerator=accelerator)
+    before, steps = weights(work), iter(work)
+    step = next(steps)
+    assert all(torch.equal(value, before[name]) for name, value in weights(work).items())
+    assert work.ema and (step.learning_rate, work.ema.optimization_step) == (1e-2, 0)
+    scaler.update(1.0)
+    assert next(steps).learning_rate < 1e-2 and work.ema.optimization_step == 1

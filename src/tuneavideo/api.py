@@ -24,6 +24,7 @@ from tuneavideo.settings import (
     Sampling,
     TuneSettings,
     check_sense,
+    check_windows,
     checked,
     layers,
     parse_yaml,
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from tuneavideo.checkpoints.convert import Report
     from tuneavideo.checkpoints.yamls import Config
 
-RESUMED_ANEW = {"edit", "max_train_steps", "learning_rate", "mixed_precision"} | {
+# Settings that save memory and leave the result as it is.
+MEMORY_SAVING = {"gradient_checkpointing", "offload", "batch_guidance"}
+RESUMED_ANEW = {"edit", "max_train_steps", "learning_rate", "mixed_precision", "memory"} | MEMORY_SAVING | {
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to",
 }  # fmt: skip
 
@@ -85,8 +88,9 @@ def resume(run: str | Path, *, progress: Listener | bool = True, **settings: Any
     Args:
         run: Its run folder.
         progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
-        **settings: Only `edit`, `max_train_steps`, `learning_rate`, `mixed_precision`, what is kept on the way and how
-            edits are made may differ from the run's own.
+        **settings: Only `edit`, `max_train_steps`, `learning_rate`, `mixed_precision`, settings that save memory
+            (`gradient_checkpointing`, `offload`, `memory`), what is kept on the way and how edits are made may differ
+            from the run's own. `memory` chooses only among those that leave the result as it is.
     """
     done = _listened(tuning(resumed_settings(run, settings), resume=run), progress)
     return next(each.path for each in done if each.path)
@@ -275,6 +279,8 @@ def _tune_settings(stated: Mapping[str, Any], read: Config | None, where: str) -
             merged[name] = os.path.abspath(merged[name])
     settings = checked(TuneSettings, merged, where if read else "settings")
     check_sense(settings, settings.edit)
+    if isinstance(settings.num_frames, int):  # otherwise the clip decides, when the job begins
+        check_windows(settings, settings.num_frames)
     return settings
 
 
@@ -329,7 +335,10 @@ def resumed_settings(run: str | Path, stated: Mapping[str, Any]) -> TuneSettings
             "Leave it out, or start a new run"
         )
     check_sense(new, new.edit)
-    return new
+    if not new.memory or new.memory == own["memory"]:
+        return new
+    values = new.model_dump()  # the memory plan chooses what saves memory and is not stated
+    return checked(TuneSettings, {n: value for n, value in values.items() if n not in MEMORY_SAVING or value != own[n]})
 
 
 def tuning(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:

@@ -155,7 +155,24 @@ def chosen(settings: TuneSettings, model: Model, room: float, size: tuple[int, i
         if model.needed(plan, min(plan.window or frames, frames), sites) <= room:
             return plan
     *_, least = _plans(settings, frames)
-    raise MemoryShort(_refusal(least, model, room, size, stride))
+    saving = least.model_copy(update={"gradient_checkpointing": True, "offload": True, "batch_guidance": False})
+    if saving != least and model.needed(saving, min(least.window or frames, frames), sites) <= room:
+        flags = saving_flags(least, offload=True)
+        raise MemoryShort(f"{_short(least, model, room, size, stride)}; add {flags}", resume_flags=flags)
+    raise MemoryShort(_refusal(least, model, room, size, stride), resume_flags=None)
+
+
+def saving_flags(settings: TuneSettings, *, offload: bool) -> str:
+    """Flags that turn on what saves memory in `settings` and is off; the result stays what it is.
+
+    `offload` says whether there is another memory to put idle models into.
+    """
+    flags = {
+        "--gradient-checkpointing": not settings.gradient_checkpointing,
+        "--offload": offload and not settings.offload,
+        "--no-batch-guidance": settings.batch_guidance and settings.guidance_scale != 1,
+    }
+    return " ".join(flag for flag, needed in flags.items() if needed)
 
 
 def told(
@@ -180,7 +197,8 @@ def _word(value: Any) -> str:
 def _plans(settings: TuneSettings, frames: int) -> Iterator[TuneSettings]:
     """What may be chosen, fastest first: whole clips before windows, then the longest window."""
     shortest = max(SHORTEST, (settings.window_overlap or 0) + 2)
-    windows = [None, *range(frames - 1, shortest - 1, -1)] if settings.window is None else [settings.window]
+    chosen = "window" not in settings.model_fields_set
+    windows = [None, *range(frames - 1, shortest - 1, -1)] if chosen else [settings.window]
     eight = "optimizer" not in settings.model_fields_set and importlib.util.find_spec("bitsandbytes") is not None
     ways = [(False, False), (False, True), (True, False), (True, True)]
     for window in windows:
@@ -195,6 +213,16 @@ def _plans(settings: TuneSettings, frames: int) -> Iterator[TuneSettings]:
                     yield settings.model_copy(update=free | {"window": window})
 
 
+def _short(plan: TuneSettings, model: Model, room: float, size: tuple[int, int, int], stride: int) -> str:
+    """What `plan` needs and what is given."""
+    frames, height, width = size
+    shown, sites = min(plan.window or frames, frames), (height // stride) * (width // stride)
+    need = model.needed(plan, shown, sites)
+    work = "tune" if model.tuning(plan, shown, sites) >= need else "edit"
+    what = f"{shown} frames" if shown == frames else f"of {frames} frames, windows of {shown}"
+    return f"{what} of {width}x{height} need {need / GB:.1f} GB to {work}, {room / GB:.3g} GB are given"
+
+
 def _refusal(plan: TuneSettings, model: Model, room: float, size: tuple[int, int, int], stride: int) -> str:
     frames, height, width = size
     shown = min(plan.window or frames, frames)
@@ -202,9 +230,7 @@ def _refusal(plan: TuneSettings, model: Model, room: float, size: tuple[int, int
     def need(count: int, scale: float = 1.0) -> float:
         return model.needed(plan, count, round(height * scale / stride) * round(width * scale / stride))
 
-    work = "tune" if model.tuning(plan, shown, height * width // stride**2) >= need(shown) else "edit"
-    what = f"{shown} frames" if shown == frames else f"of {frames} frames, windows of {shown}"
-    said = f"{what} of {width}x{height} need {need(shown) / GB:.1f} GB to {work}, {room / GB:.3g} GB are given"
+    said = _short(plan, model, room, size, stride)
     setting = "window" if plan.window else "num_frames"
     fewer = next((count for count in range(shown - 1, 0, -1) if need(count) <= room), None)
     side = round((height * width) ** 0.5)

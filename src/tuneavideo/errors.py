@@ -18,7 +18,16 @@ A message says where, what was expected, what was found, and what to do.
 
 
 class TuneAVideoError(Exception):
-    """Something the user can put right."""
+    """Something the user can put right.
+
+    Attributes:
+        resume_flags: Flags with which an interrupted tuning can be resumed, in spite of the error; None if it cannot,
+            and a new run is needed.
+    """
+
+    def __init__(self, *message: object, resume_flags: str | None = "") -> None:
+        super().__init__(*message)
+        self.resume_flags = resume_flags
 
 
 class SettingsError(TuneAVideoError):
@@ -56,5 +65,5 @@ class MemoryShort(TuneAVideoError):
 class MissingExtra(TuneAVideoError):
     """An optional part that is not installed."""
 
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an optional part: pip install 'tuneavideo[{extra}]'")
+    def __init__(self, what: str, extra: str, packages: str = "") -> None:
+        super().__init__(f"{what} needs an optional part: pip install '{packages or f'tuneavideo[{extra}]'}'")

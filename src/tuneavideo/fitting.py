@@ -1,4 +1,4 @@
-"""What memory there is, made use of before a job and told of when it runs out."""
+"""Memory plan of a job, threads of a small model, and what to do when memory runs out."""
 
 from __future__ import annotations
 
@@ -7,32 +7,62 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from tuneavideo import budget, files, models
-from tuneavideo.errors import MemoryShort
+from tuneavideo.errors import MemoryShort, TuneAVideoError
 from tuneavideo.opening import Pipeline
-from tuneavideo.settings import Sampling, TuneSettings
+from tuneavideo.runs import RunFolder
+from tuneavideo.settings import EditSettings, TuneSettings, check_windows
 from tuneavideo.video import Spool, Video
 
-# Of the free memory of a computer, what a step may take: the rest is for others, and for what is not counted.
+# Fraction of the free memory of a computer that a step may take: the rest is for others, and for what is not counted.
 SPARE = 0.8
 
 
 def fitted(
     settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: Video | Spool
 ) -> tuple[TuneSettings, str]:
-    """Settings that fit into the memory given or that of the GPU, and what there is to tell of them.
+    """Settings that fit into the memory given or that of the device, and one line on what was chosen.
 
     On a CPU without `memory` one thing is chosen: nothing is computed twice if all of a step fits into what is free.
+    The first process plans, with the least memory that any process has; all processes get its plan.
 
     Raises:
         MemoryShort: Nothing fits into the memory given or that of the GPU.
+        SettingsError: `feature_reuse` is above 1 and the user has set a window.
     """
+    room = min(gather_object([_room(settings, accelerator)]))
+    plan: list[tuple[TuneSettings, str] | TuneAVideoError] = [(settings, "")]
+    if accelerator.is_main_process:
+        try:
+            made, line = _planned(settings, accelerator, pipe, clip, room)
+            plan = [_without_reuse_in_windows(settings, made, line, clip)]
+        except TuneAVideoError as error:
+            plan = [error]
+    broadcast_object_list(plan)
+    if isinstance(plan[0], TuneAVideoError):
+        raise plan[0]
+    return plan[0]
+
+
+def _room(settings: TuneSettings, accelerator: Accelerator) -> float:
+    """Bytes that this process may take."""
+    device = accelerator.device
+    if settings.memory:
+        return settings.memory * budget.GB
+    if device.type == "cuda":
+        return float(models.memory_to_take(device))
+    return SPARE * models.memory_left(device)[0] / accelerator.num_processes + models.memory(device)
+
+
+def _planned(
+    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: Video | Spool, room: float
+) -> tuple[TuneSettings, str]:
     device, width = accelerator.device, models.PRECISIONS[accelerator.mixed_precision].itemsize
     casts = device.type != "cpu" and width < 4
     size, stride = (clip.frames, clip.height, clip.width), models.stride(pipe)
     if settings.memory or device.type == "cuda":
-        room = settings.memory * budget.GB if settings.memory else float(models.memory_to_take(device))
         model = budget.Model.of(pipe, settings, width, casts=casts)
         plan = budget.chosen(settings, model, room, size, stride)
         if settings.memory and not settings.mixed_precision:
@@ -42,16 +72,33 @@ def fitted(
         return settings, ""
     model = budget.Model.of(pipe, settings, width, casts=casts)
     plan = settings.model_copy(update={"gradient_checkpointing": False})
-    room = SPARE * models.memory_left(device)[0] / accelerator.num_processes + models.memory(device)
     window, sites = min(plan.window or clip.frames, clip.frames), (clip.height // stride) * (clip.width // stride)
     if model.tuning(plan, window, sites) > room:
         return settings, ""
     return plan, budget.told(settings, plan, model, room, size, stride)
 
 
+def _without_reuse_in_windows(
+    settings: TuneSettings, plan: TuneSettings, line: str, clip: Video | Spool
+) -> tuple[TuneSettings, str]:
+    """A plan whose windows nobody asked for reuses no features; refused are windows that were asked for."""
+    on_disk = isinstance(clip, Spool)
+    if settings.window is not None and settings.window < clip.frames:
+        check_windows(plan, clip.frames, on_disk=on_disk)
+    windowed = on_disk or (plan.window or clip.frames) < clip.frames
+    if plan.feature_reuse == 1 or not windowed:
+        return plan, line
+    why = "the clip is edited from disk" if on_disk else "the clip is edited in windows"
+    said = f"feature_reuse 1 (was {plan.feature_reuse}), since {why}"
+    return plan.model_copy(update={"feature_reuse": 1}), f"{line}; {said}" if line else said
+
+
 @contextmanager
-def memory_told(own: TuneSettings, edits: Sampling | None = None) -> Generator[None, None, None]:
-    """Say what to lower when memory is at its end: in tuning with settings `own`, or in `edits` of that run."""
+def memory_told(run: RunFolder, edits: EditSettings | None = None) -> Generator[None, None, None]:
+    """Turn out-of-memory errors of a job in `run` into a `MemoryShort` that says which flags to add.
+
+    `edits` are settings of edits only.
+    """
     try:
         yield
     except Exception as error:
@@ -59,17 +106,31 @@ def memory_told(own: TuneSettings, edits: Sampling | None = None) -> Generator[N
             raise
         device = torch.device(PartialState().device or "cpu")
         free, total = models.memory_left(device)
-        size = f"width x height (now {own.width} x {own.height})" if own.width else (
-            f"resolution (now {own.resolution or 'that of the base'})"
-        )  # fmt: skip
-        advice = [f"lower num_frames (now {own.num_frames}) or {size}"]
-        if not edits and own.train_batch_size > 1:
-            advice.append(f"lower train_batch_size (now {own.train_batch_size})")
-        if not edits and not own.gradient_checkpointing:
-            advice.append("turn gradient_checkpointing on (now off)")
-        if (edits or own).batch_guidance:
-            advice.append("turn batch_guidance off (now on)")
-        raise MemoryShort(
+        said = (
             f"out of memory: this process holds {files.size(models.memory(device))}, {files.size(free)} of "
-            f"{files.size(total)} are free on {device}; {', or '.join(advice)}"
-        ) from error
+            f"{files.size(total)} are free on {device}"
+        )
+        own = run.read_settings()
+        flags = _saving_flags(own, edits, device, tuned=run.is_finished(own))
+        advice = [f"add {flags}, which leaves the result as it is"] if flags else []
+        raise MemoryShort(f"{said}; {', or '.join([*advice, _smaller(own)])}", resume_flags=flags or None) from error
+
+
+def _saving_flags(own: TuneSettings, edits: EditSettings | None, device: torch.device, *, tuned: bool) -> str:
+    """Flags that save memory of what was being done: tuning (and previews), or edits."""
+    if edits:
+        own = own.model_copy(update=edits.model_dump(include={"batch_guidance", "guidance_scale", "batch_prompts"}))
+    if tuned:
+        own = own.model_copy(update={"gradient_checkpointing": True})
+    elif not own.validation_steps:
+        own = own.model_copy(update={"batch_guidance": False})
+    flags = budget.saving_flags(own, offload=device.type != "cpu" and edits is None)
+    return f"{flags} --batch-prompts 1".strip() if tuned and own.batch_prompts > 1 else flags
+
+
+def _smaller(own: TuneSettings) -> str:
+    size = f"width x height (now {own.width} x {own.height})" if own.width else (
+        f"resolution (now {own.resolution or 'that of the base'})"
+    )  # fmt: skip
+    batch = f" or train_batch_size (now {own.train_batch_size})" if own.train_batch_size > 1 else ""
+    return f"start a new run with lower num_frames (now {own.num_frames}), {size}{batch}"

@@ -8,7 +8,8 @@ import importlib.util
 import json
 import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 
-from tuneavideo import cache, files, machine, models, plan, streaming
+from tuneavideo import cache, files, models, plan, streaming
 from tuneavideo import style as styles
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
 from tuneavideo.conditions import Conditions
-from tuneavideo.errors import MissingExtra, RunError, SettingsError, VideoError
+from tuneavideo.errors import MissingExtra, RunError, SettingsError, TuneAVideoError, VideoError
 from tuneavideo.fitting import fitted, memory_told
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.keeping import Keeper
@@ -33,13 +34,16 @@ from tuneavideo.noise import Levels
 from tuneavideo.opening import Pipeline
 from tuneavideo.progress import Job, Progress
 from tuneavideo.runs import RunFolder
-from tuneavideo.settings import EditSettings, Sampling, TuneSettings
+from tuneavideo.settings import EditSettings, Sampling, TuneSettings, check_windows
 from tuneavideo.studio import Footage, Moments, Studio
 from tuneavideo.tuning import Tuning
 from tuneavideo.version import __version__
 from tuneavideo.video import Span, Spool, Video
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av")
+
+# How long processes wait for one of them: longer than any preview of a long clip.
+PATIENCE = timedelta(days=7)
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
     """See `api.tuning`."""
     done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
     accelerator = _accelerator(settings)
-    with _claimed(settings, accelerator, out, resume) as run, memory_told(settings):
+    with _claimed(settings, accelerator, out, resume) as run, memory_told(run):
         yield Progress("open", path=run.path, about=settings.base)
         is_told = not run.is_finished(settings)
         if is_told:
@@ -115,8 +119,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     yield Progress("plan", ahead=_ahead(settings, tuning.number))
     _report_to(settings, accelerator, run)
     video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
-    with _freed_memory(run):
-        yield from _tuned(keeper, Studio(run, pipe, video, moments, clip, keep_inversions=False))
+    yield from _tuned(keeper, Studio(run, pipe, video, moments, clip, keep_inversions=False))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.free_memory()
@@ -161,7 +164,7 @@ def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
 def edit(settings: EditSettings) -> Job:
     """See `api.editing`."""
     run = RunFolder.open(settings.run)
-    with run.locked(), run.present(), memory_told(run.read_settings(), settings):
+    with run.locked(), run.present(), memory_told(run, settings):
         done = run.begin_edits(settings.model_dump(mode="json", exclude={"run"}))
         yield from _edited(settings, done if done < set(product(settings.prompt, settings.seeds)) else frozenset())
         run.end_edits()
@@ -180,16 +183,10 @@ def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset(), is
             yield Progress("plan", about=line)
         yield Progress("plan", ahead=plan.steps_ahead(settings, len(due)))
     for batch in batched(due, settings.batch_prompts):
-        with _freed_memory(studio.run):
-            clips = yield from studio.edited(batch, settings)
+        clips = yield from studio.edited(batch, settings)
         for (prompt, seed), video in zip(batch, clips, strict=True):
             folder = _write_edit(studio, settings, prompt, seed, video)
             yield Progress("edit", path=folder, about=prompt)
-
-
-def _freed_memory(run: RunFolder) -> AbstractContextManager[None]:
-    """Memory that is freed is kept, unless it was too short to tune without checkpointing."""
-    return machine.freed_memory(kept=not run.read_settings().gradient_checkpointing)
 
 
 def batched(wishes: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[tuple[str, int]]]:
@@ -200,11 +197,11 @@ def batched(wishes: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[t
 def invert(settings: EditSettings) -> Job:
     """See `api.inverting`."""
     run = RunFolder.open(settings.run)
-    with run.locked(), run.present(), memory_told(run.read_settings(), settings):
+    settings = settings.model_copy(update={"feature_reuse": 1})  # an inversion computes every step in full
+    with run.locked(), run.present(), memory_told(run, settings):
         yield from _opening(settings)
         studio = _reopened(settings)
-        with _freed_memory(run):
-            yield from studio.inverted(settings)
+        yield from studio.inverted(settings)
         yield Progress("invert", path=studio.inversion_file(settings))
 
 
@@ -221,12 +218,15 @@ def _tuned(keeper: Keeper, studio: Studio) -> Job:
     settings = keeper.tuning.settings
     try:
         yield from _previewed(keeper, studio)
+        keeper.accelerator.wait_for_everyone()
         for step in keeper.tuning:
             keeper.log(step)
             if step.number % settings.checkpointing_steps == 0:
                 keeper.checkpoint()
             yield Progress("tune", step.number, settings.max_train_steps, step)
             yield from _previewed(keeper, studio)
+            if settings.validation_steps:  # only the first process makes previews
+                keeper.accelerator.wait_for_everyone()
     except GeneratorExit:
         keeper.checkpoint()
         raise
@@ -262,6 +262,7 @@ def _relabelled(work: Generator[Progress, None, list[Footage]], stage: str) -> G
 def _accelerator(settings: TuneSettings) -> Accelerator:
     AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first job otherwise
     options: dict[str, Any] = {"cpu": not torch.accelerator.is_available()}  # else processes do not meet on a CPU
+    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=PATIENCE)]
     if settings.report_to:  # where to, _report_to says when there is a folder
         options |= {"log_with": settings.report_to, "project_config": ProjectConfiguration(logging_dir="logs")}
         if not importlib.util.find_spec(settings.report_to):
@@ -344,8 +345,15 @@ def _claimed(
                 if accelerator.is_main_process and not resume:
                     run.discard()
             elif run.settings.is_file():
-                error.add_note(f"go on with: tuneavideo tune --resume {run.quoted}")
+                error.add_note(_how_to_resume(run, error))
             raise
+
+
+def _how_to_resume(run: RunFolder, error: Exception) -> str:
+    flags = error.resume_flags if isinstance(error, TuneAVideoError) else ""
+    if flags is None:
+        return f"{run.path} cannot be resumed so"
+    return f"go on with: {f'tuneavideo tune --resume {run.quoted} {flags}'.rstrip()}"
 
 
 def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> None:
@@ -384,8 +392,8 @@ def _reopened(settings: EditSettings) -> Studio:
         _make_source(run, own, pipe)
     kept = _kept(run)
     source, moments = kept or (videos.footage(run.source, run.path), {})
-    if isinstance(source, Spool) and settings.controlnet:
-        raise SettingsError(f"controlnet does not go with a clip of {source.frames} frames, which lies on the disk")
+    on_disk, controlled = isinstance(source, Spool), settings.controlnet is not None
+    check_windows(settings, source.frames, on_disk=on_disk, controlnet=controlled)
     style = styles.load(pipe, settings, source)
     video = Adapter.load(run.adapter).attach(pipe.unet, any_base=settings.edit_model is not None).video
     _refuse_fast_gif(settings, source)

@@ -57,7 +57,8 @@ class Keeper:
             self.run.forget_steps_after(self.tuning.number)
 
     def log(self, step: Step) -> None:
-        self.accelerator.log({"loss": step.loss, "learning_rate": step.learning_rate}, step=step.number)
+        values = {"loss": step.loss, "relative_loss": step.relative_loss, "learning_rate": step.learning_rate}
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step.number)
         if self.accelerator.is_main_process:
             self.run.log_step(dataclasses.asdict(step))
 

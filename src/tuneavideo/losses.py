@@ -62,6 +62,25 @@ def squared_error(prediction: Tensor, wanted: Tensor, weight_B: Tensor | None = 
     return (weight_B * mse_loss(prediction, wanted, reduction="none").flatten(1).mean(1)).mean()
 
 
+def reference_timesteps(levels: int, count: int) -> list[int]:
+    """`count` timesteps from 0 to `levels` - 1, denser where there is little noise: there the loss changes most."""
+    return [round((number / (count - 1)) ** 2 * (levels - 1)) for number in range(count)]
+
+
+def at_every_level(alphas_L: Tensor, timesteps: Sequence[int], errors_N: Tensor) -> Tensor:
+    """Losses at all timesteps, `L`, from those at a few: their logarithms, linear in the logarithm of the SNR.
+
+    Args:
+        alphas_L: Fraction of signal at every timestep, falling.
+        timesteps: The few, rising.
+        errors_N: Loss at each of them.
+    """
+    inside_L = alphas_L.double().cpu().clamp(1e-6, 1 - 1e-6)
+    noise_L = ((1 - inside_L) / inside_L).log().numpy()
+    known_N = errors_N.double().cpu().clamp(min=1e-12).log().numpy()
+    return torch.tensor(np.exp(np.interp(noise_L, noise_L[list(timesteps)], known_N))).float().to(errors_N.device)
+
+
 def settled(measured: Sequence[float], share: float, patience: int) -> bool:
     """Whether the last `patience` measurements are all above `1 - share` times the best one before them."""
     before, last = measured[:-patience], measured[-patience:]

@@ -1,9 +1,12 @@
-"""Optimisers by name."""
+"""Optimizers by name."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,26 +19,26 @@ OPTIMIZERS = {
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
     "adafactor": "transformers.optimization.Adafactor",
 }
+# Packages known to have optimizers that are asked for, by the names that pip knows them by.
+PACKAGES = {
+    "bitsandbytes": "bitsandbytes>=0.45",
+    "dadaptation": "dadaptation",
+    "lion_pytorch": "lion-pytorch",
+    "prodigyopt": "prodigyopt",
+    "pytorch_optimizer": "pytorch-optimizer",
+    "schedulefree": "schedulefree",
+}
+OWN = ("torch", "tuneavideo")
 
 
 def optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Optimizer:
-    """The optimiser that the settings name, given those of them that it takes.
+    """Make the optimizer that the settings name, with those of them that it takes.
 
     Raises:
-        SettingsError: There is no such class, or it is no optimiser.
-        MissingExtra: It needs a package that is not here.
+        SettingsError: There is no such class in an installed package, or it is no optimizer for these parameters.
+        MissingExtra: It needs a package that is not installed.
     """
-    path = OPTIMIZERS.get(settings.optimizer, settings.optimizer)
-    package, _, name = path.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(package), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        if settings.optimizer == "adamw8bit":
-            raise MissingExtra("The 8-bit optimizer", "8bit") from None
-        known = ", ".join(OPTIMIZERS)
-        raise SettingsError(
-            f"optimizer {settings.optimizer!r}: {error}; known are {known} and any package.Class"
-        ) from None
+    kind = optimizer_class(settings.optimizer)
     wished = {
         "lr": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
@@ -47,6 +50,62 @@ def optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Opti
     taken = inspect.signature(kind).parameters
     if isinstance(taken.get("eps") and taken["eps"].default, tuple):
         del wished["eps"]  # Adafactor's eps is a pair of another meaning
-    if not issubclass(kind, torch.optim.Optimizer):
-        raise SettingsError(f"optimizer {settings.optimizer!r} is no torch.optim.Optimizer; name a class that is one")
-    return kind(parameters, **{name: value for name, value in wished.items() if name in taken})
+    try:
+        return kind(parameters, **{name: value for name, value in wished.items() if name in taken})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SettingsError(
+            f"optimizer {settings.optimizer!r} cannot be used: {' '.join(str(error).split())}; take {_known()}"
+        ) from None
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Find the class of an optimizer by its short name, or as `package.Class` in an installed package."""
+    path = OPTIMIZERS.get(name) or _in_torch(name) or name
+    module, _, word = path.rpartition(".")
+    _refuse_other_packages(name, module.partition(".")[0])
+    try:
+        kind = getattr(importlib.import_module(module), word)
+    except Exception as error:  # of the package's own code, too
+        raise SettingsError(f"optimizer {name!r}: {' '.join(str(error).split())}; take {_known()}") from None
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise SettingsError(f"optimizer {name!r} is no torch.optim.Optimizer; take {_known()}")
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure and closure.default is closure.empty:
+        raise SettingsError(f"optimizer {name!r} computes the loss several times a step; take {_known()}")
+    return kind
+
+
+def _known() -> str:
+    return f"{', '.join(OPTIMIZERS)}, one of torch.optim (such as sgd), or package.Class of an installed package"
+
+
+def _in_torch(name: str) -> str | None:
+    """Path of the class of torch.optim with this name, in lower case or as it is."""
+    known = {each.lower(): each for each in vars(torch.optim) if isinstance(getattr(torch.optim, each), type)}
+    return f"torch.optim.{known[name.lower()]}" if name.lower() in known else None
+
+
+def _refuse_other_packages(name: str, package: str) -> None:
+    """Refuse code that no installed distribution brought: nothing is imported from the current folder."""
+    if package in OWN:
+        return
+    if package in PACKAGES and importlib.util.find_spec(package) is None:
+        what = "The 8-bit optimizer" if name == "adamw8bit" else f"Optimizer {name!r}"
+        raise MissingExtra(what, "8bit", PACKAGES[package])
+    if not package or not _is_installed(package):
+        found = f"{package!r} is no installed package" if package else "no such name"
+        raise SettingsError(f"optimizer {name!r}: {found}; take {_known()}")
+
+
+def _is_installed(package: str) -> bool:
+    """Whether what Python would import under this name lies where a distribution put it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        return False
+    for each in packages_distributions().get(package, ()):
+        try:
+            if Path(spec.origin).is_relative_to(Path(str(distribution(each).locate_file("")))):
+                return True
+        except PackageNotFoundError:
+            continue
+    return False

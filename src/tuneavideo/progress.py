@@ -10,13 +10,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: `loss` (mean over processes), `learning_rate`, `seconds` it took, `memory` in bytes."""
+    """One optimiser step.
+
+    Attributes:
+        number: Counted from 1.
+        loss: Mean over processes.
+        learning_rate: After the step.
+        seconds: It took.
+        memory: Bytes: the most allocated on a GPU in this step, or resident memory of the process at its end.
+        relative_loss: `loss` over that of the untuned model at the same timesteps, about 1 at first; None if unknown.
+    """
 
     number: int
     loss: float
     learning_rate: float
     seconds: float
     memory: int
+    relative_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -392,6 +392,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_inv_steps": 50,
         "attention_injection": 0.0,
         "guidance_interval": (0.0, 1.0),
+        "feature_reuse": 1,
+        "window": None,
     },
     "fast": {
         "sampler": "dpm++",
@@ -431,6 +433,33 @@ def with_preset(own: TuneSettings, preset: str | None) -> dict[str, Any]:
         if name in PRESETS[after["preset"]] or stated[name] == before.get(name, field.default):
             stated[name] = after.get(name, field.default)
     return stated
+
+
+def check_windows(settings: Sampling, frames: int, *, on_disk: bool = False, controlnet: bool = False) -> None:
+    """Refuse what cannot be used for a clip that is predicted in windows.
+
+    Args:
+        settings: Those of the edits.
+        frames: Of the clip.
+        on_disk: Whether its frames are too many for memory; its edits are predicted in windows, too.
+        controlnet: Whether the edits use a ControlNet.
+
+    Raises:
+        SettingsError: It is in windows, and `feature_reuse` or a ControlNet is set.
+    """
+    window = min(settings.window or frames, frames)
+    if window == frames and not on_disk:
+        return
+    why = f"{frames} frames, windows of {window}" if window < frames else f"{frames} frames, which are kept on disk"
+    fewer = f"window to {frames}" if not on_disk else "num_frames to less in a new run"
+    if settings.feature_reuse > 1:
+        raise SettingsError(
+            f"feature_reuse {settings.feature_reuse} does not go with windows ({why}): set feature_reuse to 1, or "
+            f"{fewer}",
+            resume_flags="--feature-reuse 1",
+        )
+    if controlnet:
+        raise SettingsError(f"controlnet does not go with windows ({why}): leave it out, or set {fewer}")
 
 
 def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:

@@ -143,8 +143,9 @@ def _predicted(video: VideoUNet, part: Tensor, t: Tensor, text: Conditions | Ten
 
 
 def _alone(output: Tensor) -> Tensor:
-    """A window's prediction, when all else that it took has gone back: the gaps of many windows would add up."""
-    machine.give_back()
+    """Return a window's prediction, after free memory of a CPU has gone back: the gaps of many windows would add up."""
+    if output.device.type == "cpu":
+        machine.give_back()
     return output
 
 

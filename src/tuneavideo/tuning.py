@@ -32,6 +32,8 @@ from tuneavideo.windows import Windows
 
 # Pairs of noise and level at which early stopping measures.
 MEASURED = 4
+# How many predictions of the untuned model losses are compared with, and the part of tuning that they may take: 1 / 33.
+FEWEST_REFERENCES, MOST_REFERENCES, MEASURING = 4, 16, 33
 
 
 class Tuning:
@@ -81,6 +83,7 @@ class Tuning:
         self.text = Conditions.of(text).to(device)
         self.prior = Prior.of(self.video, self.parameters, levels, empty, device) if settings.prior_weight else None
         self.number, self.measured = 0, list[float]()
+        self.untuned: Tensor | None = None  # loss at every timestep before tuning
 
     def __iter__(self) -> Iterator[Step]:
         """Tune on from step `number`; yields after every optimiser step.
@@ -88,16 +91,22 @@ class Tuning:
         Raises:
             RunError: The loss of the weights at hand, or its gradient, is not finite; they are not moved.
         """
+        if self.number == 0:
+            self.untuned = self.measure_untuned()
+        device = self.accelerator.device
         while self.number < self.settings.max_train_steps and not self.settled:
             began = time.perf_counter()
-            learned = [self.learn(batch) for batch in range(self.settings.gradient_accumulation_steps)]
-            loss = self._over_processes(torch.stack(learned))
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            learned, drawn = zip(*map(self.learn, range(self.settings.gradient_accumulation_steps)), strict=True)
+            loss, relative = self._losses(torch.stack(learned), torch.cat(drawn))
             self._move(loss)
             self.number += 1
             if self.settings.early_stopping is not None and self.number % self.settings.early_stopping_steps == 0:
                 self.measured.append(self.measure())
             rate = float(self.schedule.get_last_lr()[0])
-            yield Step(self.number, loss, rate, time.perf_counter() - began, memory(self.accelerator.device))
+            held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory(device)
+            yield Step(self.number, loss, rate, time.perf_counter() - began, held, relative)
 
     def loss(
         self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor, generator: torch.Generator | None = None
@@ -131,6 +140,28 @@ class Tuning:
                 wanted = target(mean, noise, self.alphas[t_B], self.prediction_type)
                 errors.append(losses.squared_error(prediction.float(), wanted))
         return self._over_processes(torch.stack(errors))
+
+    @torch.no_grad()
+    def measure_untuned(self) -> Tensor | None:
+        """Loss of the weights at hand at every timestep, `L`, from a few predictions at noise and windows of their own.
+
+        None if these predictions would take more than about a `MEASURING`th part of tuning.
+        """
+        settings, clean = self.settings, self.mean.shape[2]
+        clips = settings.max_train_steps * settings.gradient_accumulation_steps * settings.train_batch_size
+        count = min(MOST_REFERENCES, 3 * clips // MEASURING)  # a clip that is learned from takes three predictions
+        if count < FEWEST_REFERENCES:
+            return None
+        generator, errors = torch.Generator().manual_seed(settings.seed), []
+        windows, timesteps = Windows.of(settings, clean), losses.reference_timesteps(len(self.alphas), count)
+        for number, t in enumerate(timesteps):
+            middle = 1 + (2 * number + 1) * (clean - 1) // (2 * count)
+            frames = slice(None) if windows.holds(clean) else windows.around(middle, clean)
+            mean, std = self.mean[:, :, frames], self.std[:, :, frames]
+            sample, noise = (torch.randn(mean.shape, generator=generator).to(mean.device) for _ in range(2))
+            t_B = torch.tensor([t]).to(mean.device)
+            errors.append(self.loss(mean + std * sample, noise, t_B, generator))
+        return losses.at_every_level(self.alphas, timesteps, torch.stack(errors))
 
     @property
     def settled(self) -> bool:
@@ -167,6 +198,7 @@ class Tuning:
             "ema": self.ema.state_dict() if self.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
             "measured": self.measured,
+            "untuned": None if self.untuned is None else self.untuned.cpu(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -187,6 +219,8 @@ class Tuning:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.number, self.measured = state["number"], state.get("measured", [])
+        untuned = state.get("untuned")
+        self.untuned = None if untuned is None else untuned.to(self.accelerator.device)
 
     @torch.no_grad()
     def start_from(self, weights: Mapping[str, Tensor], number: int) -> None:
@@ -212,8 +246,11 @@ class Tuning:
             video.unet.enable_gradient_checkpointing()
         return chosen
 
-    def learn(self, batch: int) -> Tensor:
-        """Loss and gradients of one batch; each term goes back at once, since layers know one number of frames."""
+    def learn(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Take the gradients of one batch; returns its loss, and the timestep of each of its clips.
+
+        Each term goes back at once, since layers know one number of frames.
+        """
         clean, noise, t_B = self.draw(batch)
         generator = self._generator(batch, 1)  # not the draw's: that is the same whatever the loss
         terms = [lambda: self.loss(clean, noise, t_B, generator)]
@@ -226,7 +263,7 @@ class Tuning:
                 loss = term()
                 self.accelerator.backward(loss / batches)
             told.append(loss.detach())
-        return torch.stack(told).sum()
+        return torch.stack(told).sum(), t_B
 
     def _move(self, loss: float) -> None:
         """Move the weights, unless that would spoil them."""
@@ -239,10 +276,15 @@ class Tuning:
             raise RunError(
                 f"the loss is {loss:g}, its gradient {norm:g} at step {self.number + 1}; go on from a state before it "
                 f"with a lower learning_rate (now {self.settings.learning_rate:g}) or another mixed_precision (now "
-                f"{self.accelerator.mixed_precision})"
+                f"{self.accelerator.mixed_precision})",
+                resume_flags=f"--learning-rate {self.settings.learning_rate / 10:.6g}",
             )
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler else 0.0
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if scaler and scaler.get_scale() < scale:  # accelerate does not notice what a fused optimizer skips itself
+            return
         self.schedule.step()
         if self.low_rank:
             self.low_rank.merge()
@@ -263,6 +305,19 @@ class Tuning:
     def _over_processes(self, values: Tensor) -> float:
         return float(torch.as_tensor(self.accelerator.gather(values)).mean())
 
+    def _losses(self, learned_A: Tensor, drawn_N: Tensor) -> tuple[float, float | None]:
+        """Mean loss of a step's batches in all processes, and its ratio to that of the untuned model, if known.
+
+        Both are read at once: every reading waits for the device.
+        """
+        if self.untuned is None:
+            return self._over_processes(learned_A), None
+        expected = self.untuned[drawn_N].mean().expand_as(learned_A)
+        gathered = torch.as_tensor(self.accelerator.gather(torch.stack([learned_A, expected])[None]))
+        loss, untuned = gathered[:, 0].flatten().mean(), gathered[:, 1].mean()
+        told, ratio = torch.stack([loss, loss / untuned]).tolist()
+        return told, ratio
+
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents from the posterior, noise of every frame, and one timestep a clip; of a long clip a random window."""
         settings, generator, levels = self.settings, self._generator(batch), len(self.alphas)
@@ -281,11 +336,9 @@ class Tuning:
         return mean + std * sample, noise, t_B
 
     def _window(self, generator: torch.Generator) -> slice | list[int]:
-        """All frames, or those of a random window as they lie in the clip, with its first frame in front."""
+        """All frames, or those of a random window with the clip's first frame in front (see `Windows.around`)."""
         frames = self.mean.shape[2]
         windows = Windows.of(self.settings, frames)
         if windows.holds(frames):
             return slice(None)
-        length = windows.size - 1
-        begin = int(torch.randint(1, frames - length + 1, (), generator=generator))
-        return [0, *range(begin, begin + length)]
+        return windows.around(int(torch.randint(1, frames, (), generator=generator)), frames)

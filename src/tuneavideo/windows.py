@@ -57,6 +57,16 @@ class Windows:
         begins = range(1 - shift, last + step, step)
         return [range(begin, begin + length) for begin in sorted({min(max(begin, 1), last) for begin in begins})]
 
+    def around(self, frame: int, frames: int) -> list[int]:
+        """Frames of the window that `frame` (above 0) is in the middle of, rising, with the clip's first in front.
+
+        A window that reaches beyond an end of the clip goes on at the other end, so that with every frame drawn
+        equally often, every frame is in equally many windows. Such a window has one gap, as others have behind the
+        first frame.
+        """
+        length, others = self.size - 1, frames - 1
+        return [0, *sorted((frame - 1 - length // 2 + place) % others + 1 for place in range(length))]
+
     def shares(self, frames: int, t: float = 0.0) -> list[list[float]]:
         """How much each frame of each of the `spans` counts; over the windows that see a frame it is 1 in all.
 
