@@ -267,7 +267,7 @@ class TuneSettings(Sampling):
     """Measurements that may bring too little before tuning stops."""
 
     optimizer: str = "adamw"
-    """`adamw`, `adamw8bit`, `adafactor`, or any `package.Class`."""
+    """`adamw`, `adamw8bit`, `adafactor`, a name of torch.optim (`sgd`), or an installed `package.Class`."""
     adam_beta1: Share = 0.9
     """First beta, for optimisers that have one."""
     adam_beta2: Share = 0.999
