@@ -25,7 +25,7 @@ from transformers import (
 from tests.conftest import base_folder, image_unet, moving_square
 from tests.test_bases import Malicious
 from tests.test_job import BRIEF
-from tuneavideo import api, control, models, style
+from tuneavideo import api, cli, control, models, opening, style
 from tuneavideo.adapter import Adapter
 from tuneavideo.attention import SparseCausalAttention
 from tuneavideo.errors import AdapterError, MissingExtra, SettingsError, TuneAVideoError, VideoError
@@ -177,10 +177,12 @@ def test_another_base_of_the_same_shape_edits_when_it_is_named(run: Path, plain:
     [
         ({"ip_image": "a.png"}, "ip_adapter and ip_image go together"),
         ({"control": "depth"}, "control 'depth' needs a controlnet"),
-        ({"lora": ("no.safetensors:0.5",)}, r"LoRA no.safetensors: cannot be used with this base"),
-        ({"embedding": ("no.safetensors",)}, "embedding no.safetensors: cannot be used"),
-        ({"controlnet": "no/where"}, "ControlNet no/where: cannot be used"),
-        ({"ip_adapter": "no/where", "ip_image": "a.png"}, "IP-Adapter no/where: cannot be used"),
+        ({"lora": ("no.safetensors:0.5",)}, r"LoRA no.safetensors: no such file or folder"),
+        ({"embedding": ("no.safetensors",)}, "embedding no.safetensors: no such file or folder"),
+        ({"controlnet": "no/where"}, "ControlNet no/where is not on this machine, and HF_HUB_OFFLINE is set; 'hf "),
+        ({"ip_adapter": "no/where", "ip_image": __file__}, "IP-Adapter no/where is not on this machine, and HF_HUB_"),
+        ({"ip_adapter": "no/where", "ip_image": "a.png"}, "ip_image a.png: no such file"),
+        ({"edit_model": "./no.safetensors"}, "base './no.safetensors' does not exist; give a folder"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(settings: dict[str, Any], told: str, run: Path) -> None:
@@ -189,18 +191,42 @@ def test_what_is_missing_is_said_in_one_line(settings: dict[str, Any], told: str
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_of_another_base_is_refused(run: Path, styles: Files, tmp_path: Path) -> None:
+def test_what_is_of_another_base_is_refused(run: Path, styles: Files, tmp_path: Path, caplog, capfd) -> None:
     elsewhere = {"lora_down.weight": torch.zeros(2, 4), "lora_up.weight": torch.zeros(4, 2), "alpha": torch.tensor(1.0)}
     save_file({f"lora_unet_nowhere.{name}": value for name, value in elsewhere.items()}, tmp_path / "x.safetensors")
     save_file({"<mine>": torch.randn(32)}, tmp_path / "wide.safetensors")
     other = controlnet(tmp_path / "wide", cross_attention_dim=32)
+    wide = {name: torch.zeros(2 * value.shape[0], 2 * value.shape[1]) for name, value in lora(tmp_path / "l").items()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "wide-lora", unet_lora_layers=wide)
+    capfd.readouterr()
+    caplog.clear()
     for settings, told in (
         ({"lora": (str(tmp_path / "x.safetensors"),)}, "LoRA .*x.safetensors: "),
-        ({"embedding": (str(tmp_path / "wide.safetensors"),)}, "embedding .*wide.safetensors: cannot be used"),
+        ({"lora": (str(tmp_path / "wide-lora"),)}, "LoRA .*wide-lora: .* its shapes are others; take one made for"),
+        ({"embedding": (str(tmp_path / "wide.safetensors"),)}, "its vectors have 32 numbers, the base's .* takes 24;"),
         ({"controlnet": str(other)}, "its cross_attention_dim is 32, the base's is 24"),
     ):
         with pytest.raises(AdapterError, match=told):
             edited(run, **settings)
+    assert "unsuccessful" not in caplog.text + capfd.readouterr().err
+
+
+def test_libraries_say_nothing_of_a_lora_that_fits(run: Path, styles: Files, capfd) -> None:
+    capfd.readouterr()
+    cli.main(["edit", str(run), "--prompt", "a circle", "--lora", styles["lora"]["lora"][0]])
+    said = capfd.readouterr().err
+    assert "LoRA" not in said and "float32" not in said and "Loading" not in said
+
+
+def test_a_network_that_is_gone_is_asked_once_and_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(opening, "ENDPOINT", "http://127.0.0.1:9")
+    opening.unreachable.cache_clear()
+    try:
+        with pytest.raises(AdapterError, match="ControlNet no/where is not on this machine, and the hub cannot be rea"):
+            edited(run, controlnet="no/where")
+    finally:
+        opening.unreachable.cache_clear()
 
 
 def test_a_malicious_embedding_runs_nothing(run: Path, tmp_path: Path) -> None:

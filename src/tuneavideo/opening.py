@@ -5,23 +5,26 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import textwrap
+import warnings
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+from huggingface_hub import get_session, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 from torch.nn.functional import cosine_similarity
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tuneavideo.bases import BASES, refuse_unknown
+from tuneavideo.bases import BASES, may_be_on_hub, refuse_unknown
 from tuneavideo.errors import ModelError
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -37,6 +40,7 @@ _UNET = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d
 NOISY = tuple(
     f"diffusers.pipelines.{name}" for name in ("pipeline_utils", "stable_diffusion.pipeline_stable_diffusion")
 )
+SECONDS_FOR_HUB = 5
 FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError, pickle.PickleError)
 
 
@@ -44,6 +48,7 @@ def hush() -> None:
     """Loading bars and notices of libraries say nothing to the user of a command."""
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -53,17 +58,52 @@ def hush() -> None:
 def hushed() -> Generator[None, None, None]:
     """Do the same for a while, and leave the libraries as they were."""
     levels = {name: logging.getLogger(name).level for name in NOISY}
-    verbosity = transformers_logging.get_verbosity()
-    bars = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
+    libraries = (diffusers_logging, transformers_logging)
+    verbosity = [each.get_verbosity() for each in libraries]
+    bars = [each for each in libraries if each.is_progress_bar_enabled()]
     hush()
     try:
         yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
+        for each, before in zip(libraries, verbosity, strict=True):
+            each.set_verbosity(before)
         for each in bars:
             each.enable_progress_bar()
+
+
+@contextmanager
+def quiet() -> Generator[None, None, None]:
+    """Libraries log and warn of nothing while a file is loaded: what matters of it is an error, told in one line."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
+    levels = [each.level for each in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in loggers:
+            each.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for each, level in zip(loggers, levels, strict=True):
+                each.setLevel(level)
+
+
+@cache
+def unreachable() -> str:
+    """Why nothing can be downloaded, asked of the hub once; empty if something can."""
+    if HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(ENDPOINT, timeout=SECONDS_FOR_HUB)
+    except Exception as error:  # of whatever library carries the request
+        return f"the hub cannot be reached ({textwrap.shorten(str(error), 80, placeholder=' ...')})"
+    return ""
+
+
+def local_only(place: str) -> dict[str, Any]:
+    """What keeps libraries from asking a hub, again and again, that cannot be reached."""
+    return {"local_files_only": True} if may_be_on_hub(place) and unreachable() else {}
 
 
 def opened(base: str, kind: Any = None, **options: Any) -> Any:
@@ -81,7 +121,7 @@ def opened(base: str, kind: Any = None, **options: Any) -> Any:
     try:
         if Path(place).is_file():
             return from_file(Path(place), kind, **options)
-        chosen = {"variant": variant(folder(place)), **without_checker(place)}
+        chosen = {"variant": variant(folder(place)), **without_checker(place), **local_only(place)}
         return (kind or DiffusionPipeline).from_pretrained(place, **chosen | options)
     except FAULTS as error:
         if "memory" in str(error) or "variant" in options:  # one that is not there is told as diffusers does
@@ -158,14 +198,14 @@ def dangerous(place: str) -> str | None:
 
 def missing(base: str, error: Exception) -> str:
     """What to do about a base that cannot be opened, in one line."""
-    place, first = source(base), " ".join(str(error).split())[:300]
+    place, first = source(base), textwrap.shorten(str(error), 300, placeholder=" ...")
     if Path(place).exists():
         return f"{place}: cannot be opened as a Stable Diffusion model: {first}"
     refuse_unknown(base)
     return (
         f"base {base!r} is not there: no such folder, and not in the hub's cache ({HF_HUB_CACHE}). Download it with "
         f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases"
-        + ("" if HF_HUB_OFFLINE else f". ({first})")
+        + ("" if HF_HUB_OFFLINE else f". ({unreachable() or first})")
     )
 
 

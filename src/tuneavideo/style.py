@@ -7,6 +7,7 @@ find them by name.
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from tuneavideo import cache
 from tuneavideo.adapter import fingerprint
+from tuneavideo.bases import may_be_on_hub
 from tuneavideo.conditions import Conditions
 from tuneavideo.control import Control, maps
 from tuneavideo.errors import AdapterError
 from tuneavideo.inflate import VideoUNet
-from tuneavideo.opening import FAULTS, Pipeline, dangerous
+from tuneavideo.opening import FAULTS, Pipeline, dangerous, local_only, quiet, unreachable
 from tuneavideo.settings import EditSettings, weighted
 from tuneavideo.video import Spool, Video
 
@@ -98,7 +100,7 @@ def _loras(pipe: Any, wanted: tuple[str, ...]) -> list[float]:
         place, weight = weighted(each)
         name = f"style_{number}"
         with _told("LoRA", place):
-            pipe.load_lora_weights(place, adapter_name=name)
+            pipe.load_lora_weights(place, adapter_name=name, **local_only(place))
         if not any(name in names for names in pipe.get_list_adapters().values()):
             raise AdapterError(f"LoRA {place}: no layer of it is in this base; take one made for this kind of base")
         weights.append(weight)
@@ -115,6 +117,12 @@ def _embedding(pipe: Any, file: str) -> list[str]:
         token, parts = _embedded(contents, Path(file).stem)
         for name, vectors in parts.items():
             words = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+            width = getattr(pipe, name).get_input_embeddings().weight.shape[-1]
+            if vectors.shape[-1] != width:
+                raise AdapterError(
+                    f"embedding {file}: its vectors have {vectors.shape[-1]} numbers, the base's text encoder takes "
+                    f"{width}; take one made for this kind of base"
+                )
             pipe.load_textual_inversion(vectors, token=token, text_encoder=getattr(pipe, name), tokenizer=words)
     return [token]
 
@@ -136,7 +144,7 @@ def _control(pipe: Any, settings: EditSettings, source: Video | Spool) -> Contro
     place = str(settings.controlnet)
     with _told("ControlNet", place):
         load = ControlNetModel.from_single_file if Path(place).is_file() else ControlNetModel.from_pretrained
-        net: Any = load(place, torch_dtype=pipe.unet.dtype)
+        net: Any = load(place, torch_dtype=pipe.unet.dtype, **local_only(place))
     for name in ("block_out_channels", "cross_attention_dim"):
         theirs, ours = str(net.config[name]).strip("[()]"), str(pipe.unet.config[name]).strip("[()]")
         if theirs != ours:
@@ -155,9 +163,9 @@ def _reference(pipe: Any, settings: EditSettings) -> tuple[Tensor, Tensor]:
     else:
         owner, name, *folders = place.parts[:-1] if len(place.parts) > 3 else (*place.parts[:2], "models")
         root, inside = f"{owner}/{name}", "/".join(folders)
-    with _told("IP-Adapter", str(place)):
+    with _told("IP-Adapter", str(place) if place.is_file() else root):
         weights = place.name if len(place.parts) > 2 else "ip-adapter_sd15.safetensors"
-        pipe.load_ip_adapter(root, subfolder=inside, weight_name=weights)
+        pipe.load_ip_adapter(root, subfolder=inside, weight_name=weights, **local_only(root))
         pipe.set_ip_adapter_scale(settings.ip_scale)
     with _told("ip_image", str(settings.ip_image)):
         picture = Image.open(str(settings.ip_image)).convert("RGB")
@@ -171,9 +179,15 @@ def _reference(pipe: Any, settings: EditSettings) -> tuple[Tensor, Tensor]:
 def _told(what: str, place: str) -> Iterator[None]:
     """Turn what a library says of a file into one line."""
     try:
-        yield
+        with quiet():
+            yield
     except FAULTS as error:
         if "out of memory" in str(error):
             raise
-        said = " ".join(str(error).split())[:300]
+        if may_be_on_hub(place) and (network := unreachable()):
+            how = f"'hf download {place}' where there is a network, or give a file or folder"
+            raise AdapterError(f"{what} {place} is not on this machine, and {network}; {how}") from error
+        said = "its shapes are others; take one made for this kind of base"
+        if "size mismatch" not in str(error):
+            said = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise AdapterError(dangerous(place) or f"{what} {place}: cannot be used with this base: {said}") from error
