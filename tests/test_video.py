@@ -483,3 +483,9 @@ def test_a_picture_is_written_exactly(tmp_path):
 def test_video_needs_no_torch():
     code = "import sys, tuneavideo.video; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_labels_do_not_touch_the_edge():
+    clip = Video(np.full((1, 192, 192, 3), 255, np.uint8), 8)
+    (frame,) = side_by_side([clip], labels=["WWWWWWWW " * 20]).images
+    assert (frame[192:] < 128).any() and (frame[192:, :4] == 255).all() and (frame[192:, -4:] == 255).all()

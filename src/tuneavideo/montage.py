@@ -72,9 +72,10 @@ def _papered(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def _caption(text: str, width: int, size: int) -> np.ndarray:
     """A band of text, H W C, in at most three lines; what is longer ends in "…"."""
     font = ImageFont.load_default(size)
-    characters = 0.95 * width * len(text) / max(1, font.getlength(text.replace("\n", " ")))
+    margin = size // 2
+    characters = 0.95 * (width - 2 * margin) * len(text) / max(1, font.getlength(text.replace("\n", " ")))
     lines = textwrap.wrap(text, max(4, int(characters)), max_lines=3, placeholder="…")
     image = Image.new("RGB", (width, size * 4 * max(1, len(lines)) // 3 + size // 2), (PAPER,) * 3)
     for number, line in enumerate(lines):
-        ImageDraw.Draw(image).text((0, size // 4 + size * 4 * number // 3), line, fill="black", font=font)
+        ImageDraw.Draw(image).text((margin, size // 4 + size * 4 * number // 3), line, fill="black", font=font)
     return np.asarray(image)
