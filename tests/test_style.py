@@ -30,7 +30,7 @@ from tuneavideo.adapter import Adapter
 from tuneavideo.attention import SparseCausalAttention
 from tuneavideo.errors import AdapterError, MissingExtra, SettingsError, TuneAVideoError, VideoError
 from tuneavideo.inflate import inflate, video_unet
-from tuneavideo.settings import EditSettings, checked
+from tuneavideo.settings import EditSettings, checked, weighted
 from tuneavideo.video import Video, read, write
 
 PROMPT = "a <mine> circle"
@@ -297,5 +297,5 @@ def test_a_control_is_given_to_every_clip_of_a_batch(base: Path, tmp_path: Path)
 
 def test_settings_of_style_are_part_of_an_edits_settings() -> None:
     made = checked(EditSettings, {"run": "r", "prompt": ("a",), "lora": ("a.safetensors:0.8",)})
-    assert style._weighed(made.lora[0]) == ("a.safetensors", 0.8)
-    assert style._weighed("C:\\a.safetensors") == ("C:\\a.safetensors", 1.0)
+    assert weighted(made.lora[0]) == ("a.safetensors", 0.8)
+    assert weighted("C:\\a.safetensors") == ("C:\\a.safetensors", 1.0)
