@@ -37,7 +37,7 @@ def settings(base: Path, tmp_path_factory: pytest.TempPathFactory) -> TuneSettin
     clip = moving_square(tmp_path_factory.mktemp("clip") / "square.mp4")
     stated = {"video": str(clip), "prompt": "a red square moves", "edit": (EDIT,), "base": str(base)}
     return api.tune_settings(
-        stated | BRIEF | {"validation_steps": 2, "checkpointing_steps": 1, "mixed_precision": "no"}
+        stated | BRIEF | {"stride": 1, "validation_steps": 2, "checkpointing_steps": 1, "mixed_precision": "no"}
     )
 
 
