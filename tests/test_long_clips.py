@@ -95,7 +95,7 @@ def test_edits_of_a_clip_in_windows_are_refused_feature_reuse_and_controlnets_be
     with pytest.raises(SettingsError, match=r"feature_reuse 2 does not go with windows .* set feature_reuse to 1"):
         api.edit(run, ["a blue square"], feature_reuse=2, num_inference_steps=3, num_inv_steps=3)
     with pytest.raises(SettingsError, match=r"controlnet does not go with windows"):
-        api.edit(run, ["a blue square"], controlnet="nowhere")
+        api.edit(run, ["a blue square"], controlnet="some/where")
     assert set(run.rglob("*")) == before
 
 
