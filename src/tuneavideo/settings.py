@@ -171,7 +171,7 @@ class Sampling(Settings):
         if len(self.seeds) > 1 and not self.fresh_noise and self.sampler not in STOCHASTIC_SAMPLERS:
             raise ValueError(
                 f"{len(self.seeds)} seeds would give the same edit {len(self.seeds)} times: set fresh_noise above 0 "
-                "(say 0.3) or sampler to euler-ancestral, or give one seed"
+                "(0.9 for edits that clearly differ), or give one seed"
             )
         return self
 
