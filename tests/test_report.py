@@ -20,8 +20,10 @@ from tests.conftest import moving_square
 from tests.test_job import BRIEF
 from tuneavideo import api, cli
 from tuneavideo.errors import DiskError, RunError
+from tuneavideo.progress import Step
 from tuneavideo.reporting.comparison import pieces
-from tuneavideo.reporting.curve import smoothed
+from tuneavideo.reporting.contents import Run
+from tuneavideo.reporting.curve import curve, smoothed
 from tuneavideo.reporting.words import duration
 
 PROMPT = "a red square moves"
@@ -227,6 +229,16 @@ def test_words_new_to_the_prompt_are_marked() -> None:
     new = [text for text, is_new in pieces("a cat, dancing on the snow", "a dog dancing on the grass") if is_new]
     assert new == ["cat,", "snow"]
     assert "".join(text for text, _ in pieces("  a\n  cat ", "a dog")) == "  a\n  cat "
+
+
+def test_the_curve_is_of_the_relative_loss_if_every_step_has_one() -> None:
+    steps = [Step(number, 0.1 * number, 1e-3, 1.0, 1, 1 / number) for number in range(1, 5)]
+    run = Run("run", Path("run"), steps=steps)
+    drawn = curve([run])
+    assert drawn and drawn.relative and drawn.lines[0] and drawn.lines[0].last < 0.5
+    steps[0] = Step(1, 0.1, 1e-3, 1.0, 1)
+    drawn = curve([run])
+    assert drawn and not drawn.relative
 
 
 def test_the_smoothed_loss_is_a_mean_of_neighbours() -> None:

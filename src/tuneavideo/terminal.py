@@ -134,7 +134,9 @@ _MADE = {
 def _told(each: Progress) -> str:
     if each.step is None:
         return " ".join(each.about.split())
-    return f"loss {each.step.loss:.4f}  {_pace(each.step)}  {each.step.memory / 2**30:.1f} GiB"
+    relative = each.step.relative_loss
+    beside = "" if relative is None else f" ({relative:.2f} of untuned)"
+    return f"loss {each.step.loss:.4f}{beside}  {_pace(each.step)}  {each.step.memory / 2**30:.1f} GiB"
 
 
 def _pace(step: Step) -> str:

@@ -22,8 +22,12 @@ class Line(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Losses of runs over steps; ticks are positions in percent, from the left and from the top, with labels."""
+    """Losses of runs over steps; ticks are positions in percent, from the left and from the top, with labels.
 
+    If they are `relative`, they are divided by the untuned model's at the same timesteps.
+    """
+
+    relative: bool
     lines: list[Line | None]
     across: list[tuple[float, str]]
     up: list[tuple[float, str]]
@@ -31,7 +35,9 @@ class Curve(NamedTuple):
 
 def curve(runs: Sequence[Run]) -> Curve | None:
     """The losses, on a logarithmic scale; None when nothing was logged."""
-    series = [np.array([(step.number, max(step.loss, 1e-9)) for step in run.steps]).reshape(-1, 2) for run in runs]
+    relative = all(step.relative_loss is not None for run in runs for step in run.steps)
+    shown = [[(s.number, max((s.relative_loss if relative else s.loss) or 0, 1e-9)) for s in run.steps] for run in runs]
+    series = [np.array(each).reshape(-1, 2) for each in shown]
     losses = np.concatenate([each[:, 1] for each in series])
     if not len(losses):
         return None
@@ -54,7 +60,9 @@ def curve(runs: Sequence[Run]) -> Curve | None:
     ticks = [
         (100 * (high - math.log10(ten)) / (high - low), f"{ten:g}") for ten in tens if low < math.log10(ten) < high
     ]
-    return Curve([line(each) for each in series], across, ticks[:: math.ceil(len(ticks) / 6)] if ticks else [])
+    return Curve(
+        relative, [line(each) for each in series], across, ticks[:: math.ceil(len(ticks) / 6)] if ticks else []
+    )
 
 
 def smoothed(losses_N: np.ndarray) -> np.ndarray:
