@@ -6,6 +6,7 @@ import io
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ from tuneavideo.errors import DiskError, RunError
 from tuneavideo.progress import Job
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import TuneSettings, as_yaml
+from tuneavideo.video import clip
 
 EDIT = "a blue circle moves"
 TOUCHES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")  # audit events
@@ -349,6 +351,57 @@ def test_tuning_does_not_begin_when_the_disk_will_not_hold_it(
     with pytest.raises(DiskError, match=line):
         done(api.tuning(settings, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def written(folder: Path) -> int:
+    """Bytes of the files in a folder, and of those without a name that this process has open there."""
+    named = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    handles = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    nameless = {os.readlink(path): path for path in handles if os.readlink(path).startswith(f"{folder}/#")}
+    return named + sum(path.stat().st_size for path in nameless.values())
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"attention_injection": 0.0, "formats": ("mp4", "gif", "frames")}])
+def test_what_a_run_writes_is_counted_before_it_begins(
+    changes: dict, on_disk: bool, settings: TuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the frames of a clip on the disk, which lie there before anything is counted."""
+    if on_disk:
+        monkeypatch.setattr(clip, "IN_MEMORY", 1000)
+    frames = 3 * 3 * 16 * 16 * on_disk
+    settings = settings.model_copy(update={"seeds": (0, 1), "fresh_noise": 0.5, **changes})
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    most = max(written(run) for _ in api.tuning(settings, out=run)) - frames
+    shutil.copytree(run, copy)
+    wish = {"prompt": ["a red circle", "a blue square"], "strength": 0.7}
+    before = written(run)
+    added = max(written(run) for _ in api.editing(api.edit_settings(wish | {"run": str(run)}))) - before - frames
+    for begin, peak in (
+        (lambda: api.tuning(settings, out=tmp_path / "other"), most),
+        (lambda: api.editing(api.edit_settings(wish | {"run": str(copy)})), added),
+    ):
+        monkeypatch.setattr(files, "free", lambda path, peak=peak: peak - 1)
+        with pytest.raises(DiskError, match="are free there"):
+            done(begin())
+        monkeypatch.setattr(files, "free", lambda path, peak=peak: 3 * peak)
+        done(begin())
+
+
+def test_edits_do_not_begin_when_the_disk_will_not_hold_them(
+    settings: TuneSettings, unbroken: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    go_on(settings, run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(files, "free", lambda path: 10_000)
+    with pytest.raises(DiskError, match=r"run: 2 edits need .* \(inversion .*, videos .*\), 0.01 MB are free"):
+        done(
+            api.editing(
+                api.edit_settings({"run": str(run), "prompt": ["a red circle", "a blue square"], "strength": 0.7})
+            )
+        )
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
 # Out of memory

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
 
 from tuneavideo import budget, files, models
 from tuneavideo.errors import MemoryShort, TuneAVideoError
 from tuneavideo.opening import Pipeline
+from tuneavideo.progress import Progress
 from tuneavideo.runs import RunFolder
 from tuneavideo.settings import EditSettings, TuneSettings, check_windows
 from tuneavideo.video import Spool, Video
 
+Work = Generator[Progress, None, Any]
+
 # Fraction of the free memory of a computer that a step may take: the rest is for others, and for what is not counted.
 SPARE = 0.8
+# Multiply-adds of a call of the UNet, at most, up to which a second thread costs more than it brings where other
+# programs want the cores, too (docs/speed.md).
+SMALL = 5e10
 
 
 def fitted(
@@ -91,6 +100,31 @@ def _without_reuse_in_windows(
     why = "the clip is edited from disk" if on_disk else "the clip is edited in windows"
     said = f"feature_reuse 1 (was {plan.feature_reuse}), since {why}"
     return plan.model_copy(update={"feature_reuse": 1}), f"{line}; {said}" if line else said
+
+
+def threaded(work: Work, unet: nn.Module, frames: int, height: int, width: int) -> Work:
+    """Steps of `work`, with one thread while they are computed on a CPU by a small model; else as they are.
+
+    Between them and afterwards, PyTorch has as many threads as before. A user who has set `OMP_NUM_THREADS` or
+    `MKL_NUM_THREADS` gets that many. Of a small model no call takes more than `SMALL` multiply-adds, as if every
+    weight were applied to all latents, which number `height x width` in each of so many `frames`.
+    """
+    weight = next(unet.parameters())
+    multiply_adds = sum(each.numel() for each in unet.parameters()) * frames * height * width
+    stated = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
+    if weight.device.type != "cpu" or multiply_adds > SMALL or stated:
+        return (yield from work)
+    with closing(work):
+        while True:
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                step = next(work)
+            except StopIteration as done:
+                return done.value
+            finally:
+                torch.set_num_threads(before)
+            yield step
 
 
 @contextmanager

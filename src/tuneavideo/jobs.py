@@ -20,13 +20,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 
-from tuneavideo import cache, files, models, plan, streaming
+from tuneavideo import cache, disk, files, models, plan, streaming
 from tuneavideo import style as styles
 from tuneavideo import video as videos
 from tuneavideo.adapter import Adapter, fingerprint
 from tuneavideo.conditions import Conditions
 from tuneavideo.errors import MissingExtra, RunError, SettingsError, TuneAVideoError, VideoError
-from tuneavideo.fitting import fitted, memory_told
+from tuneavideo.fitting import fitted, memory_told, threaded
 from tuneavideo.inflate import VideoUNet, inflate
 from tuneavideo.keeping import Keeper
 from tuneavideo.montage import contact_sheet, side_by_side
@@ -60,7 +60,10 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
         gc.collect()  # accelerate's wrapper for half precision is part of a cycle
         if settings.edit and accelerator.is_main_process:
             sampling = run.read_settings().model_dump(include=set(Sampling.model_fields))
-            yield from _edited(EditSettings(run=str(run.path), prompt=settings.edit, **sampling), done, is_told)
+            edits = EditSettings(run=str(run.path), prompt=settings.edit, **sampling)
+            yield from _opening(edits)
+            studio = _checked(edits, len(_due(edits, done)))
+            yield from _with_few_threads(_edited(edits, studio, done, is_told), studio)
 
 
 def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
@@ -108,7 +111,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, empty)
     keeper = Keeper(run, tuning, accelerator)
     if accelerator.is_main_process:
-        keeper.check_room(clip)
+        keeper.check_room(clip, moments)
         run.write_settings(settings, _versions() | {"base fingerprint": cache.key(marks)})
         if not kept and isinstance(clip, Video):
             cache.write(run.latents, moments)
@@ -119,7 +122,8 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     yield Progress("plan", ahead=_ahead(settings, tuning.number))
     _report_to(settings, accelerator, run)
     video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
-    yield from _tuned(keeper, Studio(run, pipe, video, moments, clip, keep_inversions=False))
+    studio = Studio(run, pipe, video, moments, clip, keep_inversions=False)
+    yield from _with_few_threads(_tuned(keeper, studio), studio)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.free_memory()
@@ -165,16 +169,38 @@ def edit(settings: EditSettings) -> Job:
     """See `api.editing`."""
     run = RunFolder.open(settings.run)
     with run.locked(), run.present(), memory_told(run, settings):
-        done = run.begin_edits(settings.model_dump(mode="json", exclude={"run"}))
-        yield from _edited(settings, done if done < set(product(settings.prompt, settings.seeds)) else frozenset())
+        asked = settings.model_dump(mode="json", exclude={"run"})
+        done = run.made_of(asked)
+        done = done if done < set(product(settings.prompt, settings.seeds)) else set()
+        yield from _opening(settings)
+        studio = _checked(settings, len(_due(settings, done)))
+        run.begin_edits(asked)
+        yield from _with_few_threads(_edited(settings, studio, done), studio)
         run.end_edits()
 
 
-def _edited(settings: EditSettings, done: Set[tuple[str, int]] = frozenset(), is_told: bool = False) -> Job:
-    """Edits with every prompt and seed but those that are `done`; the plan `is_told` if they come after tuning."""
-    yield from _opening(settings)
+def _checked(settings: EditSettings, count: int) -> Studio:
+    """The model of a run, once it is known to take these settings, and the disk to hold `count` edits."""
     studio = _reopened(settings)
-    due = [each for each in product(settings.prompt, settings.seeds) if each not in done]
+    kept = studio.inversion_file(settings).is_file()
+    disk.check_edits(studio.run, settings, studio.source, studio.moments, count, kept=kept)
+    return studio
+
+
+def _with_few_threads(work: Generator[Progress, None, Any], studio: Studio) -> Job:
+    """Steps of `work`, on one thread if the model is small for the clip."""
+    yield from threaded(work, studio.pipe.unet, *studio.moments["mean"].shape[2:])
+
+
+def _due(settings: EditSettings, done: Set[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [each for each in product(settings.prompt, settings.seeds) if each not in done]
+
+
+def _edited(
+    settings: EditSettings, studio: Studio, done: Set[tuple[str, int]] = frozenset(), is_told: bool = False
+) -> Job:
+    """Edits with every prompt and seed but those that are `done`; the plan `is_told` if they come after tuning."""
+    due = _due(settings, done)
     if not is_told:
         base, prompts = _base_of(settings), (*settings.prompt, settings.negative_prompt)
         _warn_of_cuts(studio.pipe, base, prompts)
@@ -200,8 +226,8 @@ def invert(settings: EditSettings) -> Job:
     settings = settings.model_copy(update={"feature_reuse": 1})  # an inversion computes every step in full
     with run.locked(), run.present(), memory_told(run, settings):
         yield from _opening(settings)
-        studio = _reopened(settings)
-        yield from studio.inverted(settings)
+        studio = _checked(settings, 0)
+        yield from _with_few_threads(studio.inverted(settings), studio)
         yield Progress("invert", path=studio.inversion_file(settings))
 
 

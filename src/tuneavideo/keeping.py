@@ -7,6 +7,7 @@ import logging
 import pickle
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from tuneavideo import files
+from tuneavideo import disk, files
 from tuneavideo.adapter import Adapter
 from tuneavideo.budget import REMEMBERED
 from tuneavideo.errors import DiskError
@@ -24,8 +25,7 @@ from tuneavideo.runs import RunFolder
 from tuneavideo.tuning import Tuning
 from tuneavideo.video import Spool, Video
 
-# Of their raw size, clips take less than this when written.
-COMPRESSED = 0.25
+LINE = 250  # bytes of a logged step
 
 logger = logging.getLogger(__name__)
 
@@ -76,27 +76,48 @@ class Keeper:
         if self.accelerator.is_main_process:
             self.run.checkpoint(self.tuning.number).unlink(missing_ok=True)
 
-    def check_room(self, clip: Video | Spool) -> None:
+    def check_room(self, clip: Video | Spool, moments: Mapping[str, Any]) -> None:
         """Refuse to begin what the disk cannot hold. Raises DiskError, with what is needed and what is there."""
+        settings, run = self.tuning.settings, self.run
+        count = len(settings.edit) * len(settings.seeds)
+        state, adapter = self._state_bytes(), self._adapter_bytes()
+        states = 1 + min(settings.checkpoints_total_limit, settings.max_train_steps // settings.checkpointing_steps)
+        previews = 1 + settings.max_train_steps // settings.validation_steps if settings.validation_steps else 0
+        shown = previews * len(settings.edit)
+        beside = disk.passing(clip, moments, settings, kept=False)
+        edits = disk.edits(clip, settings, count)
+        inversion = disk.inversion(moments, settings) if count else 0
+        lasting = disk.latents(moments) + disk.film(clip) + shown * disk.film(clip, columns=2) + adapter
+        lasting += disk.TEXT * 3 + LINE * settings.max_train_steps
+        tuning, editing = states * state + (beside if shown else 0), inversion + edits + (beside if count else 0)
+        there = (run.latents, run.source, *run.checkpoints(), *run.samples())
+        there = sum(path.stat().st_size for path in there if path.is_file())
+        needed, free = lasting + max(tuning, editing) - there, files.free(run.path)
+        if needed > free:
+            size = files.size
+            videos = disk.film(clip) + shown * disk.film(clip, columns=2) + edits
+            raise DiskError(
+                f"{run.path}: tuning needs {size(needed)} ({states} states to resume from of {size(state)}, "
+                f"adapter {size(adapter)}, videos {size(videos)}, latents {size(disk.latents(moments) + inversion)}), "
+                f"{size(free)} are free there; make room, give --out on another disk, or lower checkpoints_total_limit "
+                "or the number of edits"
+            )
+
+    def _state_bytes(self) -> float:
+        """Of one state to resume from."""
         settings, tuning = self.tuning.settings, self.tuning
         learned = sum(parameter.numel() for parameter in tuning.parameters.values())
         moved = sum(parameter.numel() for parameter in tuning.optimised.values())
-        state = 4 * (moved * (1 + REMEMBERED.get(settings.optimizer, 2)) + learned * settings.use_ema)
-        states = 1 + min(settings.checkpoints_total_limit, settings.max_train_steps // settings.checkpointing_steps)
-        added = added_parameters(tuning.video.unet)
-        adapter = 2 * (learned + sum(added[name].numel() for name in added.keys() - tuning.parameters.keys()))
-        previews = 1 + settings.max_train_steps // settings.validation_steps if settings.validation_steps else 0
-        clips = 1 + len(settings.edit) * (3 * len(settings.seeds) + 2 * previews)  # an edit is written beside the clip
-        videos = COMPRESSED * 3 * clip.frames * clip.height * clip.width * clips
-        kept = sum(path.stat().st_size for path in self.run.checkpoints())
-        needed, free = states * state + adapter + videos - kept, files.free(self.run.path)
-        if needed > free:
-            size = files.size
-            raise DiskError(
-                f"{self.run.path}: tuning needs {size(needed)} ({states} states to resume from of {size(state)}, "
-                f"adapter {size(adapter)}, videos {size(videos)}), {size(free)} are free there; make room, give --out "
-                "on another disk, or lower checkpoints_total_limit"
-            )
+        remembered = REMEMBERED.get(settings.optimizer, 2)
+        numbers = moved * (1 + remembered) + learned * settings.use_ema
+        tensors = 4 * len(tuning.optimised) + len(tuning.parameters) * settings.use_ema  # a count of steps each, too
+        return 4 * numbers + disk.TENSOR * tensors + disk.TEXT
+
+    def _adapter_bytes(self) -> float:
+        """Of the adapter in half precision, with its config."""
+        added = added_parameters(self.tuning.video.unet)
+        all_of_it = {**added, **self.tuning.parameters}
+        return 2 * sum(each.numel() for each in all_of_it.values()) + disk.TENSOR * len(all_of_it) + disk.TEXT
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -212,19 +212,27 @@ class RunFolder:
         steps = {about.get("steps")} if "max_train_steps" in about else {about.get("steps"), None}
         return {(edit["prompt"], edit["seed"]) for edit in made if edit.get("tuned_steps") in steps}
 
-    def begin_edits(self, asked: dict[str, Any]) -> set[tuple[str, int]]:
-        """Note what a command asks for; returns prompt and seed of the edits it made before it was stopped."""
-        asked, note = json.loads(json.dumps(asked | {"tuned_steps": self.about.get("steps")})), self.path / ASKED
+    def made_of(self, asked: dict[str, Any]) -> set[tuple[str, int]]:
+        """Prompt and seed of the edits that a command which asked for the same made before it was stopped."""
+        note = self.path / ASKED
         before = _parsed(note.read_text(encoding="utf-8")) if note.is_file() else None
-        if before and before["asked"] == asked:
-            later = [edit for edit in self.whole_edits() if (_number(edit, _EDIT) or 0) >= before["first"]]
-            return {(edit["prompt"], edit["seed"]) for edit in map(self.read_edit, later)}
-        files.write(note, json.dumps({"asked": asked, "first": self.next_edit}))
-        return set()
+        if not before or before["asked"] != self._noted(asked):
+            return set()
+        later = [edit for edit in self.whole_edits() if (_number(edit, _EDIT) or 0) >= before["first"]]
+        return {(edit["prompt"], edit["seed"]) for edit in map(self.read_edit, later)}
+
+    def begin_edits(self, asked: dict[str, Any]) -> None:
+        """Note what a command asks for, unless there is a note of one that goes on."""
+        if not self.made_of(asked):
+            note = {"asked": self._noted(asked), "first": self.next_edit}
+            files.write(self.path / ASKED, json.dumps(note))
 
     def end_edits(self) -> None:
         """Forget what was asked for: all of it is made."""
         (self.path / ASKED).unlink(missing_ok=True)
+
+    def _noted(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return json.loads(json.dumps(asked | {"tuned_steps": self.about.get("steps")}))
 
     def edits(self) -> list[Path]:
         """Folders named as edits are, oldest first; one without `edit.json` is unfinished, or no edit."""
@@ -285,6 +293,10 @@ class RunFolder:
         """The preview of the edit prompt `index` (from 0) after a step."""
         return self.path / "samples" / f"{step:06d}-{index:02d}-{slug(prompt)}.mp4"
 
+    def samples(self) -> list[Path]:
+        """Previews, in order of steps."""
+        return self._numbered("samples", _SAMPLE)
+
     def checkpoints(self) -> list[Path]:
         """States to resume from, oldest first."""
         return self._numbered("checkpoints", _CHECKPOINT)
@@ -337,7 +349,7 @@ class RunFolder:
         """Drop logged steps, and previews of them, that a resumed tuning will do again."""
         kept = [json.dumps(step) + "\n" for step in self.steps() if step["number"] <= number]
         files.write(self._steps, "".join(kept))
-        for sample in self._numbered("samples", _SAMPLE):
+        for sample in self.samples():
             if (_number(sample, _SAMPLE) or 0) > number:
                 sample.unlink()
 
