@@ -132,7 +132,8 @@ def test_direction_is_the_cosine_of_two_changes(clip_model: Path) -> None:
 
 def test_a_model_that_is_not_there_is_named_with_what_to_do() -> None:
     with pytest.raises(
-        ModelError, match="^openai/clip-vit-large-patch14 cannot be opened: .*; give a folder .--clip, --pick., or 'hf down"
+        ModelError,
+        match="^openai/clip-vit-large-patch14 cannot be opened: .*; give a folder .--clip, --pick., or 'hf down",
     ):
         opened("clip")
 
