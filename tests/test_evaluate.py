@@ -212,7 +212,7 @@ def test_scores_that_cannot_be_kept_are_shown(run: Path, refused: Said, capsys: 
 def test_mistakes_are_one_line(run: Path, refused: Said, tmp_path: Path) -> None:
     line = "unknown metric 'clip_txt'; did you mean 'clip_text'?"
     assert refused(["evaluate", str(run), "--metrics", "clip_txt"]) == line
-    line = f"{tmp_path}/none is no run folder: settings.yaml is missing; 'tuneavideo tune' makes one"
+    line = f"{tmp_path}/none is no run folder: it does not exist; 'tuneavideo tune' makes one"
     assert refused(["evaluate", f"{tmp_path}/none"]) == line
     write(still(frames=2), tmp_path / "masks")
     line = f"{tmp_path}/masks: expected 1 frame or 6, as the clip has; found 2"

@@ -259,7 +259,7 @@ def test_flags_go_before_the_yaml_file(base: Path, clip: Path, tmp_path: Path, c
     ("words", "told"),
     [
         (["tun"], "unknown command 'tun'; did you mean 'tune'?"),
-        (["edit", "nowhere", "--prompt", "x"], "nowhere is no run folder"),
+        (["edit", "nowhere", "--prompt", "x"], "nowhere is no run folder: it does not exist"),
         (["tune", "no.mp4", "--prompt", "a square", "--base", "sd1.5"], "no.mp4 does not exist"),
         (["tune", CLIP, "--prompt", "a square", "--base", "sd1.5"], "hf download stable-diffusion-v1-5/"),
         (["tune", "--resume", "nowhere"], "nowhere is no run folder"),

@@ -58,6 +58,7 @@ def test_a_misspelt_base(base: str, advice: str, refused: Said, clip: Path) -> N
         (["models", "--jsn"], "unknown option '--jsn'; did you mean '--json'?"),
         (["tune", "a.mp4", "--prompt", "a", "man"],
          "unexpected 'man'; put words that belong together in quotes"),
+        (["edit", "run", "--prompt", "a man", "a cat"], "unexpected 'a cat'; write an option before each value"),
         (["tune"], "CLIP and --prompt are missing; for example: tuneavideo tune skiing.mp4 --prompt "),
         (["tune", "a.mp4", "--prompt"],
          "Missing value for argument '--prompt'. Expected 1 values; 'tuneavideo tune --help' tells more"),

@@ -121,3 +121,24 @@ def test_a_size_far_above_the_one_a_base_was_trained_at_is_warned_of() -> None:
     (line,) = plan.size_warnings("miniature", (512, 512), 64)
     assert "trained at 64 x 64" in line and "64 times as long" in line
     assert not [*plan.size_warnings("sd1.5", (640, 448), 512)]
+    (line,) = plan.size_warnings("miniature", (416, 32), 64, asked=False)
+    assert "leave the size out" not in line and line.endswith("--width 64 --height 64 takes the middle of the clip")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--num-frames=1"], "one frame shows no motion"),
+        (["--stride=100"], "one frame shows no motion"),
+        (["--sample-fps=1000"], "frames repeat; lower --sample-fps"),
+        (["--sample-fps=8"], ""),
+    ],
+)
+def test_frames_that_teach_no_motion_are_warned_of(words: list[str], told: str, clip: Path) -> None:
+    from tuneavideo.api import tune_settings
+
+    number = {word.split("=")[0].strip("-").replace("-", "_"): int(word.split("=")[1]) for word in words}
+    settings = tune_settings({"video": str(clip), "prompt": "a square", **number})
+    span = plan.frames(settings)
+    lines = [*plan.frame_warnings(span, len(range(0, span.total, span.stride)[: span.count]) if span.stride else 6)]
+    assert told in " ".join(lines) and bool(lines) == bool(told)

@@ -118,3 +118,10 @@ def test_folders_of_the_users_own_do_not_count_as_edits(tmp_path: Path) -> None:
     (tmp_path / "edits/2026-favourites").mkdir(parents=True)
     made_edit(run, "a cat")
     assert [edit.name for edit in run.whole_edits()] == ["000-a-cat"]
+
+
+def test_a_folder_inside_a_run_names_the_run(tmp_path: Path) -> None:
+    (tmp_path / "a-1/edits/000-a").mkdir(parents=True)
+    (tmp_path / "a-1/settings.yaml").touch()
+    with pytest.raises(RunError, match="it belongs to the run .*a-1$"):
+        RunFolder.open(tmp_path / "a-1/edits/000-a")

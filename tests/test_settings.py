@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tuneavideo import api
 from tuneavideo.bases import BASES
 from tuneavideo.errors import SettingsError
-from tuneavideo.settings import PRESETS, TuneSettings, as_yaml, checked, layers, read_yaml
+from tuneavideo.settings import PRESETS, EditSettings, TuneSettings, as_yaml, checked, layers, read_yaml, with_preset
 
 NEEDED = {"video": "clip.mp4", "prompt": "a man is skiing"}
 
@@ -91,10 +91,22 @@ def test_a_yaml_file_that_cannot_be_used_names_file_and_key(text: str, told: str
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_preset_for_an_edit_is_not_refused_for_the_steps_of_the_run() -> None:
+    own = TuneSettings(video="a.mp4", prompt="a cat", num_inference_steps=3, num_inv_steps=3)
+    made = EditSettings(run="runs/a-1", prompt=("a dog",), **with_preset(own, "fast"))
+    assert made.num_inference_steps == made.inversion_steps == 20
+    assert with_preset(own, None)["num_inv_steps"] == 3
+
+
+def test_a_seed_given_twice_makes_one_edit() -> None:
+    assert EditSettings(run="runs/a-1", prompt=("a dog",), seeds=(1, 2, 1), fresh_noise=0.9).seeds == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("stated", "told"),
     [
         ({"max_train_steps": 0}, "max_train_steps: input should be greater than 0; found 0"),
+        ({"num_frames": 0}, "num_frames: input should be greater than 0 or 'all'; found 0"),
         ({"learning_rate": float("nan")}, "learning_rate: input should be a finite number"),
         ({"strength": 1.5}, "strength: input should be less than or equal to 1; found 1.5"),
         ({"sampler": "ddmi"}, "sampler: input should be 'ddim', "),

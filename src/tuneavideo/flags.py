@@ -347,7 +347,9 @@ def _left_over(words: Sequence[str], command: str, known: Sequence[str]) -> str:
     """What to do about words of a command line that mean nothing."""
     flag = next((word.split("=")[0] for word in words if word.startswith("-")), None)
     if flag is None:
-        return f"unexpected {words[0]!r}; put words that belong together in quotes"
+        quoted = " " in words[0]
+        advice = "write an option before each value" if quoted else "put words that belong together in quotes"
+        return f"unexpected {words[0]!r}; {advice}"
     if flag[1:2] != "-" and len(flag) > 2:
         return f"unknown option {flag!r}; if it is a file, write './{flag}'"
     plain = flag.replace("_", "-").lower()

@@ -93,7 +93,11 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
         size = (clip.width, clip.height)
         yield Progress("plan", about=plan.tuning(settings, span, clip.frames, size))
         settings = settings.model_copy(update={"stride": span.stride, "num_frames": clip.frames})
-        for line in plan.size_warnings(settings.base, size, models.default_size(pipe)):
+        asked = bool(settings.resolution or settings.width)
+        for line in (
+            *plan.frame_warnings(span, clip.frames),
+            *plan.size_warnings(settings.base, size, models.default_size(pipe), asked=asked),
+        ):
             yield Progress("plan", about=line)
     for line in plan.word_warnings(settings.base, prompts):
         yield Progress("plan", about=line)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TOY = "a toy that draws 16 subjects at 64 x 64 pixels; --base sd1.5 makes real pictures"
 NAMED = 8  # words that are named in a line
+REPEATED = 0.95  # pictures of the clip for each frame taken, below which the same ones are taken again
 MUCH_LARGER = 2  # times the area that a base was trained at, above which a size is warned of
 
 
@@ -50,23 +51,41 @@ def tuning(settings: TuneSettings, span: Span, taken: int, size: tuple[int, int]
     return (
         f"{os.path.basename(settings.video)}: {taken} of {span.total} frames ({pace}{', no more are there' * fewer}), "
         f"{_seconds(span.begin)} to {_seconds(end)} s of {_seconds(span.seconds)} s, at {size[0]} x {size[1]}; "
-        f"{settings.max_train_steps} steps"
+        f"{settings.max_train_steps} step{'s' * (settings.max_train_steps != 1)}"
         + (f", then {_edits(settings, len(settings.edit))}" if settings.edit else "")
     )
 
 
 def editing(settings: EditSettings, frames: int, size: tuple[int, int]) -> str:
     """What edits are made: of so many `frames` of `size` (width and height)."""
-    return f"{_edits(settings, len(settings.prompt))}: {frames} frames at {size[0]} x {size[1]}"
+    return f"{_edits(settings, len(settings.prompt))}: {frames} frame{'s' * (frames != 1)} at {size[0]} x {size[1]}"
 
 
-def size_warnings(base: str, size: tuple[int, int], trained: int) -> Iterator[str]:
-    """A line if `size` (width and height) is far above the side that a base was trained at."""
+def frame_warnings(span: Span, taken: int) -> Iterator[str]:
+    """A line if `taken` frames show no motion, or if the clip has fewer pictures than are taken of that time."""
+    if taken == 1:
+        yield (
+            "warning: one frame shows no motion to learn; take more frames of a clip that moves (--num-frames, a "
+            "smaller --stride, an earlier start)"
+        )
+    elif span.stride is None and span.seconds and span.step * span.total / span.seconds < REPEATED:
+        yield (
+            f"warning: the clip has {span.total / span.seconds:.4g} frames a second, and {1 / span.step:g} are taken, "
+            "so that frames repeat; lower --sample-fps"
+        )
+
+
+def size_warnings(base: str, size: tuple[int, int], trained: int, *, asked: bool = True) -> Iterator[str]:
+    """A line if `size` (width and height) is far above the side that a base was trained at.
+
+    `asked` says that the user gave a size; otherwise it follows from the clip's shape.
+    """
     times = size[0] * size[1] / trained**2
     if times > MUCH_LARGER:
         yield (
             f"warning: {base} was trained at {trained} x {trained}; {size[0]} x {size[1]} takes more than {times:.0f} "
-            "times as long and does not look better; leave the size out"
+            "times as long and does not look better; "
+            + ("leave the size out" if asked else f"--width {trained} --height {trained} takes the middle of the clip")
         )
 
 
@@ -84,8 +103,8 @@ def steps_ahead(settings: Sampling, edits: int) -> dict[str, int]:
 
 
 def _edits(settings: Sampling, prompts: int) -> str:
-    edits = prompts * len(settings.seeds)
-    return f"{edits} edit{'s' * (edits != 1)} of {settings.num_inference_steps} steps"
+    edits, steps = prompts * len(settings.seeds), settings.num_inference_steps
+    return f"{edits} edit{'s' * (edits != 1)} of {steps} step{'s' * (steps != 1)}"
 
 
 def _seconds(value: float) -> str:

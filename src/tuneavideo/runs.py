@@ -84,7 +84,10 @@ class RunFolder:
         """A folder that `create` made. Raises RunError when it is none."""
         run = cls(Path(path))
         if not run.settings.is_file():
-            raise RunError(f"{path} is no run folder: {run.settings.name} is missing; 'tuneavideo tune' makes one")
+            around = next((each for each in run.path.parents if cls(each).settings.is_file()), None)
+            found = f"{run.settings.name} is missing" if run.path.exists() else "it does not exist"
+            advice = f"it belongs to the run {around}" if around else "'tuneavideo tune' makes one"
+            raise RunError(f"{path} is no run folder: {found}; {advice}")
         return run
 
     @contextmanager

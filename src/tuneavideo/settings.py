@@ -12,12 +12,13 @@ import logging
 import re
 import reprlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -60,7 +61,10 @@ def _seconds(time: Any) -> Any:
     return total
 
 
-Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split)]
+# A seed that is given twice makes one edit: the second would be the same.
+Seeds = Annotated[
+    tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(lambda seeds: tuple(dict.fromkeys(seeds)))
+]
 Seconds = Annotated[NonNegativeFloat | None, BeforeValidator(_seconds)]
 
 _PLAIN = {"use_karras_sigmas": False}
@@ -432,6 +436,9 @@ def with_preset(own: TuneSettings, preset: str | None) -> dict[str, Any]:
     for name, field in Sampling.model_fields.items():
         if name in PRESETS[after["preset"]] or stated[name] == before.get(name, field.default):
             stated[name] = after.get(name, field.default)
+    if "num_inference_steps" in PRESETS[after["preset"]]:
+        # the run's own go with the run's own number of denoising steps
+        stated["num_inv_steps"] = after.get("num_inv_steps")
     return stated
 
 
@@ -496,7 +503,7 @@ def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings"
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise SettingsError(f"{where}: " + "; ".join(_told(each) for each in error.errors())) from None
+        raise SettingsError(f"{where}: {_all_told(error)}") from None
 
 
 def check_sense(settings: Sampling, new: Iterable[str]) -> None:
@@ -561,7 +568,7 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
         kind_of_value: Any = Annotated[field.annotation, Field(), *field.metadata]
         return TypeAdapter(kind_of_value).validate_python(value)
     except ValidationError as error:
-        raise SettingsError(f"{where}: " + "; ".join(_told(each, name) for each in error.errors())) from None
+        raise SettingsError(f"{where}: {_all_told(error, name)}") from None
 
 
 def _refuse_unknown(kind: type[Settings], values: Iterable[str], where: str) -> None:
@@ -580,8 +587,19 @@ def as_yaml(settings: Settings) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=not breaks)
 
 
-def _told(error: Any, name: str = "") -> str:
-    name = name or ".".join(str(part) for part in error["loc"])
+def _all_told(error: ValidationError, name: str = "") -> str:
+    """Every value that is wrong once, with all that could stand there. `name` is the setting of all of them."""
+    lines: dict[str, list[Any]] = {}
+    for each in error.errors():
+        first, *rest = each["loc"] or ("",)
+        # the parts between are the kinds of value that a union tried
+        where = name or ".".join(str(part) for part in (first, *(part for part in rest if isinstance(part, int))))
+        lines.setdefault(where, []).append(each)
+    return "; ".join(_told(each, where) for where, each in lines.items())
+
+
+def _told(errors: Sequence[Any], name: str) -> str:
+    error = errors[0]
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
@@ -594,7 +612,8 @@ def _told(error: Any, name: str = "") -> str:
             str(error["input"]).lower(), re.findall("'([^']+)'", error["ctx"]["expected"]), n=1
         )
         found += f"; did you mean {near[0]!r}?" if near else ""
-    return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}{found}"
+    expected = " or ".join(dict.fromkeys(f"{each['msg'][0].lower()}{each['msg'][1:]}" for each in errors))
+    return f"{name}: {expected.replace(' or input should be ', ' or ')}{found}"
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
