@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tuneavideo.checkpoints import mindspore, names, shapes
-from tuneavideo.checkpoints.lazy import Lazy
+from tuneavideo.interop import mindspore, names, shapes
+from tuneavideo.interop.lazy import Lazy
 
 RESULTS = Path(__file__).parent / "results" / "convert.json"
 UNET = {
@@ -60,7 +60,7 @@ def measured(source: Path, out: Path, to: str) -> dict[str, float]:
 
 def one(source: Path, out: Path, to: str) -> dict[str, float]:
     from tuneavideo import api
-    from tuneavideo.checkpoints import convert  # noqa: F401  what it imports is not counted
+    from tuneavideo.interop import convert  # noqa: F401  what it imports is not counted
 
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     api.convert(source, out, to=to)

@@ -16,11 +16,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from tuneavideo import counting
-from tuneavideo.adapter import tuned_parameters
 from tuneavideo.bases import BASES
-from tuneavideo.opening import CONFIGS, FAMILIES
+from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.loading import CONFIGS, FAMILIES
 from tuneavideo.settings import Inflation, TuneSettings
+from tuneavideo.training import memory_trace
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 FRAMES = (4, 8, 12, 16, 24)
@@ -43,7 +43,7 @@ class Family:
             rest = 2 * weights(CONFIGS / name)
         trainable = TuneSettings.model_fields["trainable_modules"].default
         config = UNet2DConditionModel.load_config(CONFIGS / name / "unet")
-        self.video = counting.blank_unet(config, trainable, (), Inflation())
+        self.video = memory_trace.blank_unet(config, trainable, (), Inflation())
         unet = self.video.unet
         chosen = tuned_parameters(unet, trainable)
         self.learned = sum(parameter.numel() for parameter in chosen.values())
@@ -51,7 +51,9 @@ class Family:
         self.fixed = 2 * frozen + 4 * 4 * self.learned + rest  # weight, gradient and two moments in float32
 
     def gb(self, frames: int, side: int, checkpointing: bool) -> float:
-        return round((self.fixed + counting.saved(self.video, frames, side, side, checkpointing, casts=True)) / 1e9, 1)
+        return round(
+            (self.fixed + memory_trace.saved(self.video, frames, side, side, checkpointing, casts=True)) / 1e9, 1
+        )
 
 
 def main() -> None:

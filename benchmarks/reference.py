@@ -22,11 +22,11 @@ from torch.nn.functional import group_norm, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.sized import Parts
-from tuneavideo.adapter import tuned_parameters
-from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, TextAttention, VideoBlock
-from tuneavideo.conditions import Conditions
-from tuneavideo.inflate import inflate
-from tuneavideo.noise import Levels, add_noise, ddim_move, split, target
+from tuneavideo.method.attention import Clip, ClipGroupNorm, SparseCausalAttention, TextAttention, VideoBlock
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.inflate import inflate
+from tuneavideo.method.noise import Levels, add_noise, ddim_move, split, target
+from tuneavideo.models.adapter import tuned_parameters
 
 TUNED = ("attn1.to_q", "attn2.to_q", "attn_temp")
 

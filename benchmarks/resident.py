@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from tuneavideo import machine
+from tuneavideo.models import host_memory
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -32,7 +32,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
         else:
-            machine.give_back()
+            host_memory.give_back()
             if _RESET.exists():
                 _RESET.write_text("5")
             self.base = psutil.Process().memory_info().rss

@@ -17,13 +17,14 @@ from benchmarks.parity.golden import levels
 from benchmarks.reference import TUNED, Reference
 from benchmarks.resident import Peak
 from benchmarks.sized import Parts, parts
-from tuneavideo import editing, inversion, products
-from tuneavideo.adapter import tuned_parameters
-from tuneavideo.conditions import Conditions
-from tuneavideo.inflate import VideoUNet, inflate
-from tuneavideo.reuse import reusing
+from tuneavideo.kernels import products
+from tuneavideo.method import editing, inversion
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.deepcache import reusing
+from tuneavideo.method.inflate import VideoUNet, inflate
+from tuneavideo.method.tuning import Tuning
+from tuneavideo.models.adapter import tuned_parameters
 from tuneavideo.settings import PRESETS, Sampling, TuneSettings
-from tuneavideo.tuning import Tuning
 
 Task = Literal[
     "tune",

@@ -43,11 +43,12 @@ def main() -> None:
 def _started(clip: Path, base: str, out: Path) -> dict[str, float]:
     """Seconds of each part of the way to the first step, after which the job is left."""
     began = time.perf_counter()
-    from tuneavideo import api, jobs, models
+    import tuneavideo.jobs.tune  # noqa: F401
+    from tuneavideo import api
+    from tuneavideo.models import pipelines
 
-    assert jobs
     imported = time.perf_counter()
-    open_image_model, loading = models.open_image_model, 0.0
+    open_image_model, loading = pipelines.open_image_model, 0.0
 
     def timed(*given: object, **more: object) -> object:
         nonlocal loading
@@ -57,7 +58,7 @@ def _started(clip: Path, base: str, out: Path) -> dict[str, float]:
         finally:
             loading += time.perf_counter() - start
 
-    models.open_image_model = timed  # pyright: ignore
+    pipelines.open_image_model = timed  # pyright: ignore
     size = {} if base == "miniature" else {"resolution": 128, "num_frames": 8}
     job = api.tuning(
         api.tune_settings({"video": str(clip), "prompt": "a man is skiing", "base": base, **size}), out=out

@@ -42,8 +42,8 @@ def linear() -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from tuneavideo.inflate import inflate
-    from tuneavideo.windows import WindowedUNet, Windows
+    from tuneavideo.method.inflate import inflate
+    from tuneavideo.method.windows import WindowedUNet, Windows
 
     torch.set_num_threads(1)
     unet = WindowedUNet(inflate(UNet2DConditionModel(**STUB).eval()), Windows(WINDOW, 2))  # pyright: ignore
@@ -88,14 +88,15 @@ def memory(work: Path) -> dict[str, Any]:
 
 def child(frames: int, work: Path) -> None:
     """One job in this process; prints the most resident memory."""
-    from tuneavideo import api, jobs
+    from tuneavideo import api
 
     if frames:
         api.tune(
             work / "clip.mp4", "a square", edit=["a circle"], base=str(work / "base"), out=work / f"run-{frames}",
             num_frames=frames, window=WINDOW, max_train_steps=1, num_inference_steps=1, num_inv_steps=1,
         )  # fmt: skip
-    assert jobs
+    import tuneavideo.jobs.tune  # noqa: F401
+
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -136,18 +137,21 @@ def _drawn(frames: int) -> Iterator[np.ndarray]:
 
 def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str, Any]:
     """Edits of a real clip in windows of 8 frames, which follow it as by default."""
-    from tuneavideo import api, cache, editing, inversion, models
-    from tuneavideo.inflate import video_unet
-    from tuneavideo.noise import Levels
-    from tuneavideo.runs import RunFolder
+    from tuneavideo import api
+    from tuneavideo.method import editing, inversion
+    from tuneavideo.method.inflate import video_unet
+    from tuneavideo.method.noise import Levels
+    from tuneavideo.method.windows import WindowedUNet, Windows
+    from tuneavideo.models import codec, pipelines
+    from tuneavideo.storage import cache
+    from tuneavideo.storage.run_folder import RunFolder
     from tuneavideo.video import read
-    from tuneavideo.windows import WindowedUNet, Windows
 
     run = RunFolder(api.tune(clip, "a man", out=work / "run", num_frames=frames, window=WINDOW, max_train_steps=100))
-    pipe, source = models.open("miniature", adapter=run.adapter), read(run.source)
+    pipe, source = pipelines.open("miniature", adapter=run.adapter), read(run.source)
     levels, kept = Levels.of(pipe.scheduler), cache.read(run.latents)
     assert kept
-    negative, caption, *texts = models.embed(pipe, ["", "a man", *EDITS]).split(1)
+    negative, caption, *texts = codec.embed(pipe, ["", "a man", *EDITS]).split(1)
     settings = run.read_settings().model_copy(update={"num_inference_steps": steps})
     rows: dict[str, Any] = {}
     cuts = {"whole": Windows(frames, 0)} | {
@@ -162,7 +166,7 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
         for text in texts:
             sampler, trajectory = editing.sampler_of(levels, settings), inverted.trajectory
             *_, edit = editing.edit(unet, levels, sampler, settings, trajectory, kept["mean"], caption, text, negative)
-            made.append(models.decode(pipe, edit.latents, 8.0)[0].frames_THWC)
+            made.append(codec.decode(pipe, edit.latents, 8.0)[0].frames_THWC)
         cut = Windows(WINDOW, 0) if windows.holds(frames) else windows
         borders = [span.start for span in cut.spans(frames, float(grid[0]))[1:]]  # of the last step
         rows[name] = _flicker(made, source.frames_THWC, borders) | {"cpu_seconds": time.process_time() - began}

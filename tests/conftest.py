@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from hypothesis import settings
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tuneavideo import cli
+from tuneavideo.cli import main
 from tuneavideo.video import Video, write
 
 Said = Callable[[list[str]], str]
@@ -133,7 +133,7 @@ def refused(capsys: pytest.CaptureFixture) -> Said:
     def said(words: list[str], code: int = 2) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            cli.main(words)
+            main.main(words)
         *_, line = [line for line in capsys.readouterr().err.splitlines() if "[transformers]" not in line]
         assert stopped.value.code == code
         assert line.startswith("tuneavideo: "), line

@@ -17,8 +17,9 @@ import numpy as np
 
 from tests import forks
 from tests.clips import animate, barcodes, film
+from tuneavideo.config import checked, read_yaml
 from tuneavideo.errors import SettingsError, TuneAVideoError, VideoError
-from tuneavideo.settings import TuneSettings, checked, read_yaml
+from tuneavideo.settings import TuneSettings
 from tuneavideo.video import read
 
 GIGABYTE = 2**30

@@ -25,13 +25,14 @@ from safetensors.torch import save_file
 
 from tests.fuzz import damaged
 from tests.test_foreign_settings import MINDONE, OFFICIAL
-from tuneavideo.checkpoints import mindspore, shapes, yamls
-from tuneavideo.checkpoints.lazy import Lazy
-from tuneavideo.checkpoints.names import MINDONE as DIALECT
-from tuneavideo.checkpoints.names import renamed
-from tuneavideo.checkpoints.opening import opened_at
+from tuneavideo.config import checked, layers
 from tuneavideo.errors import CheckpointError, TuneAVideoError
-from tuneavideo.settings import TuneSettings, checked, layers
+from tuneavideo.interop import mindspore, shapes, yamls
+from tuneavideo.interop.lazy import Lazy
+from tuneavideo.interop.names import MINDONE as DIALECT
+from tuneavideo.interop.names import renamed
+from tuneavideo.interop.opening import opened_at
+from tuneavideo.settings import TuneSettings
 
 GIGABYTE, SECONDS = 2**30, 10
 SMALL = Path(__file__).parent / "goldens" / "mindone"

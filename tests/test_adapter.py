@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 
 from tests.conftest import image_unet
 from tests.test_inflation import randomised
-from tuneavideo.adapter import Adapter, fingerprint, tuned_parameters
 from tuneavideo.errors import AdapterError
-from tuneavideo.inflate import added_parameters, inflate
+from tuneavideo.method.inflate import added_parameters, inflate
+from tuneavideo.models.adapter import Adapter, fingerprint, tuned_parameters
 from tuneavideo.settings import Inflation
 
 LAYERS = ("attn1.to_q", "attn2.to_q", "attn_temp")
@@ -34,7 +34,7 @@ def learned(unet: UNet2DConditionModel, inflation: Inflation | None = None) -> A
 
 
 def seen(unet: UNet2DConditionModel) -> torch.Tensor:
-    from tuneavideo.inflate import video_unet
+    from tuneavideo.method.inflate import video_unet
 
     rng = torch.Generator().manual_seed(2)
     x, text = torch.randn(1, 4, 3, 8, 8, generator=rng), torch.randn(1, 5, 24, generator=rng)

@@ -21,14 +21,16 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from tests.conftest import moving_square
 from tests.families import UNETS, family_folder, original
 from tests.test_job import BRIEF
-from tuneavideo import TuneAVideoPipeline, TuneAVideoXLPipeline, api, cli, models, opening
+from tuneavideo import TuneAVideoPipeline, TuneAVideoXLPipeline, api
 from tuneavideo.bases import BASES
-from tuneavideo.conditions import Conditions
+from tuneavideo.cli import main
 from tuneavideo.errors import ModelError
-from tuneavideo.inflate import video_unet
-from tuneavideo.inversion import invert
-from tuneavideo.noise import Levels
-from tuneavideo.sampling import generate
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.inflate import video_unet
+from tuneavideo.method.inversion import invert
+from tuneavideo.method.noise import Levels
+from tuneavideo.method.sampling import generate
+from tuneavideo.models import codec, loading, pipelines
 from tuneavideo.video import read
 
 PUBLISHED = {  # parameters of UNet, autoencoder and text encoders
@@ -54,12 +56,12 @@ def test_every_family_tunes_and_edits(kind: str, bases: dict[str, Path], clip: P
 
 def round_trip(base: Path, clip: Path) -> float:
     """PSNR in dB of a clip that was inverted and generated again, against what its latents decode to."""
-    pipe = models.open(str(base))
-    levels, video, empty = Levels.of(pipe.scheduler), video_unet(pipe.unet), models.embed(pipe, [""])
-    clean = models.encode(pipe, read(clip, count=2, size=(16, 16)))["mean"]
+    pipe = pipelines.open(str(base))
+    levels, video, empty = Levels.of(pipe.scheduler), video_unet(pipe.unet), codec.embed(pipe, [""])
+    clean = codec.encode(pipe, read(clip, count=2, size=(16, 16)))["mean"]
     *_, up = invert(video, levels, clean, empty, levels.inversion_grid(25, "trailing"))
     *_, down = generate(video, levels.sampler("ddim", 25, spacing="trailing"), up.latents, empty, empty, 1.0)
-    (back,), (there,) = (models.decode(pipe, latents, 8) for latents in (down.latents, clean))
+    (back,), (there,) = (codec.decode(pipe, latents, 8) for latents in (down.latents, clean))
     return 10 * np.log10(255**2 / max(1e-3, np.mean((back.frames_THWC.astype(float) - there.frames_THWC) ** 2)))
 
 
@@ -69,13 +71,13 @@ def test_the_velocity_is_inverted_as_well_as_the_noise_without_any_signal_at_the
     zero = shutil.copytree(bases["sd2"], tmp_path / "zero")
     config = zero / "scheduler/scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rescale_betas_zero_snr": True}))
-    assert Levels.of(models.open_image_model(str(zero)).scheduler).alphas[-1] == 0
+    assert Levels.of(pipelines.open_image_model(str(zero)).scheduler).alphas[-1] == 0
     noise, velocity, without = (round_trip(base, clip) for base in (bases["turbo"], bases["sd2"], zero))
     assert noise > 40 and velocity > noise - 0.5 and without > 40
 
 
 def test_stable_diffusion_xl_is_told_what_its_own_pipeline_tells_it(bases: dict[str, Path]) -> None:
-    pipe = models.open_image_model(str(bases["xl"]))
+    pipe = pipelines.open_image_model(str(bases["xl"]))
     seen: dict[str, torch.Tensor] = {}
 
     def note(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -84,7 +86,7 @@ def test_stable_diffusion_xl_is_told_what_its_own_pipeline_tells_it(bases: dict[
     hook = pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
     pipe("a square", height=24, width=16, num_inference_steps=1, guidance_scale=5.0, output_type="latent")
     hook.remove()
-    told = models.embed(pipe, ["", "a square"])
+    told = codec.embed(pipe, ["", "a square"])
     ours = told.added(12, 8)
     assert ours and torch.equal(ours["time_ids"], seen["time_ids"])
     assert torch.allclose(told.text_BLD, seen["text"], atol=1e-6) and not told.text_BLD[0].any()
@@ -105,7 +107,7 @@ def test_pipelines_of_clips_make_clips_of_stable_diffusion_xl(bases: dict[str, P
     quick = {"num_inference_steps": 2, "output_type": "latent"}
     latents = pipe.invert(read(clip, count=2, size=(16, 16)), num_inference_steps=2)
     made = pipe(["a square", "a circle"], latents=latents, **quick).frames
-    told = models.embed(pipe, ["a square", "a circle"])
+    told = codec.embed(pipe, ["a square", "a circle"])
     again = pipe(prompt_embeds=told.text_BLD, pooled_prompt_embeds=told.pooled_BD, latents=latents, **quick).frames
     assert made.shape == (2, 4, 2, 8, 8) and torch.equal(made, again)
     with pytest.raises(ModelError, match="TuneAVideoXLPipeline"):
@@ -143,7 +145,7 @@ def test_a_folder_opens_whatever_form_its_weights_are_in(
     folder = shutil.copytree(bases["sd1"], tmp_path / "base")
     change(folder)
     assert not list(folder.rglob("model.safetensors")) and same_weights(
-        models.open_image_model(str(folder)), models.open_image_model(str(bases["sd1"]))
+        pipelines.open_image_model(str(folder)), pipelines.open_image_model(str(bases["sd1"]))
     )
 
 
@@ -151,11 +153,11 @@ def test_a_folder_opens_whatever_form_its_weights_are_in(
 def test_a_single_file_opens_with_the_configs_of_the_folder_it_lies_in(
     suffix: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    pipe = models.open_image_model(str(bases["sd1"]))
+    pipe = pipelines.open_image_model(str(bases["sd1"]))
     shutil.copytree(bases["sd1"], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     file = tmp_path / f"model.{suffix}"
     save_file(original(pipe), file) if suffix == "safetensors" else torch.save({"state_dict": original(pipe)}, file)
-    assert same_weights(models.open_image_model(str(file)), pipe)
+    assert same_weights(pipelines.open_image_model(str(file)), pipe)
     assert isinstance(TuneAVideoPipeline.from_pretrained(file), TuneAVideoPipeline)
 
 
@@ -163,11 +165,11 @@ def test_a_single_file_opens_with_the_configs_of_the_folder_it_lies_in(
 def alone(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A single file far from any folder, whose family is the tests' own; the hub's cache is empty."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(opening, "CONFIGS", tmp_path / "configs")
-    monkeypatch.setattr(opening, "FAMILIES", {24: "sd1"})
+    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(loading, "FAMILIES", {24: "sd1"})
     shutil.copytree(bases["sd1"], tmp_path / "configs/sd1", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer"))
     (tmp_path / "alone").mkdir()
-    save_file(original(models.open_image_model(str(bases["sd1"]))), tmp_path / "alone/model.safetensors")
+    save_file(original(pipelines.open_image_model(str(bases["sd1"]))), tmp_path / "alone/model.safetensors")
     return tmp_path / "alone/model.safetensors"
 
 
@@ -175,7 +177,7 @@ def test_a_single_file_elsewhere_takes_our_configs_and_the_tokenizer_of_the_hub_
     alone: Path, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="holds no tokenizer.* 'hf download openai/clip-vit-large-patch14 vocab"):
-        models.open_image_model(str(alone))
+        pipelines.open_image_model(str(alone))
     cache = tmp_path / "hub/models--CompVis--stable-diffusion-v1-4"
     shutil.copytree(bases["sd1"] / "tokenizer", cache / "snapshots/abc/tokenizer")
     pipe = DiffusionPipeline.from_pretrained(bases["sd1"])
@@ -184,14 +186,14 @@ def test_a_single_file_elsewhere_takes_our_configs_and_the_tokenizer_of_the_hub_
         (cache / "snapshots/abc/tokenizer" / name).write_text(json.dumps(contents) if contents else "#version: 0.2\n")
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text("abc")
-    ours = models.open_image_model(str(alone))
+    ours = pipelines.open_image_model(str(alone))
     assert same_weights(ours, pipe) and ours.tokenizer.pad_token == "<|endoftext|>"
     assert ours.tokenizer("a square").input_ids == pipe.tokenizer("a square").input_ids
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_our_configs_make_models_of_the_published_sizes(family: str) -> None:
-    folder = opening.CONFIGS / family
+    folder = loading.CONFIGS / family
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
@@ -204,8 +206,8 @@ def test_our_configs_make_models_of_the_published_sizes(family: str) -> None:
 
 
 def test_a_file_is_asked_whether_it_predicts_the_velocity(bases: dict[str, Path]) -> None:
-    assert not opening._predicts_velocity(models.open_image_model("miniature"))  # trained to predict the noise
-    assert opening._predicts_velocity(models.open_image_model(str(bases["sd2"])))
+    assert not loading._predicts_velocity(pipelines.open_image_model("miniature"))  # trained to predict the noise
+    assert loading._predicts_velocity(pipelines.open_image_model(str(bases["sd2"])))
 
 
 class Malicious:
@@ -233,7 +235,7 @@ def test_a_malicious_pickle_runs_nothing_and_is_refused_in_one_line(
         (folder / place).write_bytes(pickle.dumps(contents))
     base = folder / place if place.endswith("ckpt") else folder
     with pytest.raises(ModelError) as refused:
-        models.open_image_model(str(base))
+        pipelines.open_image_model(str(base))
     assert not (tmp_path / "ran").exists() and "\n" not in str(refused.value)
     assert str(folder) in str(refused.value)
     if form == "zip":
@@ -247,16 +249,16 @@ def test_a_malicious_pickle_runs_nothing_and_is_refused_in_one_line(
 def test_a_lora_is_no_base(tmp_path: Path) -> None:
     save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(ModelError, match="no whole text-to-image model .* LoRAs and ControlNets go with"):
-        models.open_image_model(str(tmp_path / "lora.safetensors"))
+        pipelines.open_image_model(str(tmp_path / "lora.safetensors"))
 
 
 def test_the_table_says_the_memory_that_was_counted(capsys: pytest.CaptureFixture) -> None:
     counted = json.loads(memory.RESULTS.read_text())["bases_gb"]
     assert counted == {name: base.memory_gb for name, base in BASES.items() if base.family}
-    cli.main(["models", "--json"])
+    main.main(["models", "--json"])
     known = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert known["sdxl"]["resolution"] == 1024 and known["sdxl"]["num_frames"] == 8
-    cli.main(["models"])
+    main.main(["models"])
     said = capsys.readouterr().out
     assert all(name in said for name in BASES) and "counted, not measured" in said
 
@@ -264,6 +266,6 @@ def test_the_table_says_the_memory_that_was_counted(capsys: pytest.CaptureFixtur
 def test_model_is_another_word_for_base(bases: dict[str, Path], tmp_path: Path) -> None:
     moving_square(tmp_path / "square.mp4")
     flags = [w for name, v in BRIEF.items() if v is not False for w in (f"--{name.replace('_', '-')}", str(v))]
-    cli.main(["tune", str(tmp_path / "square.mp4"), "--prompt", "a square", "--model", str(bases["sd1"]),
+    main.main(["tune", str(tmp_path / "square.mp4"), "--prompt", "a square", "--model", str(bases["sd1"]),
               "--out", str(tmp_path / "run"), *flags])  # fmt: skip
     assert f"base: {bases['sd1']}" in (tmp_path / "run/settings.yaml").read_text()

@@ -16,11 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_job import BRIEF
-from tuneavideo import api, budget, cli, counting, fitting, machine, models
-from tuneavideo.budget import GB, Activations, Model, chosen, told
+from tuneavideo import api
+from tuneavideo.cli import main
+from tuneavideo.config import layers
 from tuneavideo.errors import MemoryShort, SettingsError
-from tuneavideo.runs import RunFolder
-from tuneavideo.settings import Inflation, TuneSettings, layers
+from tuneavideo.models import codec, devices, host_memory, pipelines
+from tuneavideo.settings import Inflation, TuneSettings
+from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.training import memory, memory_plan, memory_trace
+from tuneavideo.training.memory import GB, Activations, Model, chosen, told
 
 SIZES = {
     "sd1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -43,7 +47,7 @@ SD15 = Model(
 @cache
 def video(name: str) -> Any:
     field = TuneSettings.model_fields["trainable_modules"]
-    return counting.blank_unet(SIZES[name], field.default, (), Inflation())
+    return memory_trace.blank_unet(SIZES[name], field.default, (), Inflation())
 
 
 def stated(**values: Any) -> TuneSettings:
@@ -54,16 +58,18 @@ def stated(**values: Any) -> TuneSettings:
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("casts", [True, False])
 def test_the_formula_is_the_count(name: str, checkpointing: bool, casts: bool) -> None:
-    formula = Activations.of(lambda frames, side: counting.saved(video(name), frames, side, side, checkpointing, casts))
+    formula = Activations.of(
+        lambda frames, side: memory_trace.saved(video(name), frames, side, side, checkpointing, casts)
+    )
     for frames, height, width in ((4, 32, 32), (24, 96, 96), (9, 56, 72)):
-        counted = counting.saved(video(name), frames, height, width, checkpointing, casts)
+        counted = memory_trace.saved(video(name), frames, height, width, checkpointing, casts)
         assert formula.bytes(frames, height * width) == pytest.approx(counted, rel=0.02)
 
 
 def test_the_formula_of_predictions_is_the_count() -> None:
-    formula = Activations.of(lambda frames, side: counting.seen(video("sd1.5"), frames, side, side))
+    formula = Activations.of(lambda frames, side: memory_trace.seen(video("sd1.5"), frames, side, side))
     for batch, frames, side in ((1, 24, 64), (2, 8, 96)):
-        counted = counting.seen(video("sd1.5"), frames, side, side, batch)
+        counted = memory_trace.seen(video("sd1.5"), frames, side, side, batch)
         assert formula.bytes(frames * batch, side**2) == pytest.approx(counted, rel=0.02)
 
 
@@ -73,14 +79,14 @@ def test_what_is_counted_as_saved_is_what_autograd_saves() -> None:
     config = dict(SIZES["sd1.5"], block_out_channels=(32, 64), attention_head_dim=4, sample_size=16,
                   down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                   up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
-    blank = counting.blank_unet(config, ("attn1.to_q", "attn_temp"), (), Inflation())
-    counted = counting.saved(blank, 3, 16, 16, False)
+    blank = memory_trace.blank_unet(config, ("attn1.to_q", "attn_temp"), (), Inflation())
+    counted = memory_trace.saved(blank, 3, 16, 16, False)
     unet: Any = UNet2DConditionModel(**config).to(torch.bfloat16)
-    real = budget.counting.inflate(unet.train())
+    real = memory.memory_trace.inflate(unet.train())
     unet.requires_grad_(False)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("attn1.to_q" in name or "attn_temp" in name)
-    saved = counting._Saved(counting._weights(unet))
+    saved = memory_trace._Saved(memory_trace._weights(unet))
     with saved.counting():
         real(torch.randn(1, 4, 3, 16, 16), torch.tensor(5), torch.randn(1, 77, 768))
     assert counted == pytest.approx(saved.bytes, rel=0.1)
@@ -90,12 +96,12 @@ def test_what_norms_are_given_is_kept_in_full_precision_where_autocast_casts_it(
     """Against a norm, its activation and a layer after it, by hand."""
     kept = {}
     for casts in (False, True):
-        saved, x = counting._Saved(set()), torch.empty(1, 8, 16, 16, device="meta", dtype=torch.bfloat16)
+        saved, x = memory_trace._Saved(set()), torch.empty(1, 8, 16, 16, device="meta", dtype=torch.bfloat16)
         norm, layer = torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 8, 1)
         for each in (norm, layer):
             each.to("meta", torch.bfloat16).requires_grad_(False)
-        saved.weights = counting._weights(norm) | counting._weights(layer)
-        with saved.counting(), counting._FastAttention(casts):
+        saved.weights = memory_trace._weights(norm) | memory_trace._weights(layer)
+        with saved.counting(), memory_trace._FastAttention(casts):
             layer(torch.nn.functional.silu(norm(x.requires_grad_())))
         kept[casts] = [storage.nbytes() for storage in saved.storages.values() if storage.nbytes() >= x.nbytes]
     size = 8 * 16 * 16 * 2
@@ -109,7 +115,7 @@ def test_the_row_used_here_is_the_counted_one() -> None:
                                     "down_block_types": ("DownEncoderBlock2D",) * 4,
                                     "up_block_types": ("UpDecoderBlock2D",) * 4}),
     )  # fmt: skip
-    counts = budget._counts(pipe, stated(), True).tolist()
+    counts = memory._counts(pipe, stated(), True).tolist()
     row = [SD15.frozen, SD15.learned, SD15.painted]
     assert counts[:3] == pytest.approx(row, rel=0.02)
     for at, pair in ((3, SD15.recomputed), (7, SD15.kept), (11, SD15.seen)):
@@ -138,7 +144,7 @@ def test_what_is_chosen_fits_and_what_was_set_stays(room: int, frames: int, side
     window = min(made.window or frames, frames)
     assert SD15.needed(made, window, side**2 // 64) <= room * GB
     assert made.batch_guidance == batched and made.gradient_checkpointing
-    assert made.window is None or budget.SHORTEST <= made.window < frames
+    assert made.window is None or memory.SHORTEST <= made.window < frames
 
 
 def test_what_cannot_fit_is_refused_with_numbers_and_a_way_out() -> None:
@@ -185,13 +191,13 @@ def test_settings_that_save_memory_and_were_set_to_off_are_advised_if_they_are_e
 def test_a_window_chosen_by_memory_turns_feature_reuse_off_and_one_that_was_set_refuses_it() -> None:
     clip: Any = SimpleNamespace(frames=24)
     own = stated(feature_reuse=2)
-    made, line = fitting._without_reuse_in_windows(own, plan(8, feature_reuse=2), "for 8 GB", clip)
+    made, line = memory_plan._without_reuse_in_windows(own, plan(8, feature_reuse=2), "for 8 GB", clip)
     assert made.window and made.feature_reuse == 1 and "feature_reuse 1 (was 2)" in line
     whole = plan(80, feature_reuse=2)
-    assert fitting._without_reuse_in_windows(own, whole, "", clip) == (whole, "")
+    assert memory_plan._without_reuse_in_windows(own, whole, "", clip) == (whole, "")
     own = stated(feature_reuse=2, window=8)
     with pytest.raises(SettingsError, match="feature_reuse 2 does not go with windows"):
-        fitting._without_reuse_in_windows(own, own, "", clip)
+        memory_plan._without_reuse_in_windows(own, own, "", clip)
 
 
 def test_the_8_bit_optimizer_is_taken_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +229,7 @@ def test_a_job_with_a_preset_says_what_it_chose_and_keeps_it(
 ) -> None:
     brief = {name: value for name, value in BRIEF.items() if name != "gradient_checkpointing"}
     flags = [word for name, value in brief.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    cli.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), *flags, "--memory", "8",
+    main.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), *flags, "--memory", "8",
               "--out", str(tmp_path / "run"), "--edit", "a circle"])  # fmt: skip
     said = heard().err
     assert "for 8 GB: " in said and "gradient_checkpointing off" in said
@@ -234,18 +240,18 @@ def test_a_job_with_a_preset_says_what_it_chose_and_keeps_it(
 def test_a_flag_given_with_its_default_value_is_kept(base: Path, clip: Path, tmp_path: Path, heard: Any) -> None:
     words = ["tune", str(clip), "--prompt", "a square", "--base", str(base), "--memory", "8", "--num-frames", "3",
              "--max-train-steps", "1", "--gradient-checkpointing", "--out", str(tmp_path / "run")]  # fmt: skip
-    cli.main(words)
+    main.main(words)
     assert "gradient_checkpointing" not in heard().err
     assert RunFolder.open(tmp_path / "run").read_settings().gradient_checkpointing
 
 
 def test_offloaded_parts_work_when_they_are_called_and_give_what_they_gave(base: Path) -> None:
-    pipe, kept = (models.open_image_model(str(base)) for _ in range(2))
-    models.offload(pipe)
+    pipe, kept = (pipelines.open_image_model(str(base)) for _ in range(2))
+    devices.offload(pipe)
     latents = torch.randn(1, 4, 2, 8, 8)
-    told, before = (models.embed(each, ["a square"]).text_BLD for each in (pipe, kept))
+    told, before = (codec.embed(each, ["a square"]).text_BLD for each in (pipe, kept))
     assert torch.equal(told, before)
-    assert (models.decode(pipe, latents, 8.0)[0].frames_THWC == models.decode(kept, latents, 8.0)[0].frames_THWC).all()
+    assert (codec.decode(pipe, latents, 8.0)[0].frames_THWC == codec.decode(kept, latents, 8.0)[0].frames_THWC).all()
     assert pipe._execution_device == kept._execution_device
 
 
@@ -267,9 +273,9 @@ def test_on_a_cpu_nothing_is_computed_twice_if_a_step_fits_into_what_is_free(
     spare: float, flags: list[str], recomputed: bool, base: Path, clip: Path, tmp_path: Path, heard: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(models, "memory", lambda _: 0)
-    monkeypatch.setattr(machine, "memory", lambda: (int(spare * GB), int(16 * GB)))
-    cli.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), "--num-frames", "3", "--max-train-steps",
+    monkeypatch.setattr(devices, "memory", lambda _: 0)
+    monkeypatch.setattr(host_memory, "memory", lambda: (int(spare * GB), int(16 * GB)))
+    main.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), "--num-frames", "3", "--max-train-steps",
               "1", "--out", str(tmp_path / "run"), *flags])  # fmt: skip
     assert ("gradient_checkpointing off; tuning needs" in heard().err) is not recomputed
     assert RunFolder.open(tmp_path / "run").read_settings().gradient_checkpointing is recomputed

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import image_unet
 from tuneavideo import api
-from tuneavideo.adapter import Adapter, fingerprint, tuned_parameters
-from tuneavideo.checkpoints import lora, mindspore, names, pickled, safe, shapes
-from tuneavideo.checkpoints.lazy import Lazy
-from tuneavideo.checkpoints.opening import opened_at
 from tuneavideo.errors import CheckpointError
-from tuneavideo.inflate import inflate
+from tuneavideo.interop import lora, mindspore, names, pickled, safe, shapes
+from tuneavideo.interop.lazy import Lazy
+from tuneavideo.interop.opening import opened_at
+from tuneavideo.method.inflate import inflate
+from tuneavideo.models.adapter import Adapter, fingerprint, tuned_parameters
 from tuneavideo.settings import Inflation
 
 GOLDENS = Path(__file__).parent / "goldens"

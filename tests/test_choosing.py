@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.clips import animate, barcode, barcodes, film, numbers
+from tuneavideo.config import checked
 from tuneavideo.errors import SettingsError, VideoError
-from tuneavideo.settings import TuneSettings, checked
+from tuneavideo.settings import TuneSettings
 from tuneavideo.video import area_size, fitted, footage, read, reading, spread
 
 COUNT, RATE = 40, 20

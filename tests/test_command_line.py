@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import Said
-from tuneavideo import __version__, api, cli
+from tuneavideo import __version__, api
+from tuneavideo.cli import main
 from tuneavideo.errors import SettingsError
-from tuneavideo.metrics import NAMES
-from tuneavideo.metrics.table import METRICS
-from tuneavideo.runs import RunFolder
+from tuneavideo.evaluation.metrics import NAMES
+from tuneavideo.evaluation.metrics.table import METRICS
+from tuneavideo.storage.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
         found: list[Any] = []
         for job in ("tuning", "editing"):
             monkeypatch.setattr(api, job, lambda settings, **more: found.append((settings, more)) or iter(()))
-        cli.main([*words, "--json"])
+        main.main([*words, "--json"])
         return found[0]
 
     return started
@@ -226,7 +227,7 @@ def test_names_of_metrics_are_those_of_the_table() -> None:
 )
 def test_help_names_what_is_needed(words: str, shown: list[str], capsys: pytest.CaptureFixture) -> None:
     try:
-        cli.main(words.split())
+        main.main(words.split())
     except SystemExit as stopped:
         assert not stopped.code
     said = capsys.readouterr().out
@@ -236,7 +237,7 @@ def test_help_names_what_is_needed(words: str, shown: list[str], capsys: pytest.
 
 def test_help_shows_first_what_is_given_most(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["tune", "--help"])
+        main.main(["tune", "--help"])
     said = capsys.readouterr().out
     flags = ["--prompt", "--edit", "--base", "--preset", "--out", "--num-frames", "--max-train-steps", "--sampler"]
     assert sorted(flags, key=said.index) == flags
@@ -245,14 +246,14 @@ def test_help_shows_first_what_is_given_most(capsys: pytest.CaptureFixture) -> N
 def test_help_of_an_edit_shows_the_values_of_its_run(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = run_folder(tmp_path / "run", clip, guidance_scale=3.25)
     with pytest.raises(SystemExit):
-        cli.main(["edit", run, "--help"])
+        main.main(["edit", run, "--help"])
     said = capsys.readouterr().out
     assert "3.25" in said and "the run's)" not in said
 
 
 @pytest.mark.parametrize("words", ["--version", "-V", "tune --version"])
 def test_the_version_is_told_everywhere(words: str, capsys: pytest.CaptureFixture) -> None:
-    cli.main(words.split())
+    main.main(words.split())
     assert capsys.readouterr().out.strip() == __version__
 
 
@@ -268,7 +269,7 @@ def test_a_closed_pipe_is_silent(words: str) -> None:
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_a_shell_completes_commands_and_options(capsys: pytest.CaptureFixture) -> None:
-    cli.main(["completion"])
+    main.main(["completion"])
     script = capsys.readouterr().out
     for words, expected in {"tuneavideo ev": "evaluate", "tuneavideo edit run --gui": "--guidance-scale",
                             "tuneavideo convert --li": "--like", "tuneavideo edit so": ""}.items():  # fmt: skip
@@ -278,5 +279,5 @@ def test_a_shell_completes_commands_and_options(capsys: pytest.CaptureFixture) -
 
 
 def test_a_table_in_a_pipe_is_not_cut(capsys: pytest.CaptureFixture) -> None:
-    cli.main(["models"])
+    main.main(["models"])
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneavideo import cli, doctor
+from tuneavideo.cli import environment, main
 
 
 def examined_with(monkeypatch: pytest.MonkeyPatch, home: Path, torch: str) -> tuple[int, dict]:
@@ -52,7 +52,7 @@ def test_it_tells_all_that_a_bug_report_needs_and_nothing_of_the_user(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("TUNEAVIDEO_CACHE", str(tmp_path / "data/jane.doe"))
     monkeypatch.chdir(home / "work")
-    cli.main(["doctor", "--json"])
+    main.main(["doctor", "--json"])
     text = capsys.readouterr().out
     found = json.loads(text)
     assert "jane" not in text and found["runs"]["folder"] == "~/work/runs"
@@ -61,7 +61,7 @@ def test_it_tells_all_that_a_bug_report_needs_and_nothing_of_the_user(
     assert found["memory"]["total"] > found["memory"]["free"] > 0 and found["runs"]["free"] > 0
     assert found["hub"]["offline"] is True and found["torch"]["threads"] > 0 and found["cores"] > 0
     assert not [each for each in found["missing"] if each["impossible"]]
-    told = "\n".join(doctor.lines(found))
+    told = "\n".join(environment.lines(found))
     for part in (
         "torch 2",
         "Python 3",
@@ -75,9 +75,9 @@ def test_it_tells_all_that_a_bug_report_needs_and_nothing_of_the_user(
 
 def test_what_is_not_installed_comes_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"torch": "2.13.0", "einops": "0.1"}
-    monkeypatch.setattr(doctor, "_version", there.get)
-    monkeypatch.setattr(doctor, "_torch", lambda: {"built for": "cpu", "threads": 1, "devices": []})
-    missing = {each["what"]: each for each in doctor.examined()["missing"]}
+    monkeypatch.setattr(environment, "_version", there.get)
+    monkeypatch.setattr(environment, "_torch", lambda: {"built for": "cpu", "threads": 1, "devices": []})
+    missing = {each["what"]: each for each in environment.examined()["missing"]}
     assert missing["diffusers is not installed"]["remedy"] == "pip install 'diffusers>=0.42'"
     assert missing["einops 0.1"] == {"what": "einops 0.1", "remedy": "pip install 'einops>=0.8'", "impossible": True}
     assert missing["bitsandbytes is not installed (for 8bit)"]["remedy"] == "pip install 'bitsandbytes>=0.45'"

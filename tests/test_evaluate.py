@@ -14,11 +14,12 @@ import pytest
 
 from tests.conftest import Said
 from tests.test_metrics import passing, still
-from tuneavideo import api, cli, miniature, tables
+from tuneavideo import api, miniature
+from tuneavideo.cli import main, tables
 from tuneavideo.errors import RunError
-from tuneavideo.metrics.table import METRICS
-from tuneavideo.runs import RunFolder
+from tuneavideo.evaluation.metrics.table import METRICS
 from tuneavideo.settings import TuneSettings
+from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import Video, read, write, write_image
 
 
@@ -131,7 +132,7 @@ def printed(capsys: pytest.CaptureFixture) -> Printed:
 def test_the_command_prints_a_row_for_every_metric_and_what_is_missing(
     run: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    cli.main(["evaluate", str(run)])
+    main.main(["evaluate", str(run)])
     lines, rows = printed(capsys)
     arrow, faithful, frozen, mean = rows["motion_fidelity"]
     assert arrow == "↑" and float(faithful) > 0.9 > float(mean) > float(frozen)
@@ -145,13 +146,13 @@ def test_what_was_asked_of_the_edits_asked_is_printed(
 ) -> None:
     api.evaluate(run)
     monkeypatch.chdir(run.parent)
-    cli.main(["evaluate", "run/edits/000-a-red-circle", "--metrics", "warp_error", "flicker"])
+    main.main(["evaluate", "run/edits/000-a-red-circle", "--metrics", "warp_error", "flicker"])
     lines, rows = printed(capsys)
     assert "warp_error" in rows and "motion_fidelity" not in rows and "001" not in rows
     assert [line for line in lines if "not measured" in line] == [
         "not measured: flicker: hardly anything stands still in the source"
     ]
-    cli.main(["evaluate", "run/edits/000-a-red-circle", "--metrics", "warp_error", "--json"])
+    main.main(["evaluate", "run/edits/000-a-red-circle", "--metrics", "warp_error", "--json"])
     (file, told), *others = json.loads(capsys.readouterr().out).items()
     assert file == "run/scores.json" and not others and told["missing"] == []
     (edit,) = told["edits"]
@@ -163,7 +164,7 @@ def test_of_many_edits_the_table_names_the_best(tmp_path: Path, capsys: pytest.C
     edits = {f"edit {number} [b]": passing((speed, 1)) for number, speed in enumerate((1, 0, 3, 2, 5))}
     run = made_run(tmp_path / "run", "sd1.5", "a square", passing((3, 1)), edits)
     (run / "edits/004-edit-4-b").rename(run / "edits/1004-edit-4-b")
-    cli.main(["evaluate", str(run), "--metrics", "motion_fidelity"])
+    main.main(["evaluate", str(run), "--metrics", "motion_fidelity"])
     lines, rows = printed(capsys)
     assert rows["motion_fidelity"][2] == "002" and rows["motion_fidelity"][4] == "001"
     assert rows["002"][1] == rows["motion_fidelity"][1] and rows["002"][2:] == ["edit", "2", "[b]"]
@@ -177,8 +178,8 @@ def test_scores_of_different_masks_are_told_apart(run: Path, tmp_path: Path, cap
         image[:, :side] = 255
         write_image(image, tmp_path / f"{name}.png")
         edit = next(run.glob("edits/000-*" if name == "left" else "edits/001-*"))
-        cli.main(["evaluate", str(edit), "--mask", f"{tmp_path}/{name}.png", "--metrics", "background_psnr"])
-    cli.main(["evaluate", str(run), "--mask", f"{tmp_path}/left.png", "--metrics", "background_ssim"])
+        main.main(["evaluate", str(edit), "--mask", f"{tmp_path}/{name}.png", "--metrics", "background_psnr"])
+    main.main(["evaluate", str(run), "--mask", f"{tmp_path}/left.png", "--metrics", "background_ssim"])
     assert "measured with mask left.png: background_ssim" in capsys.readouterr().out.splitlines()
     scores = scores_of(run)
     tables.show_scores("scores.json", scores)
@@ -202,7 +203,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_reason_and_nothing_measured_i
 def test_scores_that_cannot_be_kept_are_shown(run: Path, refused: Said, capsys: pytest.CaptureFixture) -> None:
     (run / "scores.json").mkdir()
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["evaluate", str(run), "--metrics", "warp_error", "--json"])
+        main.main(["evaluate", str(run), "--metrics", "warp_error", "--json"])
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and f"{run}/scores.json cannot be written" in err
     (told,) = json.loads(out).values()

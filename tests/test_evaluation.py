@@ -11,7 +11,7 @@ import torch
 from tuneavideo import miniature
 from tuneavideo.evaluation import miniature as bench
 from tuneavideo.evaluation.compare import difference, estimate
-from tuneavideo.metrics.judge import Judge, Reading
+from tuneavideo.evaluation.metrics.judge import Judge, Reading
 from tuneavideo.video import Video, read
 
 CLIPS = {clip["name"]: clip for clip in miniature.clips()}

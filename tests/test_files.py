@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from tuneavideo import cache, files
 from tuneavideo.errors import DiskError
-from tuneavideo.keeping import _read
-from tuneavideo.reels import Reel
+from tuneavideo.method.reels import Reel
+from tuneavideo.storage import atomic, cache
+from tuneavideo.training.checkpoints import _read
 from tuneavideo.video import Video, write
 
 
@@ -30,8 +30,8 @@ def test_a_file_appears_when_it_is_whole_and_on_the_disk(tmp_path: Path, monkeyp
     monkeypatch.setattr(
         os, "fsync", lambda handle: forced.append(os.readlink(f"/proc/self/fd/{handle}")) or real(handle)
     )
-    files.write(file, "old")
-    with files.replacing(file) as draft:
+    atomic.write(file, "old")
+    with atomic.replacing(file) as draft:
         draft.write_text("new")
         assert file.read_text() == "old"
     assert file.read_text() == "new" and [path.name for path in file.parent.iterdir()] == ["file.txt"]
@@ -41,8 +41,8 @@ def test_a_file_appears_when_it_is_whole_and_on_the_disk(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("mistake", [ValueError, KeyboardInterrupt])
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(mistake: type, tmp_path: Path) -> None:
-    files.write(tmp_path / "file", b"old")
-    with pytest.raises(mistake), files.replacing(tmp_path / "file") as draft:
+    atomic.write(tmp_path / "file", b"old")
+    with pytest.raises(mistake), atomic.replacing(tmp_path / "file") as draft:
         draft.write_text("new")
         raise mistake
     assert (tmp_path / "file").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
@@ -54,7 +54,7 @@ def test_a_place_that_cannot_be_written_is_named(place: str) -> None:
         DiskError,
         match=rf"{place} cannot be written: (No such file|Not a directory|File exists).*; choose another place",
     ):
-        files.write(Path(place), "text")
+        atomic.write(Path(place), "text")
 
 
 def test_what_killed_writers_left_is_cleared_away(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_what_killed_writers_left_is_cleared_away(tmp_path: Path) -> None:
     (tmp_path / file).touch()
     for name in ("kept.part", ".download.part"):
         (tmp_path / name).touch()
-    files.sweep(tmp_path)
+    atomic.sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".download.part", "a", "kept.part"]
 
 
@@ -76,11 +76,11 @@ def test_a_folder_appears_when_all_its_files_are_on_the_disk(tmp_path: Path, mon
     name = lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name  # noqa: E731
     monkeypatch.setattr(os, "fsync", lambda handle: forced.append(name(handle)) or real(handle))
     for text in ("old", "new"):
-        with files.replacing(tmp_path / "folder") as draft:
+        with atomic.replacing(tmp_path / "folder") as draft:
             (draft / "inner").mkdir(parents=True)
             (draft / "inner" / text).write_text(text)
     assert {"old", "inner", "new"} <= set(forced)
-    with pytest.raises(ValueError), files.replacing(tmp_path / "folder") as draft:
+    with pytest.raises(ValueError), atomic.replacing(tmp_path / "folder") as draft:
         draft.mkdir()
         raise ValueError
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
@@ -97,7 +97,7 @@ def test_clips_are_forced_to_the_disk(suffix: str, tmp_path: Path, monkeypatch: 
 
 
 def test_a_file_that_cannot_be_read_is_not_blamed_on_the_one_that_is_written(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="missing"), files.replacing(tmp_path / "out") as draft:
+    with pytest.raises(FileNotFoundError, match="missing"), atomic.replacing(tmp_path / "out") as draft:
         draft.write_bytes((tmp_path / "missing").read_bytes())
     assert not list(tmp_path.iterdir())
 

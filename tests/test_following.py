@@ -14,12 +14,12 @@ from tests.conftest import image_unet
 from tests.test_job import BRIEF
 from tests.test_noise import STABLE
 from tuneavideo import api
-from tuneavideo.attention import SparseCausalAttention, TemporalAttention, referred
 from tuneavideo.errors import SettingsError
-from tuneavideo.inflate import VideoUNet, inflate
-from tuneavideo.inversion import invert, path_to
-from tuneavideo.noise import Levels
-from tuneavideo.sampling import Source, generate
+from tuneavideo.method.attention import SparseCausalAttention, TemporalAttention, referred
+from tuneavideo.method.inflate import VideoUNet, inflate
+from tuneavideo.method.inversion import invert, path_to
+from tuneavideo.method.noise import Levels
+from tuneavideo.method.sampling import Source, generate
 from tuneavideo.settings import OTHER_LEVELS, SAMPLERS, Inflation
 
 LEVELS = Levels.of(DDIMScheduler(**STABLE))

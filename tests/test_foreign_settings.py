@@ -13,11 +13,13 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.test_checkpoints import adapter_on
-from tuneavideo import api, cli
-from tuneavideo.checkpoints import flags, yamls
+from tuneavideo import api
+from tuneavideo.cli import main
+from tuneavideo.config import checked, layers
 from tuneavideo.errors import CheckpointError, SettingsError
-from tuneavideo.runs import RunFolder
-from tuneavideo.settings import TuneSettings, checked, layers
+from tuneavideo.interop import flags, yamls
+from tuneavideo.settings import TuneSettings
+from tuneavideo.storage.run_folder import RunFolder
 
 OFFICIAL = """
 pretrained_model_path: "./checkpoints/stable-diffusion-v1-4"
@@ -206,7 +208,7 @@ def test_mindones_inference_flags_say_what_to_type(capsys: pytest.CaptureFixture
         --ckpt_path sd-500.ckpt --output_path out --sampling_steps 30 --inv_sampling_steps 40 --seed 42 --fps 8 --H 768
         --W 512 --n_samples 2 --ddim --fixed_code --dry_run"""
     words = shlex.split(text)
-    cli.main(["mindone", "infer", *words])
+    main.main(["mindone", "infer", *words])
     told = capsys.readouterr().err
     assert told.startswith("tuneavideo adopt v.mp4 ")
     for part in ("--checkpoint sd-500.ckpt", "--base sd2.1-base", "--edit iron_man", "--sampler ddim", "--height 768",
@@ -235,7 +237,7 @@ def test_their_yaml_tunes_here(base: Path, clip: Path, tmp_path: Path, monkeypat
         validation_data__prompts=["a blue square"], validation_data__num_inference_steps=2,
         validation_data__num_inv_steps=2,
     )  # fmt: skip
-    cli.main(["tune", "--config", str(path)])
+    main.main(["tune", "--config", str(path)])
     run = RunFolder.open("outputs/square")
     assert run.is_tuned
     assert run.read_settings().preset == "official"
@@ -245,7 +247,7 @@ def test_their_yaml_tunes_here(base: Path, clip: Path, tmp_path: Path, monkeypat
 def test_mindones_commands_do_what_they_say(base: Path, clip: Path, tmp_path: Path, capsys) -> None:
     out, path = tmp_path / "run", written(tmp_path, MINDONE)
     theirs = ["--base", str(base), "--video_path", str(clip), "--sample_interval", "1", "--num_frames", "2"]
-    cli.main(
+    main.main(
         ["mindone", "train", "--train_config", str(path), "--output_path", str(out), "--max_train_steps", "1", *theirs]
     )
     assert RunFolder.open(out).is_tuned
@@ -259,7 +261,7 @@ def test_mindones_commands_do_what_they_say(base: Path, clip: Path, tmp_path: Pa
         "--output_path",
         str(tmp_path / "edited"),
     ]
-    cli.main(["mindone", "infer", *theirs, *words, *steps])
+    main.main(["mindone", "infer", *theirs, *words, *steps])
     edit = next((tmp_path / "edited" / "edits").iterdir())
     assert (edit / "edit.gif").is_file()
     assert len(list((edit / "frames").iterdir())) == 2
@@ -289,7 +291,7 @@ def test_what_another_program_tuned_is_edited_here(base: Path, clip: Path, tmp_p
 def test_a_whole_model_brings_its_own_base(base: Path, clip: Path, tmp_path: Path, capsys) -> None:
     api.convert(adapter_on(base, tmp_path / "adapter"), tmp_path / "theirs", to="official")
     words = [str(clip), "--checkpoint", str(tmp_path / "theirs"), "--out", str(tmp_path / "run"), "--num-frames", "2"]
-    cli.main(["adopt", *words, "--prompt", "a red square", "--json"])
+    main.main(["adopt", *words, "--prompt", "a red square", "--json"])
     assert json.loads(capsys.readouterr().out)["run"] == str(tmp_path / "run")
     assert (tmp_path / "run" / "base" / "model_index.json").is_file()
     assert RunFolder.open(tmp_path / "run").is_tuned
@@ -304,11 +306,11 @@ def test_what_was_not_tuned_is_not_adopted(base: Path, clip: Path, tmp_path: Pat
 
 def test_the_convert_command_reports(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter_on(base, tmp_path / "adapter")
-    cli.main(["convert", str(tmp_path / "adapter"), str(tmp_path / "x.ckpt"), "--to", "mindone"])
+    main.main(["convert", str(tmp_path / "adapter"), str(tmp_path / "x.ckpt"), "--to", "mindone"])
     out = capsys.readouterr().out
     assert "adapter: " in out
     assert "0 missing, 0 left over" in out
-    cli.main(
+    main.main(
         [
             "convert",
             str(tmp_path / "x.ckpt"),
@@ -325,4 +327,4 @@ def test_the_convert_command_reports(base: Path, tmp_path: Path, capsys: pytest.
 
 @pytest.fixture(autouse=True)
 def heard(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "tuneavideo.checkpoints.yamls")
+    caplog.set_level(logging.WARNING, "tuneavideo.interop.yamls")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import KINDS, ends, mutated, read_settings, tried
-from tuneavideo.settings import TuneSettings, as_yaml
+from tuneavideo.config import as_yaml
+from tuneavideo.settings import TuneSettings
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 

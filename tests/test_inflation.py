@@ -12,11 +12,11 @@ from diffusers.models.attention_processor import Attention
 from torch.nn.functional import group_norm
 
 from tests.conftest import image_unet
-from tuneavideo.adapter import tuned_parameters
-from tuneavideo.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, only_first, referred
-from tuneavideo.conditions import Conditions
 from tuneavideo.errors import ModelError
-from tuneavideo.inflate import added_parameters, deflate, inflate, video_unet
+from tuneavideo.method.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, only_first, referred
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.inflate import added_parameters, deflate, inflate, video_unet
+from tuneavideo.models.adapter import tuned_parameters
 from tuneavideo.settings import Inflation, TuneSettings
 
 SHAPES = {
@@ -162,7 +162,7 @@ def test_temporal_attention_in_parts_is_temporal_attention(monkeypatch: pytest.M
     randomised(video.unet)
     x, t, text = torch.randn(1, 4, 3, 8, 8), torch.tensor(4), torch.randn(1, 5, 24)
     whole = video(x, t, text)
-    monkeypatch.setattr("tuneavideo.attention.MAX_BATCH", 7)
+    monkeypatch.setattr("tuneavideo.method.attention.MAX_BATCH", 7)
     assert torch.allclose(video(x, t, text), whole, atol=1e-6)
 
 

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 from tests.clips import clapped
 from tests.conftest import Said, base_folder, moving_square
-from tuneavideo import api, cli, miniature, models
+from tuneavideo import api, miniature
+from tuneavideo.cli import main
 from tuneavideo.errors import RunError, SettingsError, VideoError
-from tuneavideo.runs import RunFolder
+from tuneavideo.method.tuning import Tuning
+from tuneavideo.models import devices
 from tuneavideo.settings import TuneSettings
-from tuneavideo.tuning import Tuning
+from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import read
 
 CLIP = str(miniature.clips()[0]["path"])
@@ -183,7 +185,7 @@ def test_memory_that_runs_out_is_told_with_the_command_that_goes_on(
     line = refused([*words, "--checkpointing-steps", "1", "--no-gradient-checkpointing"])
     *_, command = line.partition("; go on with: tuneavideo ")
     assert command.split() == ["tune", "--resume", str(tmp_path / "run"), "--gradient-checkpointing"]
-    cli.main(command.split())
+    main.main(command.split())
     assert RunFolder.open(tmp_path / "run").is_tuned
     assert RunFolder.open(tmp_path / "run").read_settings().gradient_checkpointing
 
@@ -215,8 +217,8 @@ def test_either_precision_runs_through(precision: str, base: Path, clip: Path, t
 def test_precision_is_half_where_the_cpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, chosen in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx2", "no")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {has: True})
-        assert models.precision(None) == chosen
-        assert models.precision("no") == "no"
+        assert devices.precision(None) == chosen
+        assert devices.precision("no") == "no"
 
 
 def test_frames_that_are_not_there_are_not_made_up(base: Path, clip: Path, tmp_path: Path) -> None:
@@ -234,14 +236,14 @@ def test_the_command_line_tunes_edits_and_inverts(
     base: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cli.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), *FLAGS, "--edit", "a circle",
+    main.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), *FLAGS, "--edit", "a circle",
               "--edit", "a square on the snow", "--no-gradient-checkpointing", "--json"])  # fmt: skip
     told = json.loads(capsys.readouterr().out)
     assert told["run"] == "runs/square-1" and len(told["edits"]) == 2 and told["steps"] == 4
-    cli.main(["edit", "runs/square-1", "--prompt", "a circle jumps", "--strength", "0.7", "--json"])
+    main.main(["edit", "runs/square-1", "--prompt", "a circle jumps", "--strength", "0.7", "--json"])
     (edit,) = json.loads(capsys.readouterr().out)["edits"]
     assert json.loads(Path(edit, "edit.json").read_text())["strength"] == 0.7
-    cli.main(["invert", "runs/square-1", "--json"])
+    main.main(["invert", "runs/square-1", "--json"])
     assert Path(json.loads(capsys.readouterr().out)["files"][0]).is_file()
 
 
@@ -249,7 +251,7 @@ def test_flags_go_before_the_yaml_file(base: Path, clip: Path, tmp_path: Path, c
     config = tmp_path / "run.yaml"
     values = BRIEF | {"video": str(clip), "prompt": "a square", "base": str(base), "edit": ["a circle"]}
     config.write_text(json.dumps(values))
-    cli.main(["tune", "--config", str(config), "--max-train-steps", "2", "--edit", "a red circle", "--json",
+    main.main(["tune", "--config", str(config), "--max-train-steps", "2", "--edit", "a red circle", "--json",
               "--out", str(tmp_path / "run")])  # fmt: skip
     told = json.loads(capsys.readouterr().out)
     assert told["steps"] == 2 and [Path(edit).name for edit in told["edits"]] == ["000-a-red-circle"]
@@ -271,7 +273,7 @@ def test_flags_go_before_the_yaml_file(base: Path, clip: Path, tmp_path: Path, c
 )
 def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], told: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(words)
+        main.main(words)
     said = capsys.readouterr().err
     assert stopped.value.code == 2
     *loading, line = said.splitlines()
@@ -280,12 +282,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], told: str, caps
 
 def test_a_misspelt_flag_is_answered_with_the_right_one(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["tune", "a.mp4", "--prompt", "x", "--learning-rat", "1"])
+        main.main(["tune", "a.mp4", "--prompt", "x", "--learning-rat", "1"])
     assert stopped.value.code == 2 and "--learning-rate" in capsys.readouterr().err
 
 
 def test_help_and_importing_do_not_import_torch() -> None:
-    code = "import sys, tuneavideo, tuneavideo.api, tuneavideo.cli as c\ntry: c.main(['tune', '--help'])\n" \
+    code = "import sys, tuneavideo, tuneavideo.api, tuneavideo.cli.main as c\ntry: c.main(['tune', '--help'])\n" \
            "except SystemExit: pass\nassert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

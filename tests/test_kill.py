@@ -22,11 +22,14 @@ import torch
 from tests import forks
 from tests.conftest import moving_square
 from tests.test_job import BRIEF
-from tuneavideo import api, cli, files
+from tuneavideo import api
+from tuneavideo.cli import main
+from tuneavideo.config import as_yaml
 from tuneavideo.errors import DiskError, RunError
 from tuneavideo.progress import Job
-from tuneavideo.runs import RunFolder
-from tuneavideo.settings import TuneSettings, as_yaml
+from tuneavideo.settings import TuneSettings
+from tuneavideo.storage import atomic
+from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import clip
 
 EDIT = "a blue circle moves"
@@ -183,12 +186,12 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_says_how(
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(api, "tuning", tuning)
-        cli.main(as_words(settings, "run"))
+        main.main(as_words(settings, "run"))
     keyboard[0].join()  # a second press may come when all is over: it must not meet the run that goes on
     said = capfd.readouterr().err
     assert stopped.value.code == 130 and "Traceback" not in said
     assert "tuneavideo: stopped; go on with: tuneavideo tune --resume run\n" in said
-    cli.main(["tune", "--resume", "run", "--json"])
+    main.main(["tune", "--resume", "run", "--json"])
     assert adapter(Path("run")) == unbroken
     is_whole(Path("run"))
 
@@ -210,14 +213,14 @@ def test_sigterm_stops_as_ctrl_c_does_with_its_own_exit_code(
     try:
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(api, "tuning", tuning)
-            cli.main(as_words(settings.model_copy(update={"checkpointing_steps": 100}), "run"))
+            main.main(as_words(settings.model_copy(update={"checkpointing_steps": 100}), "run"))
     finally:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, before if each == signal.SIGTERM else signal.default_int_handler)
     assert stopped.value.code == 143
     assert "tuneavideo: stopped; go on with: tuneavideo tune --resume run\n" in capfd.readouterr().err
     assert [path.name for path in RunFolder.open("run").checkpoints()] == ["000003.pt"]
-    cli.main(["tune", "--resume", "run", "--json"])
+    main.main(["tune", "--resume", "run", "--json"])
     assert adapter(Path("run")) == unbroken and signal.getsignal(signal.SIGTERM) == before
 
 
@@ -244,7 +247,7 @@ def test_ctrl_c_twice_in_the_middle_of_a_write_is_no_error(
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(torch, "save", lambda state, _: real(state, Pressed()))
-        cli.main(as_words(settings, "run"))
+        main.main(as_words(settings, "run"))
     assert stopped.value.code == 130
     assert capfd.readouterr().err.endswith("tuneavideo: stopped; go on with: tuneavideo tune --resume run\n")
     assert not list(Path("run").rglob("*.part"))
@@ -257,7 +260,7 @@ def test_ctrl_c_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch, capsys: p
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process that has just begun
     try:
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["models"])
+            main.main(["models"])
     finally:
         signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
@@ -303,7 +306,7 @@ def test_the_second_process_on_a_run_folder_is_refused(
         ("tune", settings.video, "--prompt", "a square", "--base", settings.base, "--out", str(out)): exists,
     }.items():
         with pytest.raises(SystemExit) as stopped:
-            cli.main(words)
+            main.main(words)
         assert stopped.value.code == 2 and capsys.readouterr().err.endswith(told)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     other.kill()
@@ -322,7 +325,7 @@ def test_of_two_processes_that_make_one_folder_at_once_one_is_refused(tmp_path: 
 
 def with_small_files(words: list[str], limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    cli.main(words)
+    main.main(words)
 
 
 @pytest.mark.parametrize(("limit", "full_at"), [(2_500, "latents"), (20_000, "checkpoints")])
@@ -344,7 +347,7 @@ def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
 def test_tuning_does_not_begin_when_the_disk_will_not_hold_it(
     settings: TuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "free", lambda path: 100_000)
+    monkeypatch.setattr(atomic, "free", lambda path: 100_000)
     line = (
         r"run: tuning needs [\d.]+ MB \(3 states to resume from of [\d.]+ MB, adapter .*, videos .*\), 0.1 MB are free"
     )
@@ -381,10 +384,10 @@ def test_what_a_run_writes_is_counted_before_it_begins(
         (lambda: api.tuning(settings, out=tmp_path / "other"), most),
         (lambda: api.editing(api.edit_settings(wish | {"run": str(copy)})), added),
     ):
-        monkeypatch.setattr(files, "free", lambda path, peak=peak: peak - 1)
+        monkeypatch.setattr(atomic, "free", lambda path, peak=peak: peak - 1)
         with pytest.raises(DiskError, match="are free there"):
             done(begin())
-        monkeypatch.setattr(files, "free", lambda path, peak=peak: 3 * peak)
+        monkeypatch.setattr(atomic, "free", lambda path, peak=peak: 3 * peak)
         done(begin())
 
 
@@ -394,7 +397,7 @@ def test_edits_do_not_begin_when_the_disk_will_not_hold_them(
     run = tmp_path / "run"
     go_on(settings, run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr(files, "free", lambda path: 10_000)
+    monkeypatch.setattr(atomic, "free", lambda path: 10_000)
     with pytest.raises(DiskError, match=r"run: 2 edits need .* \(inversion .*, videos .*\), 0.01 MB are free"):
         done(
             api.editing(
@@ -410,7 +413,7 @@ def test_edits_do_not_begin_when_the_disk_will_not_hold_them(
 def in_little_memory(words: list[str]) -> None:
     limit = psutil.Process().memory_info().vms + 2**29
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    cli.main(words)
+    main.main(words)
 
 
 @pytest.mark.parametrize(
@@ -448,10 +451,10 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state_to_go_on_from(
             job.close()
             break
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["tune", "--resume", str(out), "--learning-rate", "1e30"])
+        main.main(["tune", "--resume", str(out), "--learning-rate", "1e30"])
     *_, said = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and said.startswith("tuneavideo: the loss is nan, its gradient nan at step 4; go on")
     assert "with a lower learning_rate (now 1e+30) or another mixed_precision (now no); go on with: tuneavideo" in said
     assert [path.name for path in RunFolder.open(out).checkpoints()] == ["000002.pt"]
-    cli.main(["tune", "--resume", str(out), "--learning-rate", str(settings.learning_rate)])
+    main.main(["tune", "--resume", str(out), "--learning-rate", str(settings.learning_rate)])
     assert adapter(out) == unbroken

@@ -12,8 +12,8 @@ from tests.test_job import BRIEF
 from tuneavideo import api
 from tuneavideo.errors import AdapterError, DiskError, RunError, VideoError
 from tuneavideo.progress import Job
-from tuneavideo.runs import RunFolder
 from tuneavideo.settings import TuneSettings
+from tuneavideo.storage.run_folder import RunFolder
 
 QUICK = {**BRIEF, "max_train_steps": 2, "num_inference_steps": 1, "num_inv_steps": 1, "mixed_precision": "no"}
 

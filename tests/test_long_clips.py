@@ -15,16 +15,20 @@ from diffusers import DDIMScheduler
 from tests.conftest import Said, image_unet
 from tests.test_job import same
 from tests.test_noise import STABLE
-from tuneavideo import api, cache, cli, inversion, machine, sampling, streaming
+from tuneavideo import api
+from tuneavideo.cli import main
 from tuneavideo.errors import SettingsError
-from tuneavideo.inflate import VideoUNet, inflate
-from tuneavideo.montage import side_by_side
-from tuneavideo.noise import Levels
-from tuneavideo.reels import Reel
-from tuneavideo.runs import RunFolder
+from tuneavideo.method import inversion, sampling, streaming
+from tuneavideo.method.inflate import VideoUNet, inflate
+from tuneavideo.method.noise import Levels
+from tuneavideo.method.reels import Reel
+from tuneavideo.method.windows import WindowedUNet, Windows
+from tuneavideo.models import host_memory
 from tuneavideo.settings import SAMPLERS, STOCHASTIC_SAMPLERS
+from tuneavideo.storage import cache
+from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import Spool, Video, clip, footage, read, write
-from tuneavideo.windows import WindowedUNet, Windows
+from tuneavideo.video.montage import side_by_side
 
 LEVELS = Levels.of(DDIMScheduler(**STABLE))
 BRIEF = {"num_frames": 40, "window": 8, "max_train_steps": 3, "learning_rate": 1e-2, "num_inference_steps": 2,
@@ -130,13 +134,13 @@ def test_a_run_begun_with_feature_reuse_in_windows_is_resumed_as_its_error_says(
     line = refused(["tune", "--resume", str(run.path)])
     *_, command = line.partition("; go on with: tuneavideo ")
     assert command.split() == ["tune", "--resume", str(run.path), "--feature-reuse", "1"]
-    cli.main(command.split())
+    main.main(command.split())
     assert len(run.whole_edits()) == 1
 
 
 def test_only_memory_of_a_cpu_goes_back_after_every_window(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(machine, "give_back", lambda: calls.append(0))
+    monkeypatch.setattr(host_memory, "give_back", lambda: calls.append(0))
     for device in ("meta", "cpu"):
         streaming._alone(torch.empty(1, device=device))
     assert len(calls) == 1

@@ -18,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import image_unet
 from tests.test_noise import STABLE
 from tests.test_tuning import tuning
-from tuneavideo import losses
-from tuneavideo.adapter import Adapter
-from tuneavideo.attention import referred
 from tuneavideo.errors import SettingsError
-from tuneavideo.lora import LowRank
-from tuneavideo.noise import Levels
-from tuneavideo.prior import Prior
+from tuneavideo.method import losses
+from tuneavideo.method.attention import referred
+from tuneavideo.method.lora import LowRank
+from tuneavideo.method.noise import Levels
+from tuneavideo.method.prior import Prior
+from tuneavideo.models.adapter import Adapter
 from tuneavideo.settings import Inflation
 
 SEEDS = st.integers(0, 2**32)

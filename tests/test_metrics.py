@@ -16,12 +16,12 @@ from transformers import CLIPModel, CLIPTokenizer
 from tests.conftest import clip_folder
 from tuneavideo import miniature
 from tuneavideo.errors import ModelError, VideoError
-from tuneavideo.metrics import background, clip, drawn, flicker, motion, warp
-from tuneavideo.metrics.background import Mask, read_mask
-from tuneavideo.metrics.flow import Dis, Raft, best, seen_again
-from tuneavideo.metrics.judge import Judge
-from tuneavideo.metrics.sample import NotMeasurable, Sample, Shown
-from tuneavideo.metrics.table import METRICS, opened
+from tuneavideo.evaluation.metrics import background, clip, drawn, flicker, motion, warp
+from tuneavideo.evaluation.metrics.background import Mask, read_mask
+from tuneavideo.evaluation.metrics.flow import Dis, Raft, best, seen_again
+from tuneavideo.evaluation.metrics.judge import Judge
+from tuneavideo.evaluation.metrics.sample import NotMeasurable, Sample, Shown
+from tuneavideo.evaluation.metrics.table import METRICS, opened
 from tuneavideo.video import Video, read, write, write_image
 
 SIDE = 64

@@ -9,17 +9,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tuneavideo import cli, miniature, models
-from tuneavideo.inflate import video_unet
-from tuneavideo.inversion import invert, path_to
-from tuneavideo.noise import Levels
-from tuneavideo.sampling import generate
+from tuneavideo import miniature
+from tuneavideo.cli import main
+from tuneavideo.method.inflate import video_unet
+from tuneavideo.method.inversion import invert, path_to
+from tuneavideo.method.noise import Levels
+from tuneavideo.method.sampling import generate
+from tuneavideo.models import codec, pipelines
 from tuneavideo.video import read
 
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
-    return models.open("miniature")
+    return pipelines.open("miniature")
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,25 +42,25 @@ def test_stock_diffusers_opens_it_and_draws() -> None:
 
 
 def test_words_it_does_not_know_do_no_harm(pipe: StableDiffusionPipeline) -> None:
-    known, strange = models.embed(pipe, ["a dog", "spider man is skiing, 4K?"]).text_BLD
+    known, strange = codec.embed(pipe, ["a dog", "spider man is skiing, 4K?"]).text_BLD
     assert known.isfinite().all() and strange.isfinite().all()
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_inversion_then_generation_returns_the_clip(spacing: str, pipe: StableDiffusionPipeline) -> None:
     clip = read(miniature.clips()[0]["path"], stride=4, count=3, size=(64, 64))
-    clean, levels = models.encode(pipe, clip)["mean"], Levels.of(pipe.scheduler)
-    empty, video = models.embed(pipe, [""]), video_unet(pipe.unet)
+    clean, levels = codec.encode(pipe, clip)["mean"], Levels.of(pipe.scheduler)
+    empty, video = codec.embed(pipe, [""]), video_unet(pipe.unet)
     sampler = levels.sampler("ddim", 50, spacing=spacing)
     *_, up = invert(video, levels, clean, empty, path_to(sampler, levels, 50, spacing))
     *_, down = generate(video, sampler, up.latents, empty, empty, 1.0)
-    (back,), (there,) = (models.decode(pipe, latents, 8) for latents in (down.latents, clean))
+    (back,), (there,) = (codec.decode(pipe, latents, 8) for latents in (down.latents, clean))
     assert psnr(back.frames_THWC, there.frames_THWC) >= 30
 
 
 def test_the_autoencoder_keeps_a_drawing(pipe: StableDiffusionPipeline) -> None:
     clip = read(miniature.clips()[0]["path"], count=2, size=(64, 64))
-    (decoded,) = models.decode(pipe, models.encode(pipe, clip)["mean"], 8)
+    (decoded,) = codec.decode(pipe, codec.encode(pipe, clip)["mean"], 8)
     assert psnr(decoded.frames_THWC, clip.frames_THWC) >= 24
 
 
@@ -73,7 +75,7 @@ def test_the_sample_clips_are_what_their_list_says() -> None:
 
 
 def test_the_demo_makes_its_edits_and_a_picture_of_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    cli.main(["demo", "--quick", "--out", str(tmp_path / "demo"), "--json"])
+    main.main(["demo", "--quick", "--out", str(tmp_path / "demo"), "--json"])
     assert (tmp_path / "demo/edits.png").is_file()
     assert len(list((tmp_path / "demo").glob("edits/*/side-by-side.mp4"))) == 4
     assert "edits.png" in capsys.readouterr().out
@@ -83,16 +85,17 @@ def test_tuning_learns_the_clip(pipe: StableDiffusionPipeline) -> None:
     """The tuned model predicts the noise of the clip better than the model it came from."""
     from accelerate import Accelerator
 
-    from tuneavideo.settings import TuneSettings, checked, layers
-    from tuneavideo.tuning import Tuning
+    from tuneavideo.config import checked, layers
+    from tuneavideo.method.tuning import Tuning
+    from tuneavideo.settings import TuneSettings
 
     clip = read(miniature.clips()[0]["path"], stride=4, count=4, size=(64, 64))
-    fresh = models.open("miniature")
+    fresh = pipelines.open("miniature")
     stated = {"video": "-", "prompt": "-", "max_train_steps": 30, "num_frames": 4}
     settings = checked(TuneSettings, layers(stated, {}))
-    text = models.embed(fresh, ["a dog is jumping on the grass"])
+    text = codec.embed(fresh, ["a dog is jumping on the grass"])
     tuning = Tuning(
-        video_unet(fresh.unet), Levels.of(fresh.scheduler), models.encode(fresh, clip), text, settings,
+        video_unet(fresh.unet), Levels.of(fresh.scheduler), codec.encode(fresh, clip), text, settings,
         Accelerator(cpu=True),
     )  # fmt: skip
 

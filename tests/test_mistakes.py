@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import Said, base_folder, image_unet
 from tests.test_job import BRIEF
-from tuneavideo import api, cli
+from tuneavideo import api
+from tuneavideo.cli import main
 from tuneavideo.settings import TuneSettings
 
 
@@ -150,14 +151,14 @@ def test_what_should_not_happen_is_one_line_too_and_debug_shows_where(
     line = "unexpected KeyError: 'none'; --debug shows where; please report it with what 'tuneavideo doctor' prints"
     assert refused(["models"], code=1) == line
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["models", "--debug"])
+        main.main(["models", "--debug"])
     said = capsys.readouterr().err
     assert stopped.value.code == 1 and said.startswith("Traceback") and said.endswith(f"tuneavideo: {line}\n")
 
 
 def test_debug_shows_where_a_mistake_was_noticed(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["edit", "nowhere", "--prompt", "x", "--debug"])
+        main.main(["edit", "nowhere", "--prompt", "x", "--debug"])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.startswith("Traceback") and "tuneavideo: nowhere is no run folder" in said
 

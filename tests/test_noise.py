@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tests.conftest import image_unet
 from tuneavideo.errors import SettingsError
-from tuneavideo.inflate import VideoUNet, inflate
-from tuneavideo.inversion import invert, path_to
-from tuneavideo.noise import Levels, add_noise, ddim_move, split, target
-from tuneavideo.sampling import generate, mix_noise
+from tuneavideo.method.inflate import VideoUNet, inflate
+from tuneavideo.method.inversion import invert, path_to
+from tuneavideo.method.noise import Levels, add_noise, ddim_move, split, target
+from tuneavideo.method.sampling import generate, mix_noise
 from tuneavideo.settings import SAMPLERS
 
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from tests.conftest import Said
-from tuneavideo import cli, plan
+from tuneavideo.cli import main
+from tuneavideo.cli.console import Show
+from tuneavideo.jobs import plan
 from tuneavideo.progress import Job, Progress, Step, TimeLeft
-from tuneavideo.terminal import Show
 
 QUICK = ["--max-train-steps", "4", "--num-inference-steps", "3", "--num-inv-steps", "3", "--no-gradient-checkpointing"]
 
@@ -76,7 +77,7 @@ def test_what_will_be_done_is_said_before_and_what_the_base_is_again_after(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     words = ["tune", str(clip), "--prompt", "a red square moves on the grass", "--edit", "a helicopter over Paris"]
-    cli.main([*words, "--out", str(tmp_path / "run"), *QUICK])
+    main.main([*words, "--out", str(tmp_path / "run"), *QUICK])
     said = capsys.readouterr()
     first, *rest = said.err.splitlines()
     assert re.match("loading miniature: a toy .* --base sd1.5 ", first)
@@ -87,14 +88,14 @@ def test_what_will_be_done_is_said_before_and_what_the_base_is_again_after(
     )
     assert "does not know square, moves, helicopter, over, paris;" in said.err
     assert re.search("toy .* --base sd1.5", said.out)
-    cli.main(["edit", str(tmp_path / "run"), "--prompt", "a dog"])
+    main.main(["edit", str(tmp_path / "run"), "--prompt", "a dog"])
     assert "1 edit of 3 steps: 6 frames at 64 x 64" in capsys.readouterr().err
-    cli.main(["invert", str(tmp_path / "run"), "--json"])
+    main.main(["invert", str(tmp_path / "run"), "--json"])
     assert json.loads(capsys.readouterr().out)["run"] == str(tmp_path / "run")
 
 
 def test_a_run_keeps_which_frames_were_taken(tune: list[str], tmp_path: Path) -> None:
-    cli.main(tune)
+    main.main(tune)
     kept = yaml.safe_load((tmp_path / "run/settings.yaml").read_text())
     assert (kept["stride"], kept["num_frames"]) == (1, 6)
 
@@ -103,7 +104,7 @@ def test_a_run_keeps_which_frames_were_taken(tune: list[str], tmp_path: Path) ->
     ("words", "frames"), [(["--num-frames", "all"], 6), (["--num-frames=2"], 2), (["--stride=4"], 2)]
 )
 def test_frames_are_taken_as_they_are_asked_for(words, frames, tune: list[str], tmp_path: Path) -> None:
-    cli.main([*tune, *words])
+    main.main([*tune, *words])
     assert yaml.safe_load((tmp_path / "run/settings.yaml").read_text())["num_frames"] == frames
 
 

@@ -10,7 +10,7 @@ from benchmarks import parity
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tuneavideo import attention
+from tuneavideo.method import attention
 
 GOLDENS = Path(__file__).parent / "goldens"
 BLOCK = "layers/basic_transformer_block_h2_d16_f5.safetensors"

@@ -15,10 +15,11 @@ from PIL import Image
 
 from tests.conftest import image_unet, moving_square
 from tests.test_adapter import learned
-from tuneavideo import TuneAVideoPipeline, api, models
+from tuneavideo import TuneAVideoPipeline, api
 from tuneavideo.bases import BASES
 from tuneavideo.errors import AdapterError, SettingsError
-from tuneavideo.runs import RunFolder
+from tuneavideo.models import codec, pipelines
+from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import Video, read, write
 
 QUICK = {"num_frames": 3, "num_inference_steps": 2, "output_type": "latent"}
@@ -64,7 +65,7 @@ def test_slicing_and_embeddings_change_nothing(pipe: TuneAVideoPipeline) -> None
     whole = pipe("a square", generator=rng(), **QUICK).frames
     pipe.enable_attention_slicing()
     pipe.vae.enable_slicing()
-    text, empty = models.embed(pipe, ["a square", ""]).text_BLD.split(1)
+    text, empty = codec.embed(pipe, ["a square", ""]).text_BLD.split(1)
     sliced = pipe(prompt_embeds=text, negative_prompt_embeds=empty, generator=rng(), **QUICK).frames
     assert torch.allclose(whole, sliced, atol=1e-4)
 
@@ -112,7 +113,7 @@ def test_an_adapter_comes_and_goes_whatever_was_done_before(pipe: TuneAVideoPipe
 
 
 def test_it_is_made_of_the_components_of_a_stock_pipeline(base: Path) -> None:
-    stock = models.open(str(base))
+    stock = pipelines.open(str(base))
     assert type(stock) is StableDiffusionPipeline
     assert TuneAVideoPipeline(**stock.components)("a square", **QUICK).frames.shape == (1, 4, 3, 8, 8)
 
@@ -218,8 +219,8 @@ def test_inverted_noise_is_turned_back_into_the_clip(pipe: TuneAVideoPipeline, t
     clip = read(moving_square(tmp_path / "square.mp4"), count=3, size=(16, 16))
     noise = pipe.invert(clip, num_inference_steps=50)
     back = pipe("", latents=noise, guidance_scale=1.0, num_inference_steps=50, output_type="np").frames[0]
-    moments = models.encode(pipe, clip)
-    decoded = models.decode(pipe, moments["mean"], 8)[0].frames_THWC / 255
+    moments = codec.encode(pipe, clip)
+    decoded = codec.decode(pipe, moments["mean"], 8)[0].frames_THWC / 255
     assert 10 * np.log10(1 / ((back - decoded) ** 2).mean()) > 30
 
 
@@ -239,8 +240,8 @@ def test_style_loras_load_before_and_after_inflation(pipe: TuneAVideoPipeline, t
 
 def test_moments_do_not_depend_on_how_many_frames_are_encoded_at_once(pipe: TuneAVideoPipeline) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
-    together = models.encode(pipe, Video(frames, 8.0))
-    alone = models.encode(pipe, Video(frames[1:2], 8.0))
+    together = codec.encode(pipe, Video(frames, 8.0))
+    alone = codec.encode(pipe, Video(frames[1:2], 8.0))
     assert torch.allclose(together["mean"][:, :, 1:2], alone["mean"], atol=1e-6)
 
 
@@ -356,7 +357,7 @@ def test_pixels_are_divided_before_they_are_rounded_to_half_precision(pipe: Tune
     pipe.vae.to(torch.bfloat16)
     pipe.vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     ramp = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
-    models.encode(pipe, Video(ramp, 8.0))
+    codec.encode(pipe, Video(ramp, 8.0))
     levels = (seen[0][0, 0].float().flatten() + 1) * 127.5
     assert (levels - torch.arange(256)).abs().max() < 0.3
 

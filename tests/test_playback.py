@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from tests.clips import clapped, film
-from tuneavideo.montage import side_by_side
 from tuneavideo.video import Video, read, write
+from tuneavideo.video.montage import side_by_side
 
 SOURCES = {
     "mp4 aac": ("mp4", "libx264", "aac", 44_100),

@@ -10,8 +10,8 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
 from tests.conftest import image_unet
-from tuneavideo import products
-from tuneavideo.inflate import deflate, inflate
+from tuneavideo.kernels import products
+from tuneavideo.method.inflate import deflate, inflate
 
 
 def learned(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

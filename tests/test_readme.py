@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_job import BRIEF
-from tuneavideo import cli
+from tuneavideo.cli import main
 from tuneavideo.settings import EditSettings, TuneSettings
 from tuneavideo.video import read
 
@@ -38,7 +38,7 @@ def test_the_commands_and_the_python_run(
     for command in (tune, brief(edit, base, clip)):
         program, *words = shlex.split(command)
         assert program == "tuneavideo"
-        cli.main(words)
+        main.main(words)
     assert len(list(Path("runs/square-1/edits").iterdir())) == 3
     for code in blocks("python"):
         exec(compile(brief(code, base, clip), "README.md", "exec"), {})

@@ -18,13 +18,14 @@ from PIL import Image
 from tests.browser import Browser, chromium
 from tests.conftest import moving_square
 from tests.test_job import BRIEF
-from tuneavideo import api, cli
+from tuneavideo import api
+from tuneavideo.cli import main
 from tuneavideo.errors import DiskError, RunError
 from tuneavideo.progress import Step
 from tuneavideo.reporting.comparison import pieces
 from tuneavideo.reporting.contents import Run
 from tuneavideo.reporting.curve import curve, smoothed
-from tuneavideo.reporting.words import duration
+from tuneavideo.reporting.formatting import duration
 
 PROMPT = "a red square moves"
 EDITS = ["a blue circle moves", "a \"red\" square <script>window.struck = 1</script> & moves 'on' the snow"]
@@ -153,7 +154,7 @@ def test_among_runs_what_is_none_is_left_out(run: Path, capsys: pytest.CaptureFi
     (run.parent / "benchmark").mkdir()
     (run.parent / "report.html").write_text("x")
     names = [str(run.parent / name) for name in ("benchmark", "report.html", "square")]
-    cli.main(["report", *names, "--json"])
+    main.main(["report", *names, "--json"])
     assert json.loads(capsys.readouterr().out)["report"] == f"{run}/report.html"
     assert caplog.text.count("is no run folder") == 2
     with pytest.raises(RunError, match="is no run folder"):
@@ -213,9 +214,9 @@ def test_the_command_says_where_the_page_is(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(run.parent)
-    cli.main(["report", str(run)])
+    main.main(["report", str(run)])
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
-    cli.main(["report", "square", str(run), "--json"])
+    main.main(["report", "square", str(run), "--json"])
     assert json.loads(capsys.readouterr().out) == {"report": "report.html", "runs": ["square", str(run)]}
     assert Path("report.html").is_file()
 

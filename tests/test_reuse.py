@@ -6,8 +6,8 @@ import torch
 
 from tests.conftest import image_unet
 from tests.test_inflation import randomised
-from tuneavideo.inflate import VideoUNet, inflate
-from tuneavideo.reuse import inner_layers, reusing
+from tuneavideo.method.deepcache import inner_layers, reusing
+from tuneavideo.method.inflate import VideoUNet, inflate
 
 
 def tuned() -> VideoUNet:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneavideo import files
 from tuneavideo.errors import RunError
-from tuneavideo.runs import RunFolder, slug
+from tuneavideo.storage import atomic
+from tuneavideo.storage.run_folder import RunFolder, slug
 
 
 def made_edit(run: RunFolder, prompt: str) -> None:
@@ -74,9 +74,9 @@ def test_a_log_line_cut_short_by_a_crash_is_left_out_and_later_steps_can_be_forg
     run = RunFolder.create("clip.mp4", tmp_path)
     for number in (1, 2, 3):
         run.log_step({"number": number})
-        files.write(run.sample(number, 0, "a cat"), b"")
-        files.write(tmp_path / f"samples/{number:06d}-a-cat.mp4", b"")  # as older versions named them
-        files.write(tmp_path / f"samples/{number}-mine.txt", b"")
+        atomic.write(run.sample(number, 0, "a cat"), b"")
+        atomic.write(tmp_path / f"samples/{number:06d}-a-cat.mp4", b"")  # as older versions named them
+        atomic.write(tmp_path / f"samples/{number}-mine.txt", b"")
     with (tmp_path / "steps.jsonl").open("a") as file:
         file.write('{"numb')
     assert [step["number"] for step in run.steps()] == [1, 2, 3]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from tuneavideo import api
 from tuneavideo.bases import BASES
+from tuneavideo.config import as_yaml, checked, layers, read_yaml, with_preset
 from tuneavideo.errors import SettingsError
-from tuneavideo.settings import PRESETS, EditSettings, TuneSettings, as_yaml, checked, layers, read_yaml, with_preset
+from tuneavideo.settings import PRESETS, EditSettings, TuneSettings
 
 NEEDED = {"video": "clip.mp4", "prompt": "a man is skiing"}
 

@@ -25,12 +25,16 @@ from transformers import (
 from tests.conftest import base_folder, image_unet, moving_square
 from tests.test_bases import Malicious
 from tests.test_job import BRIEF
-from tuneavideo import api, cli, control, models, opening, style
-from tuneavideo.adapter import Adapter
-from tuneavideo.attention import SparseCausalAttention
+from tuneavideo import api
+from tuneavideo.cli import main
+from tuneavideo.config import checked, weighted
 from tuneavideo.errors import AdapterError, MissingExtra, SettingsError, TuneAVideoError, VideoError
-from tuneavideo.inflate import inflate, video_unet
-from tuneavideo.settings import EditSettings, checked, weighted
+from tuneavideo.method.attention import SparseCausalAttention
+from tuneavideo.method.inflate import inflate, video_unet
+from tuneavideo.models import addons, codec, pipelines, quiet
+from tuneavideo.models import controlnet as control
+from tuneavideo.models.adapter import Adapter
+from tuneavideo.settings import EditSettings
 from tuneavideo.video import Video, read, write
 
 PROMPT = "a <mine> circle"
@@ -150,12 +154,12 @@ def test_an_inversion_is_shared_by_edits_whose_weights_are_the_same(run: Path, s
 
 
 def test_attention_still_refers_to_other_frames_beside_an_ip_adapter(run: Path, base: Path, styles: Files) -> None:
-    pipe = models.open_image_model(str(base))
+    pipe = pipelines.open_image_model(str(base))
     settings = EditSettings(run=str(run), prompt=(PROMPT,), **styles["picture"])
-    loaded = style.load(pipe, settings, read(run / "source.mp4"))
+    loaded = addons.load(pipe, settings, read(run / "source.mp4"))
     video = Adapter.load(run / "adapter").attach(pipe.unet).video
     assert sum(isinstance(layer, SparseCausalAttention) for layer in pipe.unet.modules()) == 4
-    x, told = torch.randn(1, 4, 3, 8, 8), loaded.told(models.embed(pipe, [""]))
+    x, told = torch.randn(1, 4, 3, 8, 8), loaded.told(codec.embed(pipe, [""]))
     with torch.no_grad():
         before = video(x, torch.tensor(500), told)
         x[:, :, 0] += 1
@@ -213,20 +217,20 @@ def test_what_is_of_another_base_is_refused(run: Path, styles: Files, tmp_path: 
 
 def test_libraries_say_nothing_of_a_lora_that_fits(run: Path, styles: Files, capfd) -> None:
     capfd.readouterr()
-    cli.main(["edit", str(run), "--prompt", "a circle", "--lora", styles["lora"]["lora"][0]])
+    main.main(["edit", str(run), "--prompt", "a circle", "--lora", styles["lora"]["lora"][0]])
     said = capfd.readouterr().err
     assert "LoRA" not in said and "float32" not in said and "Loading" not in said
 
 
 def test_a_network_that_is_gone_is_asked_once_and_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(opening, "ENDPOINT", "http://127.0.0.1:9")
-    opening.unreachable.cache_clear()
+    monkeypatch.setattr(quiet, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(quiet, "ENDPOINT", "http://127.0.0.1:9")
+    quiet.unreachable.cache_clear()
     try:
         with pytest.raises(AdapterError, match="ControlNet no/where is not on this machine, and the hub cannot be rea"):
             edited(run, controlnet="no/where")
     finally:
-        opening.unreachable.cache_clear()
+        quiet.unreachable.cache_clear()
 
 
 def test_a_malicious_embedding_runs_nothing(run: Path, tmp_path: Path) -> None:
@@ -287,7 +291,7 @@ def test_a_control_is_given_to_every_clip_of_a_batch(base: Path, tmp_path: Path)
     net = ControlNetModel.from_pretrained(controlnet(tmp_path / "net"))
     maps = torch.rand(3, 3, 16, 16)
     video = inflate(image_unet())
-    helped = style.Style(control=control.Control(net, maps, 1.0)).controlled(video_unet(video.unet))
+    helped = addons.Style(control=control.Control(net, maps, 1.0)).controlled(video_unet(video.unet))
     x, text = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 24)
     with torch.no_grad():
         one, both = (helped(x.expand(n, -1, -1, -1, -1), torch.tensor(9), text.expand(n, -1, -1)) for n in (1, 2))

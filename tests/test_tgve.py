@@ -20,7 +20,8 @@ import yaml
 from PIL import Image
 
 from tests.conftest import Said
-from tuneavideo import api, cli
+from tuneavideo import api
+from tuneavideo.cli import main
 from tuneavideo.errors import SettingsError, VideoError
 from tuneavideo.evaluation import summary
 from tuneavideo.evaluation.tgve import KINDS, clips_of
@@ -101,7 +102,7 @@ def test_clips_are_tuned_edited_measured_and_laid_out_for_submission_once(
     out = tmp_path / "out"
     words = ["benchmark", "tgve", "--data", str(configs), "--out", str(out), "--base", str(base), "--clips", "2"]
     words += ["--config", str(tmp_path / "brief.yaml"), "--clip", str(clip_model)]
-    cli.main(words)
+    main.main(words)
     said = capsys.readouterr().out
     laid = {str(file.relative_to(out / "submission")) for file in (out / "submission").rglob("*.jpg")}
     assert laid == {
@@ -197,7 +198,7 @@ def test_the_miniature_benchmark_is_printed_as_a_table(
         return ROWS
 
     monkeypatch.setattr(summary, "benchmark", given)
-    cli.main(["benchmark", "miniature", "untuned", "default", "--quick", "--out", str(tmp_path), "--seeds", "2"])
+    main.main(["benchmark", "miniature", "untuned", "default", "--quick", "--out", str(tmp_path), "--seeds", "2"])
     assert asked["variants"] == [("untuned", {}, False), ("default", {}, True)]
     assert asked["clips"] == 4 and asked["seeds"] == range(2) and asked["part"] == "development"
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -11,9 +11,10 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from tests.conftest import image_unet, moving_square
 from tests.test_job import BRIEF
-from tuneavideo import api, fitting
+from tuneavideo import api
 from tuneavideo.errors import RunError
 from tuneavideo.progress import Job, Progress
+from tuneavideo.training import memory_plan
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_large_model_and_one_whose_user_chose_have_all_threads(
     def work() -> Job:
         yield Progress("tune", torch.get_num_threads())
 
-    (step,) = fitting.threaded(work(), image_unet(), 8, side, side)
+    (step,) = memory_plan.threaded(work(), image_unet(), 8, side, side)
     assert (step.number, torch.get_num_threads()) == (expected, 2)
 
 

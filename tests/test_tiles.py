@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.conftest import image_unet
-from tuneavideo import tiles
-from tuneavideo.inflate import inflate
+from tuneavideo.kernels import tiles
+from tuneavideo.method.inflate import inflate
 
 
 def error(found: Tensor, true: Tensor) -> float:

@@ -15,13 +15,13 @@ from diffusers import DDIMScheduler
 
 from tests.conftest import image_unet
 from tests.test_noise import STABLE
-from tuneavideo.adapter import tuned_parameters
-from tuneavideo.conditions import Conditions
 from tuneavideo.errors import RunError, SettingsError
-from tuneavideo.inflate import inflate
-from tuneavideo.noise import Levels
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.inflate import inflate
+from tuneavideo.method.noise import Levels
+from tuneavideo.method.tuning import Tuning
+from tuneavideo.models.adapter import tuned_parameters
 from tuneavideo.settings import PRESETS, TuneSettings
-from tuneavideo.tuning import Tuning
 
 
 def tuning(
@@ -165,9 +165,7 @@ def test_an_unknown_optimizer_names_those_that_are_known() -> None:
         tuning(optimizer="adamm")
 
 
-@pytest.mark.parametrize(
-    "name", ["sgd", "RMSprop", "torch.optim.SGD", "tuneavideo.checkpoints.optimizer.UncorrectedAdamW"]
-)
+@pytest.mark.parametrize("name", ["sgd", "RMSprop", "torch.optim.SGD", "tuneavideo.interop.optimizer.UncorrectedAdamW"])
 def test_an_optimizer_is_named_shortly_or_by_its_path(name: str) -> None:
     assert type(tuning(optimizer=name).optimizer.optimizer).__name__.lower() == name.rpartition(".")[2].lower()
 

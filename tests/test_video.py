@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tuneavideo.errors import DiskError, VideoError
-from tuneavideo.montage import contact_sheet, side_by_side
 from tuneavideo.video import Fit, Frames, Video, area_size, fitted, read, write, write_frames, write_image
+from tuneavideo.video.montage import contact_sheet, side_by_side
 
 STEP = 20
 ENCODERS = {"mp4": "libx264", "mov": "mpeg4", "mkv": "libx264", "avi": "mpeg4", "webm": "libvpx"}

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from tests.conftest import image_unet
 from tests.test_tuning import tuning
+from tuneavideo.config import checked
 from tuneavideo.errors import SettingsError
-from tuneavideo.inflate import VideoUNet, inflate
-from tuneavideo.settings import TuneSettings, checked
-from tuneavideo.windows import WindowedUNet, Windows
+from tuneavideo.method.inflate import VideoUNet, inflate
+from tuneavideo.method.windows import WindowedUNet, Windows
+from tuneavideo.settings import TuneSettings
 
 TEXT = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
 

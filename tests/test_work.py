@@ -13,7 +13,7 @@ from benchmarks.reference import Reference
 from benchmarks.rows import GPU_ROWS, ROWS, TASKS, Row, counted, least
 from benchmarks.sized import Parts, parts
 
-from tuneavideo.inflate import inflate
+from tuneavideo.method.inflate import inflate
 
 GOLDENS = Path(__file__).parent / "goldens"
 

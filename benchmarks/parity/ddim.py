@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks.parity.compare import DDIM, LAYER, Difference, absolute, relative, same
 from benchmarks.parity.golden import SPACING, Golden, Place, levels, opened
 from benchmarks.parity.pipe import decoded
-from tuneavideo.inflate import VideoUNet
-from tuneavideo.inversion import invert
-from tuneavideo.noise import Levels, ddim_move, split
-from tuneavideo.sampling import generate
+from tuneavideo.method.inflate import VideoUNet
+from tuneavideo.method.inversion import invert
+from tuneavideo.method.noise import Levels, ddim_move, split
+from tuneavideo.method.sampling import generate
 
 # name: (what it starts from, what it should and what it should not show)
 SAMPLED = {

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tuneavideo.inflate import VideoUNet, added_parameters, inflate
-from tuneavideo.noise import Levels
+from tuneavideo.method.inflate import VideoUNet, added_parameters, inflate
+from tuneavideo.method.noise import Levels
 from tuneavideo.settings import PRESETS
 
 OFFICIAL = PRESETS["official"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.parity.compare import LAYER, Difference, absolute, gradients_agree
 from benchmarks.parity.golden import Golden, On, Place
-from tuneavideo.attention import Clip
-from tuneavideo.inflate import inflate
+from tuneavideo.method.attention import Clip
+from tuneavideo.method.inflate import inflate
 
 
 class Parts(nn.Module):

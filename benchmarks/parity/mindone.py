@@ -23,14 +23,14 @@ from benchmarks.parity.compare import DDIM, Difference, absolute, relative, same
 from benchmarks.parity.ddim import Walk
 from benchmarks.parity.golden import Golden, Place, levels
 from tuneavideo import api
-from tuneavideo.adapter import Adapter
-from tuneavideo.checkpoints import mindspore
-from tuneavideo.checkpoints.opening import opened_at
-from tuneavideo.checkpoints.optimizer import UncorrectedAdamW
 from tuneavideo.errors import CheckpointError
-from tuneavideo.inflate import VideoUNet
-from tuneavideo.noise import Sampler
-from tuneavideo.sampling import generate
+from tuneavideo.interop import mindspore
+from tuneavideo.interop.opening import opened_at
+from tuneavideo.interop.optimizer import UncorrectedAdamW
+from tuneavideo.method.inflate import VideoUNet
+from tuneavideo.method.noise import Sampler
+from tuneavideo.method.sampling import generate
+from tuneavideo.models.adapter import Adapter
 
 UNET, INVERSION, MODEL = 5e-5, 1e-4, 5e-5  # absolute
 ADAMW = 2e-7  # absolute: four steps between numbers of float16 that small

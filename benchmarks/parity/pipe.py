@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.parity.compare import DDIM, FORWARD, LAYER, Difference, absolute, relative, same
 from benchmarks.parity.golden import Golden, Place
-from tuneavideo import models
+from tuneavideo.models import codec
 
 GREY = 0.5 / 255  # half a grey level: all that saving may change
 
@@ -25,7 +25,7 @@ def embedded(pipe: StableDiffusionPipeline, prompts: list[str], ids: Tensor, emb
     """Prompts as token numbers, and as what the UNet is told."""
     length = {"padding": "max_length", "max_length": pipe.tokenizer.model_max_length, "truncation": True}
     yield same("tokens", pipe.tokenizer(prompts, **length).input_ids, ids.tolist())
-    yield absolute("embedding", models.embed(pipe, prompts).text_BLD, embedding, LAYER)
+    yield absolute("embedding", codec.embed(pipe, prompts).text_BLD, embedding, LAYER)
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def decoded(name: str, pipe: StableDiffusionPipeline, latents: Tensor, clip: Ten
     x_NCHW = rearrange(latents / pipe.vae.config.scaling_factor, "b c t h w -> (b t) c h w")
     pixels = (pipe.vae.decode(x_NCHW).sample / 2 + 0.5).clamp(0, 1)
     yield relative(name, rearrange(pixels, "(b t) c h w -> b c t h w", b=len(latents)), clip, DDIM)
-    edits = torch.stack([torch.from_numpy(edit.frames_THWC) for edit in models.decode(pipe, latents, fps=8)])
+    edits = torch.stack([torch.from_numpy(edit.frames_THWC) for edit in codec.decode(pipe, latents, fps=8)])
     levels_BCTHW = rearrange(edits, "b t h w c -> b c t h w") / 255
     nearest = clip.cpu().clamp(levels_BCTHW - GREY, levels_BCTHW + GREY)
     yield relative(f"{name}, as bytes", nearest, clip, DDIM)

@@ -27,12 +27,12 @@ from benchmarks.parity.compare import (
 from benchmarks.parity.ddim import Walk
 from benchmarks.parity.golden import OFFICIAL, Golden, On, Place, give, image_unet, levels, opened
 from benchmarks.parity.pipe import decoded, embedded
-from tuneavideo import models
-from tuneavideo.inflate import VideoUNet, added_parameters, inflate
-from tuneavideo.noise import Levels, target
+from tuneavideo.method.inflate import VideoUNet, added_parameters, inflate
+from tuneavideo.method.noise import Levels, target
+from tuneavideo.method.tuning import Tuning
+from tuneavideo.models import codec
 from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
-from tuneavideo.tuning import Tuning
 
 
 class Watched(Accelerator):
@@ -139,12 +139,12 @@ def updates(prefix: str, golden: Golden, replay: Tuning, before: dict[str, Tenso
 
 def validated(golden: Golden, known: Levels, video: VideoUNet, pipe: StableDiffusionPipeline) -> Iterator[Difference]:
     """The validation that ended the published run, each stage from what is recorded of the one before."""
-    config, empty = golden.about["config"]["validation_data"], models.embed(pipe, [""])
+    config, empty = golden.about["config"]["validation_data"], codec.embed(pipe, [""])
     path = Walk(video, known, config["num_inv_steps"]).inverted(golden["val.latent_in"], empty)
     yield relative("val.inverted", path[-1], golden["val.inverted"], DDIM)
     walk = Walk(video, known, config["num_inference_steps"])
     for number, prompt in enumerate(golden.about["val_prompts"]):
-        name, clip, text = f"val.sampled_{number}", f"val.video_{number}", models.embed(pipe, [prompt])
+        name, clip, text = f"val.sampled_{number}", f"val.video_{number}", codec.embed(pipe, [prompt])
         path = walk.sampled(golden["val.inverted"], text, empty, config["guidance_scale"])
         yield relative(name, path[-1], golden[name], DDIM)
         if clip in golden:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from tuneavideo.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from tuneavideo.adapter import Adapter
     from tuneavideo.api import adopt, convert, edit, evaluate, invert, report, resume, tune
     from tuneavideo.errors import TuneAVideoError
-    from tuneavideo.inflate import deflate, inflate
+    from tuneavideo.method.inflate import deflate, inflate
+    from tuneavideo.models.adapter import Adapter
     from tuneavideo.pipeline import TuneAVideoPipeline, TuneAVideoXLPipeline
     from tuneavideo.settings import EditSettings, TuneSettings
     from tuneavideo.video import Video

@@ -13,16 +13,9 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tuneavideo import miniature, plan, preflight
+from tuneavideo import miniature
 from tuneavideo.bases import BASES
-from tuneavideo.errors import RunError, SettingsError
-from tuneavideo.progress import Bars, Job, Progress
-from tuneavideo.runs import RunFolder
-from tuneavideo.settings import (
-    PRESETS,
-    EditSettings,
-    Sampling,
-    TuneSettings,
+from tuneavideo.config import (
     check_sense,
     check_windows,
     checked,
@@ -32,10 +25,15 @@ from tuneavideo.settings import (
     stated_values,
     with_preset,
 )
+from tuneavideo.errors import RunError, SettingsError
+from tuneavideo.jobs import checks, plan
+from tuneavideo.progress import Bars, Job, Progress
+from tuneavideo.settings import PRESETS, EditSettings, Sampling, TuneSettings
+from tuneavideo.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from tuneavideo.checkpoints.convert import Report
-    from tuneavideo.checkpoints.yamls import Config
+    from tuneavideo.interop.convert import Report
+    from tuneavideo.interop.yamls import Config
 
 # Settings that save memory and leave the result as it is.
 MEMORY_SAVING = {"gradient_checkpointing", "offload", "batch_guidance"}
@@ -201,7 +199,7 @@ def convert(
     Raises:
         CheckpointError: It is damaged, refused, not understood or no whole model; nothing is left half-written.
     """
-    from tuneavideo.checkpoints import convert
+    from tuneavideo.interop import convert
 
     return convert.convert(
         Path(source), Path(out), to, base=base, like=like, rank=rank, style=style, dtype=dtype, binary=binary
@@ -289,7 +287,7 @@ def read_config(path: str | Path) -> Config:
 
     A relative `video` is one in the file's folder if it is there, otherwise one in the current folder.
     """
-    from tuneavideo.checkpoints import yamls
+    from tuneavideo.interop import yamls
 
     config = yamls.read_config(path, TuneSettings)
     beside = Path(path).parent / str(config.settings.get("video", ""))
@@ -347,7 +345,7 @@ def tuning(settings: TuneSettings, *, out: str | Path | None = None, resume: str
     Raises:
         TuneAVideoError: At once, before torch is imported: the clip or the base is missing, or `out` cannot be used.
     """
-    preflight.check_tuning(settings, out, resumed=resume is not None)
+    checks.check_tuning(settings, out, resumed=resume is not None)
     return _tuning(settings, out, resume)
 
 
@@ -355,35 +353,35 @@ def _tuning(settings: TuneSettings, out: str | Path | None, resume: str | Path |
     if not resume:
         plan.frames(settings)  # a clip that cannot be read is told before torch is imported
     yield Progress("plan", about=plan.loading(settings.base))
-    from tuneavideo import jobs
+    from tuneavideo.jobs import tune
 
-    yield from jobs.tune(settings, out=out, resume=resume)
+    yield from tune.tune(settings, out=out, resume=resume)
 
 
 def editing(settings: EditSettings) -> Job:
     """Make the edits of a tuned clip. Raises TuneAVideoError at once when a file that they need is missing."""
-    preflight.check_editing(settings)
+    checks.check_editing(settings)
     return _editing(settings)
 
 
 def _editing(settings: EditSettings) -> Job:
     yield _loading(settings)
-    from tuneavideo import jobs
+    from tuneavideo.jobs import edit
 
-    yield from jobs.edit(settings)
+    yield from edit.edit(settings)
 
 
 def inverting(settings: EditSettings) -> Job:
     """Invert a tuned clip to the level its edits start from. Raises like `editing`."""
-    preflight.check_editing(settings)
+    checks.check_editing(settings)
     return _inverting(settings)
 
 
 def _inverting(settings: EditSettings) -> Job:
     yield _loading(settings)
-    from tuneavideo import jobs
+    from tuneavideo.jobs import invert
 
-    yield from jobs.invert(settings)
+    yield from invert.invert(settings)
 
 
 def adopting(
@@ -393,17 +391,17 @@ def adopting(
 
     `own_base` converts the image model in `checkpoint` too, into the run; otherwise `settings.base` is taken.
     """
-    preflight.check_weights(checkpoint)
-    preflight.check_tuning(settings, out, own_base=own_base)
+    checks.check_weights(checkpoint)
+    checks.check_tuning(settings, out, own_base=own_base)
     return _adopting(settings, Path(checkpoint), out, own_base)
 
 
 def _adopting(settings: TuneSettings, checkpoint: Path, out: str | Path | None, own_base: bool) -> Job:
     plan.frames(settings)
     yield Progress("plan", about=plan.loading(str(checkpoint) if own_base else settings.base))
-    from tuneavideo import adopting
+    from tuneavideo.jobs import import_run
 
-    yield from adopting.adopt(settings, checkpoint, out=out, own_base=own_base)
+    yield from import_run.adopt(settings, checkpoint, out=out, own_base=own_base)
 
 
 def evaluating(
@@ -416,14 +414,14 @@ def evaluating(
 ) -> Job:
     """Measure edits; see `evaluate`. Raises TuneAVideoError at once when a place, a metric or the mask is unknown."""
     places, names, mask = [*places], (*metrics,), Path(mask) if mask else None
-    preflight.check_evaluating(places, names, mask)
+    checks.check_evaluating(places, names, mask)
     return _evaluated(places, names, mask, clip, pick)
 
 
 def _evaluated(
     places: list[str | Path], metrics: tuple[str, ...], mask: Path | None, clip: str | None, pick: str | None
 ) -> Job:
-    from tuneavideo.evaluation import scoring
+    from tuneavideo.evaluation import evaluate as scoring
 
     yield from scoring.evaluate(places, scoring.Wish(metrics, mask, clip, pick))
 
@@ -449,12 +447,13 @@ def benchmarking_tgve(
         pick: Hub id or folder of PickScore.
         **settings: Any field of `TuneSettings`, such as `base` (`sd1.4` if none is given) or `preset`.
     """
-    from tuneavideo import jobs
-    from tuneavideo.evaluation import scoring, tgve
+    from tuneavideo.evaluation import evaluate as scoring
+    from tuneavideo.evaluation import tgve
+    from tuneavideo.jobs import tune
 
     further = {"base": "sd1.4", **(read_yaml(config, TuneSettings) if config else {}), **settings}
     yield from tgve.run(
-        Path(data), Path(out), tune=jobs.tune, settle=lambda stated: tune_settings({**stated, **further}),
+        Path(data), Path(out), tune=tune.tune, settle=lambda stated: tune_settings({**stated, **further}),
         clips=clips, wish=scoring.Wish(clip=clip, pick=pick),
     )  # fmt: skip
 
@@ -496,9 +495,9 @@ def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
         stated |= {"max_train_steps": 5, "num_inference_steps": 5, "num_inv_steps": 5}
     settings = tune_settings(stated)
     yield Progress("plan", about=plan.loading(settings.base))
-    from tuneavideo import jobs
+    from tuneavideo.jobs import demo
 
-    yield from jobs.demo(settings, out=out)
+    yield from demo.demo(settings, out=out)
 
 
 def _loading(settings: EditSettings) -> Progress:
@@ -558,9 +557,9 @@ def _quiet() -> Generator[None, None, None]:
     is_ours = name not in os.environ
     os.environ.setdefault(name, "error")
     try:
-        from tuneavideo import opening
+        from tuneavideo.models import quiet
     finally:
         if is_ours:
             del os.environ[name]
-    with opening.hushed():
+    with quiet.hushed():
         yield

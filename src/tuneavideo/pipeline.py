@@ -17,18 +17,21 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from tuneavideo import cache, editing, models, opening, sampling
-from tuneavideo.adapter import Adapter, Attached
 from tuneavideo.bases import BASES
-from tuneavideo.conditions import Conditions
-from tuneavideo.editing import Trajectory
+from tuneavideo.config import checked
 from tuneavideo.errors import ModelError, SettingsError
-from tuneavideo.inflate import VideoUNet, deflate, inflate, video_unet
-from tuneavideo.noise import Levels, Sampler
-from tuneavideo.opening import opened
-from tuneavideo.runs import RunFolder
-from tuneavideo.sampling import EditStep
-from tuneavideo.settings import Sampling, checked
+from tuneavideo.method import editing, sampling
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.editing import Trajectory
+from tuneavideo.method.inflate import VideoUNet, deflate, inflate, video_unet
+from tuneavideo.method.noise import Levels, Sampler
+from tuneavideo.method.sampling import EditStep
+from tuneavideo.models import codec, loading
+from tuneavideo.models.adapter import Adapter, Attached
+from tuneavideo.models.loading import opened
+from tuneavideo.settings import Sampling
+from tuneavideo.storage import cache
+from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import Video, read
 
 OUTPUT_TYPES = ("pil", "video", "np", "pt", "latent")
@@ -106,7 +109,7 @@ class _SeesClips(_Stock):
         if pipe.unet.config.addition_embed_type and not issubclass(cls, StableDiffusionXLPipeline):
             raise ModelError(f"{base} is a Stable Diffusion XL: open it with TuneAVideoXLPipeline")
         pipe._base, pipe._shipped = str(base), None if "scheduler" in kwargs else pipe.scheduler
-        saved = opening.folder(opening.source(str(base))) / "adapter"
+        saved = loading.folder(loading.source(str(base))) / "adapter"
         if adapter is None and saved.is_dir():
             adapter = saved
         if adapter is not None:
@@ -179,10 +182,10 @@ class _SeesClips(_Stock):
         if video is None:
             video, clean = self._tuned_clip()
         else:
-            clean = models.encode(self, video)["mean"]
+            clean = codec.encode(self, video)["mean"]
         if prompt is None:
             prompt = str(self._adapter.about.get("prompt", "")) if self._adapter else ""
-        empty, caption = models.embed(self, [""]), models.embed(self, [prompt])
+        empty, caption = codec.embed(self, [""]), codec.embed(self, [prompt])
         unet, clean = editing.prepared(self._video(), chosen, clean.shape[2]), clean.to(self._execution_device)
         with self.progress_bar(total=steps) as bar:
             grid = levels.inversion_grid(steps, chosen.timestep_spacing)
@@ -341,7 +344,7 @@ class _SeesClips(_Stock):
         if self._run is None:
             raise SettingsError("no clip to invert: give one to invert, or load the adapter from a run folder")
         clip, kept = read(self._run.source), cache.read(self._run.latents)
-        return clip, (kept or models.encode(self, clip))["mean"]
+        return clip, (kept or codec.encode(self, clip))["mean"]
 
     def _conditions(
         self,
@@ -354,8 +357,8 @@ class _SeesClips(_Stock):
         if (prompt is None) == (texts[0] is None):
             raise ValueError("give either prompt or prompt_embeds")
         given = [_listed(negative) if negatives[0] is None else [], [] if prompt is None else _listed(prompt)]
-        embedded = models.embed(self, [*given[0], *given[1]]).split([*map(len, given)]) if any(given) else [None, None]
-        stride = models.stride(self)
+        embedded = codec.embed(self, [*given[0], *given[1]]).split([*map(len, given)]) if any(given) else [None, None]
+        stride = codec.stride(self)
         without, text = (
             Conditions(embeds, pooled, stride=stride) if embeds is not None else own
             for (embeds, pooled), own in zip((negatives, texts), embedded, strict=True)
@@ -380,8 +383,8 @@ class _SeesClips(_Stock):
         device = self._execution_device
         if latents is not None:
             return latents.to(device, torch.float32).expand(batch, *latents.shape[1:]).clone()
-        stride, frames = models.stride(self), size[0]
-        height, width = (side or models.default_size(self) for side in size[1:])
+        stride, frames = codec.stride(self), size[0]
+        height, width = (side or codec.default_size(self) for side in size[1:])
         if height % stride or width % stride:
             raise ValueError(f"height and width have to be multiples of {stride}, found {height} and {width}")
         shape = (batch, self.unet.config.in_channels, frames, height // stride, width // stride)
@@ -390,7 +393,7 @@ class _SeesClips(_Stock):
     def _pictured(self, latents: Tensor, output_type: str, fps: float, sound_SC: np.ndarray | None) -> Any:
         if output_type == "latent":
             return latents
-        clips_TCHW = [torch.stack([*models.pictures(self, each)]) for each in latents.split(1)]
+        clips_TCHW = [torch.stack([*codec.pictures(self, each)]) for each in latents.split(1)]
         if output_type == "pt":
             return torch.stack(clips_TCHW)
         clips = [clip.permute(0, 2, 3, 1).numpy() for clip in clips_TCHW]

@@ -1,22 +1,12 @@
-"""Everything that can be set, checked at the door. No torch here.
-
-One precedence: flag > YAML > preset > base > built-in. The built-in values stand in the classes below, a base's own in
-`bases.py`, a preset's in `PRESETS`.
-"""
+"""Options of a job, their defaults, and presets. No torch here."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
 import re
-import reprlib
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,15 +17,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-
-from tuneavideo.bases import BASES, in_its_case
-from tuneavideo.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +50,13 @@ def _seconds(time: Any) -> Any:
 Seeds = Annotated[
     tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(lambda seeds: tuple(dict.fromkeys(seeds)))
 ]
+
+
 Seconds = Annotated[NonNegativeFloat | None, BeforeValidator(_seconds)]
 
 _PLAIN = {"use_karras_sigmas": False}
+
+
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     # name: (diffusers scheduler, what is set beyond the base's own scheduler config)
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -80,8 +69,12 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "heun": ("HeunDiscreteScheduler", {"clip_sample": False, **_PLAIN}),
     "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
 }
+
+
 # Samplers whose steps are not those of a DDIM inversion of as many steps.
 OTHER_LEVELS = {"dpm++-karras", "plms", "heun"}
+
+
 STOCHASTIC_SAMPLERS = {"euler-ancestral"}
 
 
@@ -406,135 +399,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What only the command line takes, and how many known names a message lists.
-ON_THE_LINE = {"out", "config", "resume", "checkpoint", "json", "debug"}
-SHOWN = 8
-
-Kind = TypeVar("Kind", bound=Settings)
-
-
-def layers(flags: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge base, preset, YAML and flags, weakest first; what no layer names keeps its built-in value."""
-    stated = {**yaml_values, **flags}
-    if "base" in stated:
-        stated["base"] = in_its_case(str(stated["base"]))
-    base = BASES.get(stated.get("base", "miniature"))
-    preset = _as_chosen(TuneSettings.model_fields["preset"].annotation, stated.get("preset", "default"))
-    if preset not in PRESETS:
-        raise SettingsError(f"unknown preset {preset!r}{_suggestion(str(preset), PRESETS)}")
-    if "preset" in stated:
-        stated["preset"] = preset
-    return {**(base.settings if base else {}), **PRESETS[preset], **stated}
-
-
-def with_preset(own: TuneSettings, preset: str | None) -> dict[str, Any]:
-    """Sampling settings of a run: as it was tuned, or with another preset in place of its own."""
-    stated = own.model_dump(include=set(Sampling.model_fields))
-    if preset is None:
-        return stated
-    before, after = (layers({"base": own.base, "preset": name}, {}) for name in (own.preset, preset))
-    for name, field in Sampling.model_fields.items():
-        if name in PRESETS[after["preset"]] or stated[name] == before.get(name, field.default):
-            stated[name] = after.get(name, field.default)
-    if "num_inference_steps" in PRESETS[after["preset"]]:
-        # the run's own go with the run's own number of denoising steps
-        stated["num_inv_steps"] = after.get("num_inv_steps")
-    return stated
-
-
-def check_windows(settings: Sampling, frames: int, *, on_disk: bool = False, controlnet: bool = False) -> None:
-    """Refuse what cannot be used for a clip that is predicted in windows.
-
-    Args:
-        settings: Those of the edits.
-        frames: Of the clip.
-        on_disk: Whether its frames are too many for memory; its edits are predicted in windows, too.
-        controlnet: Whether the edits use a ControlNet.
-
-    Raises:
-        SettingsError: It is in windows, and `feature_reuse` or a ControlNet is set.
-    """
-    window = min(settings.window or frames, frames)
-    if window == frames and not on_disk:
-        return
-    why = f"{frames} frames, windows of {window}" if window < frames else f"{frames} frames, which are kept on disk"
-    fewer = f"window to {frames}" if not on_disk else "num_frames to less in a new run"
-    if settings.feature_reuse > 1:
-        raise SettingsError(
-            f"feature_reuse {settings.feature_reuse} does not go with windows ({why}): set feature_reuse to 1, or "
-            f"{fewer}",
-            resume_flags="--feature-reuse 1",
-        )
-    if controlnet:
-        raise SettingsError(f"controlnet does not go with windows ({why}): leave it out, or set {fewer}")
-
-
-def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:
-    """Settings of a YAML file, by name; together they are not checked yet.
-
-    Raises:
-        SettingsError: It is no mapping of names to values, or a name is not one of `kind`'s.
-    """
-    return stated_values(kind, parse_yaml(path), str(path))
-
-
-def parse_yaml(path: Path | str) -> dict[str, Any]:
-    """Names and values of a YAML file. Raises SettingsError when it is no mapping of names to values."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # a date may have a month 13
-        raise SettingsError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise SettingsError(f"{path}: expected lines like 'learning_rate: 3e-5'; found {type(values).__name__}")
-    return values
-
-
-def stated_values(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Values as the settings of `kind` want them, each by itself. Raises SettingsError for unknown names and values."""
-    _refuse_unknown(kind, values, where)
-    return {name: _read_value(kind, name, value, where) for name, value in values.items()}
-
-
-def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings") -> Kind:
-    """Make settings of `values`, or say in one line which value is wrong, what was expected and what to do."""
-    _refuse_unknown(kind, values, where)
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        raise SettingsError(f"{where}: {_all_told(error)}") from None
-
-
-def check_sense(settings: Sampling, new: Iterable[str]) -> None:
-    """Refuse what would make no edit, or the same edit twice; warn of what has no effect.
-
-    Args:
-        settings: The settings.
-        new: The new prompts among them.
-    """
-    prompts = list(new)
-    if not all(prompt.strip() for prompt in prompts):
-        raise SettingsError("a new prompt is empty; say in words what the edit should show")
-    if twice := next((prompt for prompt in prompts if prompts.count(prompt) > 1), None):
-        raise SettingsError(f"the prompt {twice!r} is given twice and would make the same edit twice; give it once")
-    if not settings.seeds:
-        raise SettingsError("seeds: found none, which makes no edit; give one, such as 0")
-    begin, end = settings.guidance_interval
-    if begin > end:
-        raise SettingsError(f"guidance_interval {begin:g} {end:g}: the first must not be above the second; turn them")
-    if settings.negative_prompt and settings.guidance_scale <= 1:
-        logger.warning("negative_prompt has no effect at guidance_scale %g; set it above 1", settings.guidance_scale)
-
-
-def weighted(text: str) -> tuple[str, float]:
-    """Split `FILE:0.8` into a place and its weight, which is 1 when there is none."""
-    place, _, weight = text.rpartition(":")
-    try:
-        return (place, float(weight)) if place else (text, 1.0)
-    except ValueError:  # the colon is part of the place, as in C:\\style.safetensors
-        return text, 1.0
-
 
 def choices(annotation: Any) -> tuple[str, ...]:
     """Words that a setting can be, or a list of such; empty for a setting of another kind."""
@@ -553,71 +417,3 @@ def _as_chosen(annotation: Any, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return next((word for word in choices(annotation) if word.lower() == value.lower()), value)
-
-
-def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
-    """A YAML value as its setting wants it: one word where several may stand, `no` as people write it."""
-    field = kind.model_fields[name]
-    if name == "mixed_precision" and value is False:
-        value = "no"
-    if get_origin(field.annotation) is tuple:
-        value = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if choices(field.annotation):
-        value = _as_chosen(field.annotation, value)
-    try:
-        kind_of_value: Any = Annotated[field.annotation, Field(), *field.metadata]
-        return TypeAdapter(kind_of_value).validate_python(value)
-    except ValidationError as error:
-        raise SettingsError(f"{where}: {_all_told(error, name)}") from None
-
-
-def _refuse_unknown(kind: type[Settings], values: Iterable[str], where: str) -> None:
-    for name in values:
-        if name not in kind.model_fields:
-            if name in ON_THE_LINE:
-                raise SettingsError(f"{where}: {name!r} is no setting; give --{name} on the command line")
-            raise SettingsError(f"{where}: unknown setting {reprlib.repr(name)}{_suggestion(name, kind.model_fields)}")
-
-
-def as_yaml(settings: Settings) -> str:
-    """Settings as YAML that `read_yaml` and `checked` turn back into the same settings."""
-    values = settings.model_dump(mode="json")
-    breaks = any(mark in json.dumps(values, ensure_ascii=False) for mark in ("\x85", "\u2028", "\u2029"))
-    # PyYAML reads these breaks of lines back as spaces unless they are escaped
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=not breaks)
-
-
-def _all_told(error: ValidationError, name: str = "") -> str:
-    """Every value that is wrong once, with all that could stand there. `name` is the setting of all of them."""
-    lines: dict[str, list[Any]] = {}
-    for each in error.errors():
-        first, *rest = each["loc"] or ("",)
-        # the parts between are the kinds of value that a union tried
-        where = name or ".".join(str(part) for part in (first, *(part for part in rest if isinstance(part, int))))
-        lines.setdefault(where, []).append(each)
-    return "; ".join(_told(each, where) for where, each in lines.items())
-
-
-def _told(errors: Sequence[Any], name: str) -> str:
-    error = errors[0]
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    if error["type"] == "missing":
-        return f"{name} is missing"
-    if name == "prompt" and error["type"] == "string_pattern_mismatch":
-        return "prompt is empty; say in words what the clip shows"
-    found = f"; found {reprlib.repr(error['input'])}"
-    if error["type"] == "literal_error":
-        near = difflib.get_close_matches(
-            str(error["input"]).lower(), re.findall("'([^']+)'", error["ctx"]["expected"]), n=1
-        )
-        found += f"; did you mean {near[0]!r}?" if near else ""
-    expected = " or ".join(dict.fromkeys(f"{each['msg'][0].lower()}{each['msg'][1:]}" for each in errors))
-    return f"{name}: {expected.replace(' or input should be ', ' or ')}{found}"
-
-
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(word, names, n=1)
-    more = ", ... ('tuneavideo tune --help' and 'tuneavideo edit --help' list them)" if len(names) > SHOWN else ""
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names[:SHOWN])}{more}"

@@ -17,7 +17,7 @@ from tools.miniature.text import new_tokenizer
 from tools.miniature.training import load
 from tools.miniature.world import words
 
-from tuneavideo.metrics.judge import Judge
+from tuneavideo.evaluation.metrics.judge import Judge
 
 PARTS = {
     "autoencoder": "autoencoder", "decoder alone": "decoder", "UNet and text encoder": "diffusion", "judge": "judge",

@@ -18,7 +18,7 @@ from tools.miniature.training import Run, Settings, generator, learn
 from tools.miniature.world import PIXELS, PLACES, STYLES, SUBJECTS, Scene, World, random_scene
 from torch import Tensor
 
-from tuneavideo.metrics.judge import Judge
+from tuneavideo.evaluation.metrics.judge import Judge
 
 BACKGROUNDS = tuple(PLACES)
 ALL_STYLES = ("none", *STYLES)

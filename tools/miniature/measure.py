@@ -19,7 +19,7 @@ from tools.miniature.training import generator, pictures
 from tools.miniature.world import COLOURED, SUBJECTS, Scene, World, caption, random_scene
 from torch import Tensor
 
-from tuneavideo.metrics.judge import Judge
+from tuneavideo.evaluation.metrics.judge import Judge
 
 STEPS, BATCH = 50, 32
 GUIDANCES = (3.0, 5.0, 7.5)

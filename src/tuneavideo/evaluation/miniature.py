@@ -27,15 +27,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tuneavideo import cache, editing, inversion, miniature, models, opening, plan
+from tuneavideo import miniature
 from tuneavideo import video as videos
+from tuneavideo.config import checked, layers
 from tuneavideo.errors import MemoryShort
-from tuneavideo.inflate import VideoUNet, inflate
-from tuneavideo.metrics.judge import Judge, Reading
-from tuneavideo.noise import Levels
-from tuneavideo.reuse import reusing
-from tuneavideo.settings import Sampling, TuneSettings, checked, layers
-from tuneavideo.tuning import Tuning
+from tuneavideo.evaluation.metrics.judge import Judge, Reading
+from tuneavideo.jobs import plan
+from tuneavideo.method import editing, inversion
+from tuneavideo.method.deepcache import reusing
+from tuneavideo.method.inflate import VideoUNet, inflate
+from tuneavideo.method.noise import Levels
+from tuneavideo.method.tuning import Tuning
+from tuneavideo.models import codec, pipelines, quiet
+from tuneavideo.settings import Sampling, TuneSettings
+from tuneavideo.storage import cache
 from tuneavideo.video import Video
 
 NEAR = 4.0
@@ -105,7 +110,7 @@ def _chosen(part: str, clips: int | None) -> list[dict[str, Any]]:
 def _computed(wanted: Mapping[str, tuple], processes: int) -> Iterator[dict[str, Any] | None]:
     """Rows in the order in which they are finished, and None every second; closing it ends the processes at once."""
     before = {*multiprocessing.active_children()}
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), opening.hush) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet.hush) as pool:
         with _without_interrupts():
             waiting = {pool.submit(_row, key, *what) for key, what in wanted.items()}
         try:
@@ -179,14 +184,14 @@ def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict
 
 def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tuple[Video, list[Video], dict]:
     """The clip as it was used, its edits, and seconds and operations of each stage."""
-    pipe = models.open_image_model(settings.base, device="cpu")
-    side = models.default_size(pipe)
+    pipe = pipelines.open_image_model(settings.base, device="cpu")
+    side = codec.default_size(pipe)
     span = plan.frames(settings)
     clip = videos.read(
         settings.video, start=settings.start, stride=span.stride or 1, count=span.count, size=(side, side)
     )
-    moments, levels = models.encode(pipe, clip), Levels.of(pipe.scheduler)
-    empty = models.embed(pipe, [settings.negative_prompt])
+    moments, levels = codec.encode(pipe, clip), Levels.of(pipe.scheduler)
+    empty = codec.embed(pipe, [settings.negative_prompt])
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
     stages: dict[str, Any] = {}
     if tuned:
@@ -196,19 +201,19 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     path = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
     with _noted(stages, "invert", video) as counted:
         *_, inverted = editing.invert(counted, levels, clean, empty, path)
-    text, caption = models.embed(pipe, list(prompts)), models.embed(pipe, [settings.prompt])
+    text, caption = codec.embed(pipe, list(prompts)), codec.embed(pipe, [settings.prompt])
     generators = [torch.Generator().manual_seed(settings.seed) for _ in prompts]
     with _noted(stages, "edit", video, settings.feature_reuse) as counted:
         *_, last = editing.edit(
             counted, levels, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators
         )  # fmt: skip
-    return clip, models.decode(pipe, last.latents, clip.fps), {"stages": stages}
+    return clip, codec.decode(pipe, last.latents, clip.fps), {"stages": stages}
 
 
 def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str, Tensor]) -> dict[str, Any]:
     """Tune, or take the weights of the same tuning from the cache: variants of editing share them."""
     own = settings.model_dump(mode="json", exclude=set(Sampling.model_fields))
-    caption, empty = (models.embed(pipe, [text]) for text in (settings.prompt, ""))
+    caption, empty = (codec.embed(pipe, [text]) for text in (settings.prompt, ""))
     tuning = Tuning(video, Levels.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True), empty)
     batch = _operations(lambda: tuning.learn(0))
     measuring = _operations(tuning.measure) if settings.early_stopping is not None else 0

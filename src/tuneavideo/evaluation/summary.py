@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tuneavideo import files
 from tuneavideo.evaluation.compare import difference, estimate
 from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, count, edits_of
 from tuneavideo.progress import Job, Progress
+from tuneavideo.storage import atomic
 
 SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
 
@@ -21,8 +21,8 @@ def summarised(
 ) -> Job:
     """Run the benchmark for presets (or `untuned`) by name; ends with `results.json` in the folder `out`."""
     variants = [variant_of(name) for name in names]
-    files.refuse_foreign(out / "results.json", '"format": 1')
-    files.refuse_foreign(out / "rows.jsonl", '"key": ')
+    atomic.refuse_foreign(out / "results.json", '"format": 1')
+    atomic.refuse_foreign(out / "rows.jsonl", '"key": ')
     out.mkdir(parents=True, exist_ok=True)
     had, clips = list[dict[str, Any]](), 4 if quick else None
     total = count(variants, range(seeds), part, clips)
@@ -34,7 +34,7 @@ def summarised(
         else:
             yield Progress("")
     about = {"format": 1, "part": part, "seeds": seeds, "clips": len({row["clip"] for row in had})}
-    files.write(out / "results.json", json.dumps(about | {"variants": summary(had, names)}, indent=1))
+    atomic.write(out / "results.json", json.dumps(about | {"variants": summary(had, names)}, indent=1))
     yield Progress("results", path=out / "results.json")
 
 

@@ -22,15 +22,15 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from tuneavideo import files
 from tuneavideo import video as videos
+from tuneavideo.cli.tables import number
 from tuneavideo.errors import SettingsError, VideoError
-from tuneavideo.evaluation import scoring
-from tuneavideo.metrics.table import METRICS
+from tuneavideo.evaluation import evaluate
+from tuneavideo.evaluation.metrics.table import METRICS
 from tuneavideo.progress import Job, Progress
-from tuneavideo.runs import RunFolder
 from tuneavideo.settings import TuneSettings
-from tuneavideo.tables import number
+from tuneavideo.storage import atomic
+from tuneavideo.storage.run_folder import RunFolder
 
 KINDS = ("style", "object", "background", "multiple")
 SIDE = 480
@@ -83,7 +83,7 @@ def clips_of(data: Path) -> list[Clip]:
 
 
 def run(
-    data: Path, out: Path, *, tune: Tune, settle: Settle, clips: int | None = None, wish: scoring.Wish | None = None
+    data: Path, out: Path, *, tune: Tune, settle: Settle, clips: int | None = None, wish: evaluate.Wish | None = None
 ) -> Job:
     """Tune, edit and measure the clips, and write submission and results; what is done already is not done again.
 
@@ -97,19 +97,19 @@ def run(
     """
     chosen = clips_of(data)
     chosen = chosen[:: max(1, len(chosen) // clips)][:clips] if clips else chosen
-    files.refuse_foreign(out / "results.json", f'"format": {scoring.FORMAT}')
-    files.refuse_foreign(out / "results.md", "# LOVEU-TGVE-2023")
+    atomic.refuse_foreign(out / "results.json", f'"format": {evaluate.FORMAT}')
+    atomic.refuse_foreign(out / "results.md", "# LOVEU-TGVE-2023")
     done: list[tuple[Clip, RunFolder]] = []
     for clip in chosen:
         folder = RunFolder(out / "runs" / clip.set / clip.name)
         yield from _tuned(folder, settle(clip.stated()), tune)
-        yield from _measured(folder, wish or scoring.Wish())
+        yield from _measured(folder, wish or evaluate.Wish())
         for kind in KINDS:
             _submit(folder, clip.prompts[kind], out / "submission" / clip.set / clip.name / kind)
         done.append((clip, folder))
         results = _results(done)
-        files.write(out / "results.json", json.dumps(results, indent=1))
-        files.write(out / "results.md", markdown(results))
+        atomic.write(out / "results.json", json.dumps(results, indent=1))
+        atomic.write(out / "results.md", markdown(results))
     yield Progress("results", path=out / "results.json")
 
 
@@ -197,7 +197,7 @@ def _tuned(folder: RunFolder, settings: TuneSettings, tune: Tune) -> Job:
         yield from tune(settings, resume=folder.path)
 
 
-def _measured(folder: RunFolder, wish: scoring.Wish) -> Job:
+def _measured(folder: RunFolder, wish: evaluate.Wish) -> Job:
     """Measure what has not been measured."""
     had = folder.read_scores() or {"edits": []}
     measured = (
@@ -206,15 +206,15 @@ def _measured(folder: RunFolder, wish: scoring.Wish) -> Job:
     names = wish.names(folder.read_settings())
     needed = [name for name in names if METRICS[name].need != "mask" and not all(name in had for had in measured)]
     if needed:
-        yield from scoring.evaluate([folder.path], replace(wish, metrics=needed))
+        yield from evaluate.evaluate([folder.path], replace(wish, metrics=needed))
 
 
 def _submit(folder: RunFolder, prompt: str, place: Path) -> None:
     if place.is_dir():
         return
-    with files.replacing(place) as draft:
+    with atomic.replacing(place) as draft:
         draft.mkdir()
-        for number_, image in enumerate(videos.read(folder.clip_of(_edit_of(folder, prompt))).images):
+        for number_, image in enumerate(videos.read(folder.read_clip(_edit_of(folder, prompt))).images):
             Image.fromarray(image).save(draft / f"{number_:05d}.jpg", quality=QUALITY)
 
 
@@ -237,7 +237,7 @@ def _results(done: list[tuple[Clip, RunFolder]]) -> dict[str, Any]:
     settings = done[0][1].read_settings()
     results = (score for row in rows for score in row["scores"].values())
     return {
-        "format": scoring.FORMAT, "base": settings.base, "preset": settings.preset, "steps": settings.max_train_steps,
+        "format": evaluate.FORMAT, "base": settings.base, "preset": settings.preset, "steps": settings.max_train_steps,
         "clips": len(done), "edits": len(rows), "metrics": {name: metrics[name] for name in METRICS if name in metrics},
         "models": sorted({f"{each['model']} {each['revision'] or ''}".strip() for each in results}),
         "means": {kind: _means(rows, kind) for kind in ("all", *KINDS)},

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tuneavideo import files
 from tuneavideo.reporting.comparison import differences, meters, pieces, rows
 from tuneavideo.reporting.contents import Run, opened
 from tuneavideo.reporting.curve import curve
-from tuneavideo.reporting.words import plain
-from tuneavideo.runs import RunFolder
+from tuneavideo.reporting.formatting import plain
 from tuneavideo.settings import TuneSettings
+from tuneavideo.storage import atomic
+from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.version import __version__
 
 
@@ -33,11 +33,11 @@ def write(runs: Sequence[RunFolder], path: Path) -> None:
     Raises:
         DiskError: `path` is a file that is no report, or cannot be written.
     """
-    files.refuse_foreign(path, "tuneavideo</title>")
+    atomic.refuse_foreign(path, "tuneavideo</title>")
     names = [run.path.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
-    files.write(path, page([opened(run, name) for run, name in zip(runs, names, strict=True)]))
+    atomic.write(path, page([opened(run, name) for run, name in zip(runs, names, strict=True)]))
 
 
 def page(runs: Sequence[Run]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tuneavideo.reporting.contents import Edit, Metric, Run, Score
-from tuneavideo.reporting.words import basename, plain
+from tuneavideo.reporting.formatting import basename, plain
 from tuneavideo.settings import TuneSettings
 
 TASK = {"video", "prompt", "edit", "preset"}  # settings that say what a run is of, not how it was made

@@ -12,13 +12,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from tuneavideo import files
 from tuneavideo import video as videos
+from tuneavideo.config import checked, layers
 from tuneavideo.errors import TuneAVideoError
 from tuneavideo.progress import Step
-from tuneavideo.reporting.words import duration, plain
-from tuneavideo.runs import RunFolder
-from tuneavideo.settings import Sampling, TuneSettings, checked, layers
+from tuneavideo.reporting.formatting import duration, plain
+from tuneavideo.settings import Sampling, TuneSettings
+from tuneavideo.storage import atomic
+from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import Video
 
 Thing = TypeVar("Thing")
@@ -165,7 +166,7 @@ class Run:
         if self.steps:
             seconds, memory = sum(step.seconds for step in self.steps), max(step.memory for step in self.steps)
             facts.append(("tuned", f"{self.steps[-1].number} steps in {duration(seconds)}"))
-            facts.append(("memory in tuning", f"at most {files.size(memory)}"))
+            facts.append(("memory in tuning", f"at most {atomic.size(memory)}"))
         return facts
 
 

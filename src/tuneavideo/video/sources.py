@@ -20,8 +20,8 @@ from av.stream import Disposition
 from PIL import Image, ImageOps, ImageSequence
 
 from tuneavideo.errors import VideoError
+from tuneavideo.video.audio import heard
 from tuneavideo.video.display import over_white, seen, woven
-from tuneavideo.video.sound import heard
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 READABLE = "mp4, mov, webm, mkv, avi, gif, webp or a folder of pictures"

@@ -17,11 +17,11 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
-from tuneavideo import files
 from tuneavideo.errors import VideoError
+from tuneavideo.storage import atomic
+from tuneavideo.video.audio import RATE, sounds
 from tuneavideo.video.clip import Frames, Spool, Video, fitted
 from tuneavideo.video.display import pulled
-from tuneavideo.video.sound import RATE, sounds
 
 FASTEST_GIF = 50  # frames a second: browsers slow down what claims to be faster
 
@@ -57,7 +57,7 @@ def write(video: Video | Spool | Frames, path: str | Path) -> None:
     if suffix == ".gif" and video.fps > FASTEST_GIF:
         most = f"a GIF shows at most {FASTEST_GIF} frames a second, this clip has {video.fps:g}"
         raise VideoError(f"{path}: {most}; write .mp4, or take fewer frames")
-    with files.replacing(path) as draft:
+    with atomic.replacing(path) as draft:
         _encode(video, draft, suffix, FORMATS[suffix])
 
 
@@ -83,7 +83,7 @@ def write_frames(video: Video | Spool | Frames, folder: str | Path) -> None:
     others = [name for name in present if not re.fullmatch(r"\d{5,}\.png", name)]
     if others:
         raise VideoError(f"{folder} has more than frames in it: found {others[0]}; choose another folder")
-    with files.replacing(folder) as draft:
+    with atomic.replacing(folder) as draft:
         draft.mkdir()
         for number, frame in enumerate(video.images):
             Image.fromarray(frame).save(draft / f"{number:05d}.png")
@@ -95,7 +95,7 @@ def write_image(image_HWC: np.ndarray, path: str | Path) -> None:
     Raises:
         DiskError: A place that cannot be written or is full.
     """
-    with files.replacing(Path(path)) as draft:
+    with atomic.replacing(Path(path)) as draft:
         Image.fromarray(image_HWC).save(draft, format="PNG")
 
 

@@ -1,0 +1,371 @@
+"""The command line: flags in, progress and paths out. Everything it does is in `api`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuneavideo import __version__
+from tuneavideo.cli import arguments
+from tuneavideo.cli.console import Show, report_done, stopped
+from tuneavideo.errors import SettingsError, TuneAVideoError
+from tuneavideo.progress import Job
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command, or say in one line why not; exit codes are 0 and those of `_fail`, `stopped` and a closed pipe."""
+    try:
+        try:
+            _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has closed it: nothing is left to be said, at exit neither
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(quiet, stream.fileno())
+        raise SystemExit(CLOSED) from None
+
+
+def _main(argv: list[str]) -> None:
+    name, *rest = argv or ["help"]
+    if name == "help" and rest[:1] and rest[0] in COMMANDS:
+        name, rest = rest[0], [*rest[1:], "--help"]
+    if name in ("-V", "--version") or (name in COMMANDS and name != "mindone" and {"-V", "--version"} & {*rest}):
+        print(__version__)
+    elif name in ("-h", "--help", "help"):
+        print(_help())
+    elif name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"did you mean '{near[0]}'?" if near else f"commands are {', '.join(COMMANDS)}"
+        _fail(SettingsError(f"unknown command '{name}'; {advice}"))
+    else:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+        try:
+            COMMANDS[name](rest)
+        except KeyboardInterrupt:
+            stopped()
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            if "--debug" in rest:
+                traceback.print_exc()
+            _fail(error)
+
+
+def demo(argv: Sequence[str]) -> None:
+    """Tune the bundled miniature model on a bundled clip and make four edits."""
+    from tuneavideo import api
+
+    options = arguments.options(
+        "demo", demo.__doc__, argv, out="run folder to make", quick="a few steps only, to see that it runs"
+    )
+    done = Show(options.json).run(api.demoing(out=options.out, quick=options.quick))
+    report_done(options.json, done, picture=done["files"][-1])
+
+
+def tune(argv: Sequence[str]) -> None:
+    """Teach a text-to-image model the motion of one clip, and edit the clip."""
+    from tuneavideo import api
+    from tuneavideo.settings import TuneSettings
+
+    command = arguments.Command(
+        "tune", tune.__doc__, TuneSettings, "video", "edit",
+        "tuneavideo tune skiing.mp4 --prompt 'a man is skiing' --edit 'a panda is skiing'", RESUMABLE,
+    )  # fmt: skip
+    early, folder = arguments.early(argv), None
+    if early.resume and {word.split("=")[0] for word in argv} & {"--config", "--out"}:
+        raise SettingsError(
+            f"--resume {early.resume} keeps that run's folder and settings; leave out --config and --out"
+        )
+    if early.resume:
+        stated = api.resumed_settings(early.resume, {}).model_dump()
+    else:
+        stated, folder = _stated(early)
+    settings, options = arguments.parse(command, argv, stated)
+    if options.resume:
+        job = api.tuning(api.resumed_settings(options.resume, settings), resume=options.resume)
+    else:
+        job = api.tuning(api.tune_settings(settings), out=options.out or folder)
+    report_done(options.json, Show(options.json).run(job))
+
+
+def edit(argv: Sequence[str]) -> None:
+    """Make new videos with the motion of a tuned clip, one per prompt."""
+    from tuneavideo import api
+
+    example = "tuneavideo edit runs/skiing-1 --prompt 'a panda is skiing'"
+    settings, options = _edit_settings("edit", edit.__doc__, argv, example)
+    report_done(options.json, Show(options.json).run(api.editing(settings)))
+
+
+def invert(argv: Sequence[str]) -> None:
+    """Find the noise a tuned clip came from, and keep it for edits to start from."""
+    from tuneavideo import api
+
+    example = "tuneavideo invert runs/skiing-1"
+    settings, options = _edit_settings("invert", invert.__doc__, argv, example, prompt=("-",))
+    report_done(options.json, Show(options.json).run(api.inverting(settings)))
+
+
+def adopt(argv: Sequence[str]) -> None:
+    """Make a run of what another program tuned on a clip, to edit it here."""
+    from tuneavideo import api
+    from tuneavideo.settings import TuneSettings
+
+    command = arguments.Command(
+        "adopt", adopt.__doc__, TuneSettings, "video", "edit",
+        "tuneavideo adopt skiing.mp4 --checkpoint tuned/ --prompt 'a man is skiing' --edit 'a panda is skiing'",
+        {"out": "run folder to make", "checkpoint": "what the other program tuned"},
+    )  # fmt: skip
+    early = arguments.early(argv)
+    stated, folder = _stated(early)
+    settings, options = arguments.parse(command, argv, stated)
+    if not options.checkpoint:
+        raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of what was tuned")
+    own = options.checkpoint.is_dir() and not (early.base or "base" in stated)
+    job = api.adopting(api.tune_settings(settings), options.checkpoint, out=options.out or folder, own_base=own)
+    report_done(options.json, Show(options.json).run(job))
+
+
+def convert(argv: Sequence[str]) -> None:
+    """Turn weights of one program into files of another, tensor by tensor."""
+    asked = vars(arguments.read(arguments.of_convert(convert.__doc__), argv))
+    as_json, _, binary = asked.pop("json"), asked.pop("debug"), not asked.pop("no_binary")
+    from tuneavideo import api
+    from tuneavideo.jobs import checks
+
+    checks.check_weights(asked["source"])
+    from tuneavideo.models import quiet
+
+    quiet.hush()
+    report = api.convert(asked.pop("source"), asked["out"], binary=binary, **{k: asked[k] for k in asked if k != "out"})
+    print(json.dumps(dataclasses.asdict(report)) if as_json else "\n".join([*report.lines(), f"done: {asked['out']}"]))
+
+
+def mindone(argv: Sequence[str]) -> None:
+    """MindONE's two commands (train, infer) with its flags; says what to type here, and does it."""
+    from tuneavideo import api
+    from tuneavideo.interop import flags as theirs
+
+    if argv[:1] in (["-h"], ["--help"]):
+        more = "'tuneavideo mindone train --help' and 'tuneavideo mindone infer --help' list the flags."
+        print(f"usage: tuneavideo mindone {{train,infer}} ...\n\n{mindone.__doc__}\n\n{more}")
+        return
+    if argv[:1] not in (["train"], ["infer"]):
+        raise SettingsError("mindone: say 'mindone train' or 'mindone infer', and MindONE's flags")
+    checkpoint = ""
+    if argv[0] == "train":
+        config = theirs.train(argv[1:])
+    else:
+        config, checkpoint = theirs.infer(argv[1:])
+    print("\n".join(config.notices), file=sys.stderr)
+    if config.dry_run:
+        return
+    settings = api.tune_settings(config.settings)
+    job = api.adopting(settings, checkpoint, out=config.out) if checkpoint else api.tuning(settings, out=config.out)
+    report_done(False, Show(False).run(job))
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Measure the edits of a tuned clip, and keep the scores in the run folder."""
+    from tuneavideo import api
+    from tuneavideo.cli import tables
+
+    options = arguments.read(arguments.of_evaluate(evaluate.__doc__), argv)
+    job = api.evaluating(
+        options.places, metrics=options.metrics, mask=options.mask, clip=options.clip, pick=options.pick
+    )
+    scores: dict[str, Any] = {}
+    try:
+        Show(options.json).run(_noting_scores(job, scores))
+    finally:  # what was measured is shown, even if it could not be kept
+        if options.json and scores:
+            print(json.dumps(scores))
+        for file, told in () if options.json else scores.items():
+            tables.show_scores(file, told)
+    if not any(edit["scores"] for told in scores.values() for edit in told["edits"]):
+        raise SettingsError(f"nothing was measured of {', '.join(options.metrics) or 'any metric'}")
+
+
+def _noting_scores(job: Job, scores: dict[str, Any]) -> Job:
+    """The same job; `scores` gets what it measured, by file."""
+    for each in job:
+        if each.scores:
+            scores[each.about] = each.scores
+        yield each
+
+
+def benchmark(argv: Sequence[str]) -> None:
+    """Tune, edit and measure the clips of a benchmark, and print the results."""
+    from tuneavideo import api
+    from tuneavideo.cli import tables
+
+    options = vars(arguments.read(arguments.of_benchmark(benchmark.__doc__), argv))
+    name, as_json, _ = (options.pop(key) for key in ("name", "json", "debug"))
+    given = {key: value for key, value in options.items() if value}
+    job = (api.benchmarking_tgve if name == "tgve" else api.benchmarking_miniature)(**given)
+    file = Path(Show(as_json, resumable=False).run(job)["files"][-1])
+    if as_json:
+        print(file.read_text(encoding="utf-8"))
+    elif name == "tgve":
+        print(file.with_suffix(".md").read_text(encoding="utf-8"))
+    else:
+        tables.show_variants(json.loads(file.read_text(encoding="utf-8")))
+
+
+def report(argv: Sequence[str]) -> None:
+    """Show runs on one page that opens anywhere: clips in step, scores, the loss, settings."""
+    from tuneavideo import api
+
+    meanings = {"runs": "run folders; several are compared", "out": "HTML file to write; by default report.html"}
+    options = arguments.options("report", report.__doc__, argv, **meanings)
+    page = api.report(options.runs, options.out)
+    print(json.dumps({"report": str(page), "runs": options.runs}) if options.json else f"report: {page}")
+
+
+def models(argv: Sequence[str]) -> None:
+    """List the base models known by name, and which of them are on this machine."""
+    from tuneavideo import api
+
+    options = arguments.options("models", models.__doc__, argv)
+    known = api.models()
+    if options.json:
+        print(json.dumps(known, indent=1))
+        return
+    from tuneavideo.cli import tables
+
+    tables.show_models(known)
+    print(
+        "Memory is what tuning that many frames holds at least: counted, not measured (bf16, gradient checkpointing).\n"
+        "Any Stable Diffusion 1.x, 2.x or XL works: give --base a hub id, a folder, or a .safetensors or .ckpt file."
+    )
+
+
+def doctor(argv: Sequence[str]) -> None:
+    """Say what this machine has and what is missing, for you and for a bug report."""
+    from tuneavideo.cli.environment import examined, lines
+
+    options = arguments.options("doctor", doctor.__doc__, argv)
+    found = examined()
+    print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
+    if any(each["impossible"] for each in found["missing"]):
+        raise SystemExit(1)
+
+
+def completion(argv: Sequence[str]) -> None:
+    """Print a script for bash and zsh that completes commands and options: source <(tuneavideo completion)."""
+    made = arguments.parser("completion", completion.__doc__)
+    made.add_argument("shell", nargs="?", choices=("bash", "zsh"), help="the script is the same for both")
+    arguments.read(made, argv)
+    lines = [f"  {name}) words='{' '.join(_flags_in_help(name))}' ;;" for name in COMMANDS]
+    print(COMPLETION.replace("COMMANDS", " ".join(COMMANDS)).replace("CASES", "\n".join(lines)))
+
+
+def _flags_in_help(name: str) -> list[str]:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        COMMANDS[name](["--help"])
+    return sorted(set(re.findall(r"--[a-z][a-z0-9-]+", shown.getvalue())))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": demo,
+    "tune": tune,
+    "edit": edit,
+    "invert": invert,
+    "adopt": adopt,
+    "convert": convert,
+    "mindone": mindone,
+    "evaluate": evaluate,
+    "benchmark": benchmark,
+    "report": report,
+    "models": models,
+    "doctor": doctor,
+    "completion": completion,
+}
+COMPLETION = """\
+[ -n "$ZSH_VERSION" ] && autoload -U +X bashcompinit && bashcompinit
+_tuneavideo() {
+  local words='COMMANDS' current=${COMP_WORDS[COMP_CWORD]}
+  [ "$COMP_CWORD" -gt 1 ] && case ${COMP_WORDS[1]} in
+CASES
+  esac
+  COMPREPLY=()
+  case $COMP_CWORD,$current in
+    1,* | *,-*) COMPREPLY=($(compgen -W "$words" -- "$current")) ;;
+  esac
+}
+complete -o default -F _tuneavideo tuneavideo
+"""
+CLOSED = 141  # as a shell has it of a program that SIGPIPE ended
+RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tuning to go on with"}
+
+
+def _fail(error: Exception) -> None:
+    """Exit code 2: something the user can put right; 1: something that should not happen."""
+    expected = isinstance(error, TuneAVideoError)
+    told = [str(error)] if expected else [
+        f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        "--debug shows where; please report it with what 'tuneavideo doctor' prints",
+    ]  # fmt: skip
+    print(f"tuneavideo: {'; '.join([*told, *getattr(error, '__notes__', ())])}", file=sys.stderr)
+    raise SystemExit(2 if expected else 1)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: tuneavideo COMMAND ...",
+            "",
+            "Tune a text-to-image model on one short clip, then edit the clip with new prompts.",
+            "",
+            *lines,
+            "",
+            "Begin with 'tuneavideo demo', then:",
+            "  tuneavideo tune skiing.mp4 --prompt 'a man is skiing' --edit 'a panda is skiing'",
+            "",
+            "'tuneavideo COMMAND --help' shows a command's options, 'tuneavideo --version' the version.",
+        ]
+    )
+
+
+def _stated(early: Any) -> tuple[dict[str, Any], str | None]:
+    """Settings by default of a tuning: what its base, preset and file say; and the run folder the file asks for."""
+    from tuneavideo import api
+    from tuneavideo.config import layers
+
+    given = {name: value for name, value in (("base", early.base), ("preset", early.preset)) if value}
+    config = api.read_config(early.config) if early.config else None
+    return layers(given, config.settings if config else {}), config and config.out
+
+
+def _edit_settings(name: str, about: str | None, argv: Sequence[str], example: str, **hidden: Any) -> tuple[Any, Any]:
+    """Settings of an edit, and the options of its command; the run is the one in the positional argument's place."""
+    from tuneavideo import api
+    from tuneavideo.config import with_preset
+    from tuneavideo.settings import EditSettings, Sampling
+    from tuneavideo.storage.run_folder import RunFolder
+
+    command = arguments.Command(
+        name, about, EditSettings, "run", "prompt", example,
+        inherited=frozenset(Sampling.model_fields), hidden=next(iter(hidden), ""),
+    )  # fmt: skip
+    early = arguments.early(argv)
+    stated = (api.read_edit_config(early.config) if early.config else {}) | hidden
+    run = arguments.positional(command, argv) or stated.get("run")
+    if run and RunFolder(Path(run)).settings.is_file():
+        own = RunFolder.open(run).read_settings()
+        stated = with_preset(own, early.preset or stated.get("preset")) | stated
+    settings, options = arguments.parse(command, argv, stated)
+    return api.edit_settings(settings | hidden), options

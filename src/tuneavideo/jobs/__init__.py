@@ -1,0 +1,1 @@
+"""Jobs, one module per step: prepare, tune, invert, edit, export."""

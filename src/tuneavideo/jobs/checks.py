@@ -1,0 +1,86 @@
+"""Checks of paths and names before a job, without torch: a mistake is reported in a second, not after the imports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tuneavideo import bases
+from tuneavideo.config import weighted
+from tuneavideo.errors import AdapterError, CheckpointError, SettingsError, VideoError
+from tuneavideo.evaluation.metrics import check_metric
+from tuneavideo.settings import EditSettings, TuneSettings
+from tuneavideo.storage import atomic
+from tuneavideo.storage.run_folder import COPY, OTHER_PLACE, RunFolder
+
+
+def check_tuning(
+    settings: TuneSettings, out: str | Path | None, *, resumed: bool = False, own_base: bool = False
+) -> None:
+    """Raise TuneAVideoError when the clip or the base is missing, or the run folder is taken or cannot be written.
+
+    Args:
+        settings: Settings of the tuning.
+        out: Run folder to make; by default one in `runs`.
+        resumed: Whether the run is there already, with its frames.
+        own_base: Whether the base comes with the weights, so that `settings.base` is not opened.
+    """
+    if not own_base:
+        bases.refuse_unknown(settings.base)
+    if resumed:
+        return
+    if not os.path.exists(settings.video):
+        from tuneavideo.video.sources import READABLE
+
+        raise VideoError(f"{settings.video} does not exist; give {READABLE}")
+    if os.environ.get("RANK", "0") == "0":  # the first of several processes makes the folder
+        if out is not None:
+            RunFolder.check_free(out)
+        atomic.check_writable(Path(out or "runs"), OTHER_PLACE)
+
+
+def check_editing(settings: EditSettings) -> None:
+    """Raise TuneAVideoError when a file that the edits need is missing, or the run cannot be written."""
+    if settings.edit_model is not None:
+        bases.refuse_unknown(settings.edit_model)
+    for each in settings.lora:
+        _check_there("LoRA", weighted(each)[0])
+    for each in settings.embedding:
+        _check_there("embedding", each, hub=False)
+    if settings.controlnet is not None:
+        _check_there("ControlNet", settings.controlnet)
+    if settings.control not in ("canny", "depth") and not os.path.exists(settings.control):
+        raise SettingsError(
+            f"control {settings.control!r} does not exist; give canny, depth, a video or a folder of maps"
+        )
+    if settings.ip_adapter is not None and len(Path(settings.ip_adapter).parts) < 2:
+        _check_there("IP-Adapter", settings.ip_adapter, hub=False)
+    if settings.ip_image is not None:
+        _check_there("ip_image", settings.ip_image, hub=False)
+    atomic.check_writable(RunFolder.open(settings.run).path, COPY)
+
+
+def check_evaluating(places: Iterable[str | Path], metrics: Iterable[str], mask: Path | None) -> None:
+    """Raise TuneAVideoError when a metric or the mask is not known, or no place is a run or an edit."""
+    for name in metrics:
+        check_metric(name)
+    places = [*places]
+    if places and not any(
+        Path(place, "edit.json").is_file() or RunFolder(Path(place)).settings.is_file() for place in places
+    ):
+        RunFolder.open(places[0])
+    if mask is not None and not mask.exists():
+        raise VideoError(f"mask {mask} does not exist; give a picture, a clip or a folder of pictures")
+
+
+def check_weights(path: str | Path) -> None:
+    """Raise CheckpointError when there is no such file or folder of weights."""
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path} does not exist; give a file or folder of weights")
+
+
+def _check_there(what: str, place: str, *, hub: bool = True) -> None:
+    if os.path.exists(place) or (hub and bases.may_be_on_hub(place)):
+        return
+    raise AdapterError(f"{what} {place}: no such file or folder" + (", and no hub id (OWNER/NAME)" if hub else ""))

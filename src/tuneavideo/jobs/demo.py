@@ -1,0 +1,26 @@
+"""The demo job: the bundled model tuned on a bundled clip, with a contact sheet of its edits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuneavideo import video as videos
+from tuneavideo.jobs.tune import tune
+from tuneavideo.progress import Job, Progress
+from tuneavideo.settings import TuneSettings
+from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.video.montage import contact_sheet
+
+
+def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
+    """See `api.demoing`."""
+    rows: list[Path] = []
+    for each in tune(settings, out=out):
+        yield each
+        if each.path and each.stage in ("tune", "edit"):
+            rows.append(each.path / "edit.mp4" if each.stage == "edit" else RunFolder(each.path).source)
+    if rows:  # the first process has them all, others none
+        sheet = RunFolder(rows[0].parent).sheet
+        clips = [videos.read(path) for path in rows]
+        videos.write_image(contact_sheet(clips, [settings.prompt, *settings.edit]), sheet)
+        yield Progress("picture", path=sheet)

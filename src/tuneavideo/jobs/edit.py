@@ -1,0 +1,123 @@
+"""The edit job: run folder and prompts in; edited clips out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator, Sequence, Set
+from itertools import product
+from typing import Any
+
+from tuneavideo import video as videos
+from tuneavideo.config import check_windows
+from tuneavideo.jobs import plan
+from tuneavideo.jobs.export import write_edit
+from tuneavideo.jobs.prepare import (
+    check_gif_rate,
+    encode_clip,
+    precision_of,
+    restore_source,
+    stored_clip,
+    warn_of_truncation,
+)
+from tuneavideo.jobs.session import Studio
+from tuneavideo.models import addons as styles
+from tuneavideo.models import devices, pipelines
+from tuneavideo.models.adapter import Adapter
+from tuneavideo.progress import Job, Progress
+from tuneavideo.settings import EditSettings
+from tuneavideo.storage import cache
+from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.training import disk_space
+from tuneavideo.training.memory_plan import memory_told, threaded
+from tuneavideo.video import Spool, Video
+
+logger = logging.getLogger(__name__)
+
+
+def edit(settings: EditSettings) -> Job:
+    """See `api.editing`."""
+    run = RunFolder.open(settings.run)
+    with run.locked(), run.present(), memory_told(run, settings):
+        asked = settings.model_dump(mode="json", exclude={"run"})
+        done = run.made_of(asked)
+        done = done if done < set(product(settings.prompt, settings.seeds)) else set()
+        yield from announce(settings)
+        studio = checked_session(settings, len(due_edits(settings, done)))
+        run.begin_edits(asked)
+        yield from with_few_threads(make_edits(settings, studio, done), studio)
+        run.end_edits()
+
+
+def checked_session(settings: EditSettings, count: int) -> Studio:
+    """The model of a run, once it is known to take these settings, and the disk to hold `count` edits."""
+    studio = open_session(settings)
+    kept = studio.inversion_file(settings).is_file()
+    disk_space.check_edits(studio.run, settings, studio.source, studio.moments, count, kept=kept)
+    return studio
+
+
+def with_few_threads(work: Generator[Progress, None, Any], studio: Studio) -> Job:
+    """Steps of `work`, on one thread if the model is small for the clip."""
+    yield from threaded(work, studio.pipe.unet, *studio.moments["mean"].shape[2:])
+
+
+def due_edits(settings: EditSettings, done: Set[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [each for each in product(settings.prompt, settings.seeds) if each not in done]
+
+
+def make_edits(
+    settings: EditSettings, studio: Studio, done: Set[tuple[str, int]] = frozenset(), is_told: bool = False
+) -> Job:
+    """Edits with every prompt and seed but those that are `done`; the plan `is_told` if they come after tuning."""
+    due = due_edits(settings, done)
+    if not is_told:
+        base, prompts = base_of(settings), (*settings.prompt, settings.negative_prompt)
+        warn_of_truncation(studio.pipe, base, prompts)
+        for line in (plan.editing(settings, studio.source.frames, (studio.source.width, studio.source.height)),
+                     *plan.word_warnings(base, prompts)):  # fmt: skip
+            yield Progress("plan", about=line)
+        yield Progress("plan", ahead=plan.steps_ahead(settings, len(due)))
+    for batch in batched(due, settings.batch_prompts):
+        clips = yield from studio.edited(batch, settings)
+        for (prompt, seed), video in zip(batch, clips, strict=True):
+            folder = write_edit(studio, settings, prompt, seed, video)
+            yield Progress("edit", path=folder, about=prompt)
+
+
+def batched(wishes: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[tuple[str, int]]]:
+    """One part of `size` after the other; the last may be smaller."""
+    return (wishes[at : at + size] for at in range(0, len(wishes), size))
+
+
+def announce(settings: EditSettings) -> Job:
+    yield Progress("open", path=RunFolder.open(settings.run).path, about=base_of(settings))
+
+
+def base_of(settings: EditSettings) -> str:
+    return settings.edit_model or RunFolder.open(settings.run).read_settings().base
+
+
+def open_session(settings: EditSettings) -> Studio:
+    """The model a run made, with the clip it was made on."""
+    run = RunFolder.open(settings.run)
+    own = run.read_settings()
+    run.require_tuned()
+    dtype = devices.PRECISIONS[precision_of(own)]
+    pipe = pipelines.open_image_model(settings.edit_model or own.base, dtype=dtype)
+    if not run.source.is_file():
+        restore_source(run, own, pipe)
+    kept = stored_clip(run)
+    source, moments = kept or (videos.footage(run.source, run.path), {})
+    on_disk, controlled = isinstance(source, Spool), settings.controlnet is not None
+    check_windows(settings, source.frames, on_disk=on_disk, controlnet=controlled)
+    style = styles.load(pipe, settings, source)
+    video = Adapter.load(run.adapter).attach(pipe.unet, any_base=settings.edit_model is not None).video
+    check_gif_rate(settings, source)
+    if not moments:
+        logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
+        moments = encode_clip(pipe, source, run.latents)
+        if isinstance(source, Video):
+            cache.write(run.latents, moments)
+    if own.offload:
+        devices.offload(pipe)
+    return Studio(run, pipe, style.controlled(video), moments, source, style=style)

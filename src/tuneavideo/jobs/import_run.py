@@ -1,0 +1,67 @@
+"""A run made of what another program tuned, so that it is edited like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuneavideo import video as videos
+from tuneavideo.errors import CheckpointError
+from tuneavideo.interop.convert import convert
+from tuneavideo.interop.names import UNET
+from tuneavideo.interop.opening import Checkpoint, opened_at
+from tuneavideo.interop.writing import is_temporal, tuned
+from tuneavideo.jobs import edit, plan, prepare
+from tuneavideo.models import pipelines
+from tuneavideo.models.adapter import Adapter, fingerprint
+from tuneavideo.progress import Job, Progress
+from tuneavideo.settings import EditSettings, Inflation, Sampling, TuneSettings
+from tuneavideo.storage import cache
+from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.video import Span
+
+
+def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = None, own_base: bool = False) -> Job:
+    """See `api.adopting`."""
+    found = opened_at(checkpoint)
+    layers = tuned(found)
+    if not any(map(is_temporal, layers)):
+        raise CheckpointError(f"{checkpoint} has no temporal layers: it was not tuned on a clip")
+    run = RunFolder.create(settings.video, out)
+    with run.locked():
+        try:
+            yield Progress("open", path=run.path, about=settings.base)
+            if own_base:
+                convert(checkpoint, run.base, "diffusers")
+                settings = settings.model_copy(update={"base": str(run.base.absolute())})
+            if settings.stride is None and settings.sample_fps is None:  # as other programs take them
+                settings = settings.model_copy(update={"stride": 1})
+            span = plan.frames(settings)
+            settings = settings.model_copy(update={"num_frames": span.count})
+            run.write_settings(settings, {"adopted from": checkpoint})
+            _fill(run, settings, span, found)
+            run.keep()
+        except Exception:
+            run.discard()
+            raise
+    yield Progress("tune", path=run.path)
+    if settings.edit:
+        sampling = settings.model_dump(include=set(Sampling.model_fields))
+        yield from edit.edit(EditSettings(run=str(run.path), prompt=settings.edit, **sampling))
+
+
+def _fill(run: RunFolder, settings: TuneSettings, span: Span, found: Checkpoint) -> None:
+    """The clip's frames and latents, and the adapter last, which says that the run is whole."""
+    pipe = pipelines.open_image_model(settings.base)
+    clip = prepare.read_clip(settings, span, pipe, run.path)
+    videos.write(clip, run.source)
+    cache.write(run.latents, prepare.encode_clip(pipe, clip, run.latents))
+    inflation = found.learned.get("inflation")
+    adapter = Adapter(
+        {name.removeprefix(UNET): tensor.read() for name, tensor in tuned(found).items()},
+        Inflation(**{**inflation, "references": tuple(inflation["references"])}) if inflation else Inflation(),
+        settings.base,
+        fingerprint(pipe.unet),
+        {"prompt": settings.prompt, "adopted from": found.kind},
+    )
+    adapter.attach(pipe.unet)  # refuses what does not fit
+    adapter.save(run.adapter, dtype=None)

@@ -1,0 +1,20 @@
+"""The inversion job: the latents of a clip at every noise level, kept in the run folder."""
+
+from __future__ import annotations
+
+from tuneavideo.jobs.edit import announce, checked_session, with_few_threads
+from tuneavideo.progress import Job, Progress
+from tuneavideo.settings import EditSettings
+from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.training.memory_plan import memory_told
+
+
+def invert(settings: EditSettings) -> Job:
+    """See `api.inverting`."""
+    run = RunFolder.open(settings.run)
+    settings = settings.model_copy(update={"feature_reuse": 1})  # an inversion computes every step in full
+    with run.locked(), run.present(), memory_told(run, settings):
+        yield from announce(settings)
+        studio = checked_session(settings, 0)
+        yield from with_few_threads(studio.inverted(settings), studio)
+        yield Progress("invert", path=studio.inversion_file(settings))

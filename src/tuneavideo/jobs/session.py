@@ -1,0 +1,124 @@
+"""What it takes to make edits: a tuned (or half-tuned) model with the clip it was tuned on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuneavideo import video as videos
+from tuneavideo.method import editing, inversion
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.editing import Trajectory
+from tuneavideo.method.inflate import VideoUNet
+from tuneavideo.method.noise import Levels
+from tuneavideo.method.reels import Reel
+from tuneavideo.method.windows import Windows
+from tuneavideo.models import codec
+from tuneavideo.models.addons import Style
+from tuneavideo.models.loading import Pipeline
+from tuneavideo.progress import Progress
+from tuneavideo.settings import Sampling
+from tuneavideo.storage import cache
+from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.video import Spool, Video
+
+Footage = Video | Spool
+Moments = Mapping[str, Tensor | Reel]
+
+
+@dataclasses.dataclass
+class Studio:
+    """See the module; `run` is where inversions are kept, `moments` are the clip's latents."""
+
+    run: RunFolder
+    pipe: Pipeline
+    video: VideoUNet
+    moments: Moments
+    source: Footage
+    keep_inversions: bool = True
+    recent: dict[Path, Trajectory] = dataclasses.field(default_factory=dict)
+    style: Style = dataclasses.field(default_factory=Style)
+
+    @property
+    def levels(self) -> Levels:
+        """Noise levels of the base."""
+        return Levels.of(self.pipe.scheduler)
+
+    def edited(self, wishes: Sequence[tuple[str, int]], settings: Sampling) -> Generator[Progress, None, list[Footage]]:
+        """Invert, denoise towards each prompt (with its seed) in one batch, decode; clips on the disk one by one."""
+        trajectory = yield from self.inverted(settings)
+        on_disk = isinstance(trajectory.latents, Reel)
+        clean, caption, clips = self._clean(), self._embedded([self.run.read_settings().prompt]), []
+        for batch in [[wish] for wish in wishes] if on_disk else [wishes]:
+            prompts = [prompt for prompt, _ in batch]
+            negative, text = self._embedded([settings.negative_prompt, *prompts]).split([1, len(prompts)])
+            latents, steps = clean, editing.edit(
+                self._prepared(settings, settings.feature_reuse), self.levels,
+                editing.sampler_of(self.levels, settings), settings, trajectory, clean, caption, text, negative,
+                [torch.Generator().manual_seed(seed) for _, seed in batch], folder=self.run.path,
+            )  # fmt: skip
+            for step in steps:
+                latents = step.latents
+                yield Progress("edit", step.number, step.total, about=" | ".join(prompts))
+            clips += [self._decoded(each, settings) for each in latents.split(1)]
+        return clips
+
+    def _prepared(self, settings: Sampling, reuse: int = 1) -> Any:
+        on_disk = not isinstance(self.source, Video)
+        return editing.prepared(self.video, settings, self.source.frames, reuse=reuse, on_disk=on_disk)
+
+    def _embedded(self, prompts: list[str]) -> Conditions:
+        return self.style.told(codec.embed(self.pipe, prompts))
+
+    def _decoded(self, latents: Tensor | Reel, settings: Sampling) -> Footage:
+        """An edit, with the source's sound if it plays as fast as the source."""
+        fps = settings.fps or self.source.fps
+        edit = videos.shelved(codec.decoded(self.pipe, latents), self.source.frames, fps, self.run.path)
+        same = math.isclose(fps, self.source.fps, rel_tol=1e-4)
+        return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
+
+    def inverted(self, settings: Sampling) -> Generator[Progress, None, Trajectory]:
+        """The clip's noise at the level where sampling starts; computed once, kept in the run folder.
+
+        If edits follow the clip, the trajectory is whole.
+        """
+        timesteps, whole, clean = self._path(settings), bool(settings.attention_injection), self._clean()
+        file = self.inversion_file(settings)
+        if file in self.recent:
+            return self.recent[file]
+        kept = cache.read(file, by_frames=isinstance(clean, Reel)) if self.keep_inversions else None
+        if kept:
+            passed = tuple(timesteps[::-1] if whole else timesteps[-1:])
+            return Trajectory(kept["latents"].to(clean.device), passed)
+        video, empty, folder = self._prepared(settings), self._embedded([""]), self.run.path
+        step = None
+        for step in editing.invert(video, self.levels, clean, empty, timesteps, whole=whole, folder=folder):
+            yield Progress("invert", step.number, step.total)
+        assert step, "an inversion has steps"
+        self.recent[file] = step.trajectory
+        if self.keep_inversions:
+            cache.write(file, {"latents": self.recent[file].latents})
+        return self.recent[file]
+
+    def inversion_file(self, settings: Sampling) -> Path:
+        """Where the inversion for these settings is kept."""
+        whole = ["whole"] if settings.attention_injection else []
+        windows = Windows.of(settings, self.source.frames)
+        cut = [] if windows.holds(self.source.frames) else [dataclasses.astuple(windows)]
+        weights = str(self.pipe.unet.dtype)
+        parts = (self._path(settings), self.moments["mean"], weights, *whole, *self.style.marks, *cut)
+        return self.run.inversion(cache.key(*parts))
+
+    def _path(self, settings: Sampling) -> list[int]:
+        """Timesteps of the inversion."""
+        sampler = editing.sampler_of(self.levels, settings)
+        return inversion.path_to(sampler, self.levels, settings.inversion_steps, settings.timestep_spacing)
+
+    def _clean(self) -> Any:
+        return self.moments["mean"].to(self.pipe._execution_device)

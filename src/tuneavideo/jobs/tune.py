@@ -1,0 +1,250 @@
+"""The tuning job: run folder, clip and base in; adapter, previews and edits out."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+
+from tuneavideo import video as videos
+from tuneavideo.errors import MissingExtra, RunError, TuneAVideoError
+from tuneavideo.jobs import plan
+from tuneavideo.jobs.edit import announce, checked_session, due_edits, make_edits, with_few_threads
+from tuneavideo.jobs.export import model_card, versions
+from tuneavideo.jobs.prepare import encode_clip, encode_text, precision_of, read_clip, stored_clip, warn_of_truncation
+from tuneavideo.jobs.session import Footage, Studio
+from tuneavideo.method.inflate import VideoUNet, inflate
+from tuneavideo.method.noise import Levels
+from tuneavideo.method.tuning import Tuning
+from tuneavideo.models import codec, devices, pipelines
+from tuneavideo.models.adapter import Adapter, fingerprint
+from tuneavideo.progress import Job, Progress
+from tuneavideo.settings import EditSettings, Sampling, TuneSettings
+from tuneavideo.storage import atomic, cache
+from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.training.checkpoints import Keeper
+from tuneavideo.training.memory_plan import fitted, memory_told
+from tuneavideo.video import Video
+from tuneavideo.video.montage import side_by_side
+
+# How long processes wait for one of them: longer than any preview of a long clip.
+PATIENCE = timedelta(days=7)
+
+
+def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:
+    """See `api.tuning`."""
+    done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
+    accelerator = _accelerator(settings)
+    with _claimed(settings, accelerator, out, resume) as run, memory_told(run):
+        yield Progress("open", path=run.path, about=settings.base)
+        is_told = not run.is_finished(settings)
+        if is_told:
+            yield from _learned(settings, accelerator, run)
+        gc.collect()  # accelerate's wrapper for half precision is part of a cycle
+        if settings.edit and accelerator.is_main_process:
+            sampling = run.read_settings().model_dump(include=set(Sampling.model_fields))
+            edits = EditSettings(run=str(run.path), prompt=settings.edit, **sampling)
+            yield from announce(edits)
+            studio = checked_session(edits, len(due_edits(edits, done)))
+            yield from with_few_threads(make_edits(edits, studio, done, is_told), studio)
+
+
+def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
+    """Edits that a run has which is resumed; refuses one that has them all."""
+    if not run.is_finished(settings):
+        return set()
+    done = run.edited()
+    if done >= set(product(settings.edit, settings.seeds)):
+        raise RunError(
+            f"{run.path} is tuned to its end; edit it, or tune on with: tuneavideo tune --resume {run.quoted} "
+            f"--max-train-steps {2 * settings.max_train_steps}"
+        )
+    return done
+
+
+def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> Job:
+    """Tune and save."""
+    pipe = pipelines.open_image_model(settings.base, dtype=devices.PRECISIONS[accelerator.mixed_precision])
+    prompts = (settings.prompt, *settings.edit)
+    warn_of_truncation(pipe, settings.base, prompts)
+    kept = stored_clip(run)
+    if kept:
+        clip, moments = kept
+    else:
+        moments, span = None, plan.frames(settings)
+        clip = read_clip(settings, span, pipe, run.path)
+        size = (clip.width, clip.height)
+        yield Progress("plan", about=plan.tuning(settings, span, clip.frames, size))
+        settings = settings.model_copy(update={"stride": span.stride, "num_frames": clip.frames})
+        asked = bool(settings.resolution or settings.width)
+        for line in (
+            *plan.frame_warnings(span, clip.frames),
+            *plan.size_warnings(settings.base, size, codec.default_size(pipe), asked=asked),
+        ):
+            yield Progress("plan", about=line)
+    for line in plan.word_warnings(settings.base, prompts):
+        yield Progress("plan", about=line)
+    marks = fingerprint(pipe.unet)
+    settings, line = fitted(settings, accelerator, pipe, clip)
+    if line:
+        yield Progress("memory", about=line)
+    if settings.offload:
+        devices.offload(pipe)
+    yield Progress("encode", path=run.path)
+    with accelerator.main_process_first():
+        moments = moments or encode_clip(pipe, clip, run.latents)
+        text, empty = encode_text(pipe, settings.prompt), encode_text(pipe, "")
+    video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, empty)
+    keeper = Keeper(run, tuning, accelerator)
+    if accelerator.is_main_process:
+        keeper.check_room(clip, moments)
+        run.write_settings(settings, versions() | {"base fingerprint": cache.key(marks)})
+        if not kept and isinstance(clip, Video):
+            cache.write(run.latents, moments)
+        if not run.source.is_file():
+            videos.write(clip, run.source)
+        run.keep()
+    keeper.resume()
+    yield Progress("plan", ahead=_ahead(settings, tuning.number))
+    _report_to(settings, accelerator, run)
+    video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
+    studio = Studio(run, pipe, video, moments, clip, keep_inversions=False)
+    yield from with_few_threads(_tuned(keeper, studio), studio)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    accelerator.free_memory()
+    if accelerator.is_main_process:
+        atomic.write(run.card, model_card(settings, run))
+        Adapter.of(
+            video.unet,
+            tuning.learned(),
+            inflation=settings.inflation,
+            base=settings.base,
+            fingerprint=marks,
+            about={"prompt": settings.prompt, "steps": tuning.number, "max_train_steps": settings.max_train_steps}
+            | versions(),
+        ).save(run.adapter)
+        run.drop_checkpoints()
+        yield Progress("tune", tuning.number, settings.max_train_steps, path=run.path)
+
+
+def _ahead(settings: TuneSettings, number: int) -> dict[str, int]:
+    """Steps of each stage after step `number` of tuning."""
+    edits = plan.steps_ahead(settings, len(settings.edit) * len(settings.seeds))
+    left = settings.max_train_steps - number
+    previews = 1 + left // settings.validation_steps if settings.validation_steps else 0
+    shown = settings.inversion_steps + len(settings.edit) * settings.num_inference_steps if settings.edit else 0
+    return {"tune": left, "preview": previews * shown, **edits}
+
+
+def _tuned(keeper: Keeper, studio: Studio) -> Job:
+    """Tune to the end, with checkpoints and previews; a job that is closed early keeps its last step."""
+    settings = keeper.tuning.settings
+    try:
+        yield from _previewed(keeper, studio)
+        keeper.accelerator.wait_for_everyone()
+        for step in keeper.tuning:
+            keeper.log(step)
+            if step.number % settings.checkpointing_steps == 0:
+                keeper.checkpoint()
+            yield Progress("tune", step.number, settings.max_train_steps, step)
+            yield from _previewed(keeper, studio)
+            if settings.validation_steps:  # only the first process makes previews
+                keeper.accelerator.wait_for_everyone()
+    except GeneratorExit:
+        keeper.checkpoint()
+        raise
+    except RunError:
+        keeper.forget()
+        raise
+
+
+def _previewed(keeper: Keeper, studio: Studio) -> Job:
+    """The previews that are due at this step and not there yet."""
+    tuning, settings = keeper.tuning, keeper.tuning.settings
+    due = settings.validation_steps and tuning.number % settings.validation_steps == 0
+    studio.recent.clear()  # the weights have moved since
+    for index, prompt in enumerate(settings.edit if due and keeper.accelerator.is_main_process else ()):
+        path = keeper.run.sample(tuning.number, index, prompt)
+        if path.is_file():
+            continue
+        for_preview = studio.edited([(prompt, settings.seeds[0])], settings)
+        with tuning.averaged():
+            [video] = yield from _relabelled(for_preview, "preview")
+        videos.write(side_by_side([studio.source, video], labels=[settings.prompt, prompt]), path)
+        yield Progress("preview", path=path, about=prompt)
+
+
+def _relabelled(work: Generator[Progress, None, list[Footage]], stage: str) -> Generator[Progress, None, list[Footage]]:
+    while True:
+        try:
+            yield dataclasses.replace(next(work), stage=stage)
+        except StopIteration as done:
+            return done.value
+
+
+def _accelerator(settings: TuneSettings) -> Accelerator:
+    AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first job otherwise
+    options: dict[str, Any] = {"cpu": not torch.accelerator.is_available()}  # else processes do not meet on a CPU
+    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=PATIENCE)]
+    if settings.report_to:  # where to, _report_to says when there is a folder
+        options |= {"log_with": settings.report_to, "project_config": ProjectConfiguration(logging_dir="logs")}
+        if not importlib.util.find_spec(settings.report_to):
+            raise MissingExtra(f"report_to={settings.report_to}", settings.report_to)
+    return Accelerator(mixed_precision=precision_of(settings), **options)
+
+
+@contextmanager
+def _claimed(
+    settings: TuneSettings, accelerator: Accelerator, out: str | Path | None, resume: str | Path | None
+) -> Generator[RunFolder, None, None]:
+    """One folder for all processes, made and locked by the first.
+
+    A mistake leaves no new folder behind; what interrupts a tuning later leaves one to go on with, and says how.
+    """
+    made: list[Any] = [None]
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            made = [RunFolder.open(resume) if resume else RunFolder.create(settings.video, out)]
+            held.enter_context(made[0].locked())
+        broadcast_object_list(made)
+        run: RunFolder = made[0]
+        try:
+            if accelerator.is_main_process:
+                run.write_settings(settings, versions())
+            with run.present():
+                yield run
+        except Exception as error:
+            if run.is_new:
+                if accelerator.is_main_process and not resume:
+                    run.discard()
+            elif run.settings.is_file():
+                error.add_note(_how_to_resume(run, error))
+            raise
+
+
+def _how_to_resume(run: RunFolder, error: Exception) -> str:
+    flags = error.resume_flags if isinstance(error, TuneAVideoError) else ""
+    if flags is None:
+        return f"{run.path} cannot be resumed so"
+    return f"go on with: {f'tuneavideo tune --resume {run.quoted} {flags}'.rstrip()}"
+
+
+def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> None:
+    if settings.report_to:
+        options = settings.model_dump(mode="json")
+        plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | bool)}
+        accelerator.project_configuration.logging_dir = str(run.logs)
+        accelerator.init_trackers("tuneavideo", config=plain)

@@ -1,0 +1,1 @@
+"""Faster forms of attention, convolution and normalisation, by device."""

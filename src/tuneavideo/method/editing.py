@@ -1,0 +1,208 @@
+"""An edit from end to end: from a clip's latents to noise, and from there, with new prompts, to new latents.
+
+Clips in memory and clips on the disk go the same way; `streaming` has the arithmetic of the latter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuneavideo.errors import SettingsError
+from tuneavideo.method import inversion, sampling, streaming
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.deepcache import reusing
+from tuneavideo.method.inflate import VideoUNet
+from tuneavideo.method.noise import Levels, Sampler
+from tuneavideo.method.reels import Reel
+from tuneavideo.method.sampling import Source
+from tuneavideo.method.windows import WindowedUNet, Windows
+from tuneavideo.settings import Sampling
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A clip at the noise levels of an inversion, noisiest first.
+
+    Attributes:
+        latents: `S C T H W`: the clip at each of `timesteps`; in a whole trajectory, then clean.
+        timesteps: Falling.
+    """
+
+    latents: Any  # in memory or on the disk
+    timesteps: tuple[int, ...]
+
+    def start(self, sampler: Sampler, levels: Levels, followed: float = 0.0) -> int:
+        """The place in `timesteps` at which sampling starts, and follows the clip in a fraction of its steps.
+
+        Raises:
+            SettingsError: Sampling passes levels at which the clip is not known.
+        """
+        asked = [round(float(t)) for t in sampler.timesteps]
+        known = f"the inversion has the clip at timesteps {_listed(self.timesteps)}"
+        first = next((place for place, t in enumerate(self.timesteps) if inversion.starts_at(sampler, levels, t)), None)
+        if first is None:
+            raise SettingsError(
+                f"sampling starts at timestep {float(sampler.timesteps[0]):g}; {known}. Invert and sample with the "
+                "same num_inference_steps and timestep_spacing, or take another strength"
+            )
+        count = math.ceil(followed * len(asked))
+        if tuple(asked[:count]) != self.timesteps[first : first + count]:
+            raise SettingsError(
+                f"attention_injection needs the clip at every level of the sampling, which passes {_listed(asked)}; "
+                f"{known}. Invert and sample with the same num_inference_steps and timestep_spacing, take sampler "
+                "ddim, or set attention_injection to 0"
+            )
+        return first
+
+
+def prepared(video: VideoUNet, settings: Sampling, frames: int, *, reuse: int = 1, on_disk: bool = False) -> Any:
+    """The UNet for a clip of so many frames: in windows if one does not hold it, or with inner features reused.
+
+    Raises:
+        SettingsError: Windows go neither with `reuse` nor with a ControlNet.
+    """
+    windows = Windows.of(settings, frames)
+    if windows.holds(frames) and not on_disk:
+        return reusing(video, reuse)
+    for name, stated in (("feature_reuse", reuse > 1), ("controlnet", video.control)):
+        if stated:
+            raise SettingsError(
+                f"{name} does not go with a clip that is edited in windows ({frames} frames, windows of "
+                f"{windows.size}) or from the disk; leave it out, or take fewer frames"
+            )
+    return WindowedUNet(video, windows)
+
+
+def sampler_of(levels: Levels, settings: Sampling) -> Sampler:
+    """The sampler that `settings` ask for, at its first step."""
+    return levels.sampler(
+        settings.sampler,
+        settings.num_inference_steps,
+        spacing=settings.timestep_spacing,
+        strength=settings.strength,
+    )
+
+
+@dataclass(frozen=True)
+class InvertedStep:
+    """An inversion after step `number` of `total`; what it `passed` are latents `1 C T H W` from clean to noisy."""
+
+    number: int
+    total: int
+    passed: list[Tensor] | Reel
+    timesteps: tuple[int, ...]
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """What was passed, noisiest first. A trajectory of latents on the disk is complete at the last step only."""
+        latents = self.passed if isinstance(self.passed, Reel) else torch.cat(self.passed[::-1])
+        return Trajectory(latents, self.timesteps)
+
+
+def invert(
+    video: Any,
+    levels: Levels,
+    clean: Tensor | Reel,
+    empty: Conditions | Tensor,
+    timesteps: Sequence[int],
+    *,
+    whole: bool = True,
+    folder: Path | None = None,
+) -> Iterator[InvertedStep]:
+    """Find the noise a clip came from; yields after every step. The last step has the trajectory.
+
+    Args:
+        video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
+        levels: Noise levels of the base.
+        clean: Latents of the clip, `1 C T H W`.
+        empty: Conditions of the empty prompt.
+        timesteps: Rising; `inversion.path_to` finds those that end where sampling starts.
+        whole: Keep the clip at all levels, which attention injection needs, or at the last one only.
+        folder: Where latents lie while they are computed, if `clean` is on the disk.
+    """
+    passed: list[Tensor] = []
+    if isinstance(clean, Reel):
+        assert folder, "latents on the disk need a folder for others like them"
+        steps = streaming.invert(video, levels, clean, empty, [*timesteps], whole=whole, folder=folder)
+    else:
+        steps, passed = inversion.invert(video, levels, clean, empty, [*timesteps]), [clean]
+    for step in steps:
+        latents, below = step.latents, timesteps[: step.number]
+        if isinstance(latents, Tensor):
+            latents = passed = [*passed, latents] if whole else [latents]
+        yield InvertedStep(step.number, step.total, latents, tuple(below[::-1] if whole else below[-1:]))
+
+
+def edit(
+    video: Any,
+    levels: Levels,
+    sampler: Sampler,
+    settings: Sampling,
+    trajectory: Trajectory,
+    clean: Tensor | Reel,
+    caption: Conditions | Tensor,
+    text: Conditions,
+    negative: Conditions,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    *,
+    folder: Path | None = None,
+) -> Iterator[Any]:
+    """Denoise an inverted clip towards B prompts; yields an `EditStep` (or a `ReelStep`) after every step.
+
+    Args:
+        video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
+        levels: Noise levels of the base.
+        sampler: Such as `sampler_of` returns.
+        settings: Guidance, attention injection and fresh noise.
+        trajectory: Of the clip, as `invert` returns it.
+        clean: Latents of the clip, `1 C T H W`.
+        caption: Conditions of what the clip shows, for attention injection.
+        text: What each edit should show.
+        negative: What the edits should not show: of each, or of all.
+        generator: Of fresh noise and of samplers that add noise; a list has one for each edit.
+        folder: Where latents lie while they are computed, if `clean` is on the disk, from which one clip is edited.
+
+    Raises:
+        SettingsError: The trajectory does not have the levels that the sampler passes.
+    """
+    share, count = settings.attention_injection, len(text)
+    latents = trajectory.latents.split(1)[trajectory.start(sampler, levels, share) :]
+    generators: list[Any] = generator if isinstance(generator, list) else [generator] * count
+    told: dict[str, Any] = {
+        "batch_guidance": settings.batch_guidance,
+        "guidance_interval": settings.guidance_interval,
+        "source": Source(latents, caption, share) if share else None,
+    }
+    fresh, alpha = settings.fresh_noise, sampler.start_alpha
+    if isinstance(clean, Reel):
+        assert folder and count == 1, "clips on the disk are edited one by one"
+        start = streaming.mix_noise(latents[0], clean, alpha, fresh, generators[0], folder=folder)
+        yield from streaming.generate(
+            video,
+            sampler,
+            start,
+            text,
+            negative,
+            settings.guidance_scale,
+            generator=generators[0],
+            folder=folder,
+            **told,
+        )
+    else:
+        start = torch.cat([sampling.mix_noise(latents[0], clean, alpha, fresh, each) for each in generators])
+        negative = negative if len(negative) == count else negative.expand(count)
+        told |= {"generator": generators[0] if count == 1 else generator}
+        yield from sampling.generate(video, sampler, start, text, negative, settings.guidance_scale, **told)
+
+
+def _listed(timesteps: Sequence[int]) -> str:
+    return ", ".join(map(str, timesteps)) if len(timesteps) < 5 else (
+        f"{timesteps[0]}, {timesteps[1]}, {timesteps[2]}, ..., {timesteps[-1]}"
+    )  # fmt: skip

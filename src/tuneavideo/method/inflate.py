@@ -1,0 +1,173 @@
+"""Image UNet in, video UNet out; and back.
+
+Nothing is wrapped and no weight changes its name: the layers of an unmodified `UNet2DConditionModel` change their
+class in place and every transformer block gains `norm_temp` and `attn_temp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import get_parameter_dtype
+from diffusers.models.resnet import ResnetBlock2D
+from einops import rearrange
+from torch import Tensor, nn
+
+from tuneavideo.errors import ModelError
+from tuneavideo.method.attention import (
+    Clip,
+    ClipGroupNorm,
+    SparseCausalAttention,
+    TemporalAttention,
+    TextAttention,
+    VideoBlock,
+)
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.settings import Inflation
+
+_IMAGE_CLASS = {
+    VideoBlock: BasicTransformerBlock,
+    SparseCausalAttention: Attention,
+    TextAttention: Attention,
+    ClipGroupNorm: nn.GroupNorm,
+}
+_ADDED = ("norm_temp", "attn_temp")
+
+
+@dataclass(frozen=True)
+class VideoUNet:
+    """An inflated UNet called with clips. The only place where a clip becomes a batch of images."""
+
+    unet: UNet2DConditionModel
+    clip: Clip
+    control: Callable[..., dict[str, Any]] | None = None  # see `control.Control`
+
+    def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
+        """Predict noise or velocity, `B C T H W`.
+
+        Args:
+            x_BCTHW: Noisy latents of B clips of T frames.
+            t: Timestep of all clips (a scalar) or of each (shape B).
+            text: Conditions of each clip, shared by its frames; or their text embedding `B L D` alone.
+        """
+        self.clip.clips, frames = len(x_BCTHW), x_BCTHW.shape[2]
+        self.clip.frames = frames
+        dtype = get_parameter_dtype(self.unet)  # of the computation: weights may be kept in another
+        x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").to(dtype)
+        t_N = t.repeat_interleave(frames) if t.ndim else t
+        told = Conditions.of(text).to(dtype)
+        of_frames = told.repeated(frames)
+        added = of_frames.added(*x_NCHW.shape[-2:])
+        more = self.control(x_NCHW, t_N, of_frames.text_BLD, added) if self.control else {}
+        # the text of a clip is enough for all its frames: see TextAttention
+        y_NCHW = self.unet(x_NCHW, t_N, told.text_BLD, added_cond_kwargs=added, return_dict=False, **more)[0]
+        return rearrange(y_NCHW, "(b t) c h w -> b c t h w", t=frames)
+
+
+def inflate(unet: UNet2DConditionModel, inflation: Inflation | None = None, *, seed: int = 0) -> VideoUNet:
+    """Make an image UNet see clips, in place; returns the callable that takes clips.
+
+    Every weight keeps its name and value. With `inflation.temporal_init == "zero"` a still clip is denoised like
+    the still image; `"official"` leaves the bias of the temporal output projection random, as the published code does.
+
+    Args:
+        unet: Any diffusers UNet made of `BasicTransformerBlock` (Stable Diffusion 1.x, 2.x, XL and their like).
+        inflation: Which frames attention refers to, whether norms span the clip, how new layers start.
+        seed: Of the new layers' random numbers.
+
+    Raises:
+        ModelError: The UNet has no transformer blocks, or is inflated already.
+    """
+    inflation = inflation or Inflation()
+    blocks = [layer for layer in unet.modules() if isinstance(layer, BasicTransformerBlock)]
+    if not blocks:
+        raise ModelError(f"{type(unet).__name__} has no transformer blocks to inflate; give a Stable Diffusion UNet")
+    if isinstance(blocks[0], VideoBlock):
+        raise ModelError("this UNet is inflated already; deflate(unet) turns it back into an image UNet")
+    clip = Clip(references=inflation.references)
+    generator = torch.Generator().manual_seed(seed)
+    for block in blocks:
+        _see_time(block, clip, inflation.temporal_init, generator, get_parameter_dtype(unet))
+    for norm in _clip_norms(unet) if inflation.clip_norm else ():
+        _become(norm, ClipGroupNorm, clip)
+    _announce(unet, BasicTransformerBlock, VideoBlock)
+    return VideoUNet(unet, clip)
+
+
+def deflate(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Turn an inflated UNet back into the image UNet it was; weights that were tuned stay tuned."""
+    for layer in list(unet.modules()):
+        if type(layer) is VideoBlock:
+            for name in _ADDED:
+                delattr(layer, name)
+        if type(layer) in _IMAGE_CLASS:
+            del layer.clip
+            layer.__class__ = _IMAGE_CLASS[type(layer)]
+    _announce(unet, VideoBlock, BasicTransformerBlock)
+    return unet
+
+
+def video_unet(unet: UNet2DConditionModel) -> VideoUNet:
+    """The callable of a UNet that is inflated already."""
+    for layer in unet.modules():
+        if isinstance(layer, VideoBlock):
+            return VideoUNet(unet, layer.clip)
+    raise ModelError("this UNet takes images only; inflate(unet) makes it take clips")
+
+
+def added_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """Parameters that inflation added, by name."""
+    return {name: p for name, p in unet.named_parameters() if any(f".{part}." in name for part in _ADDED)}
+
+
+def _see_time(
+    block: BasicTransformerBlock, clip: Clip, init: str, generator: torch.Generator, dtype: torch.dtype
+) -> None:
+    like = block.attn1.to_q.weight
+    width = like.shape[1]
+    block.norm_temp = nn.LayerNorm(width)
+    with torch.device("meta"):  # torch's own random numbers would be drawn for nothing
+        attention = TemporalAttention(width, heads=block.attn1.heads, dim_head=like.shape[0] // block.attn1.heads)
+    block.attn_temp = attention.to_empty(device="meta" if like.is_meta else "cpu")
+    block.attn_temp.clip = clip
+    _initialise(block.attn_temp, init, generator)
+    for name in _ADDED:
+        getattr(block, name).to(like.device, dtype).train(block.training)
+    _become(block.attn1, SparseCausalAttention, clip)
+    if type(block.attn2) is Attention:
+        _become(block.attn2, TextAttention, clip)
+    _become(block, VideoBlock, clip)
+
+
+@torch.no_grad()
+def _initialise(attention: Attention, init: str, generator: torch.Generator) -> None:
+    bound = attention.to_q.weight.shape[1] ** -0.5  # torch's own default for a linear layer
+    for name, parameter in attention.named_parameters():
+        starts_at_zero = name == "to_out.0.weight" or (name == "to_out.0.bias" and init == "zero")
+        parameter.zero_() if starts_at_zero else parameter.uniform_(-bound, bound, generator=generator)
+
+
+def _clip_norms(unet: UNet2DConditionModel) -> Iterator[nn.GroupNorm]:
+    for layer in unet.modules():
+        if isinstance(layer, ResnetBlock2D):
+            yield from (norm for norm in (layer.norm1, layer.norm2) if type(norm) is nn.GroupNorm)
+    if unet.conv_norm_out is not None:
+        yield unet.conv_norm_out
+
+
+def _become(layer: nn.Module, kind: type[nn.Module], clip: Clip) -> None:
+    layer.__class__ = kind
+    layer.clip = clip  # pyright: ignore[reportArgumentType]
+
+
+def _announce(unet: UNet2DConditionModel, old: type, new: type) -> None:
+    """diffusers finds blocks to compile and to keep on one device by class name."""
+    for attribute in ("_repeated_blocks", "_no_split_modules"):
+        names = [new.__name__ if name == old.__name__ else name for name in getattr(unet, attribute)]
+        setattr(unet, attribute, names)

@@ -1,0 +1,77 @@
+"""From a clip to the noise it came from (DDIM inversion; Tune-A-Video, section 4.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tuneavideo.errors import SettingsError
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.inflate import VideoUNet
+from tuneavideo.method.noise import Levels, Sampler, ddim_move, split
+
+# Neighbouring levels of a 50-step grid differ by a fifth and more.
+SAME_LEVEL = 1e-3
+
+
+@dataclass(frozen=True)
+class InversionStep:
+    """Latents `B C T H W` after step `number` of `total`, at level `alpha`."""
+
+    number: int
+    total: int
+    latents: Tensor
+    alpha: float
+
+
+def starts_at(sampler: Sampler, levels: Levels, t: int) -> bool:
+    """Whether `sampler` starts on the level of timestep `t`."""
+    return math.isclose(float(levels.alphas[t]), sampler.start_alpha, rel_tol=SAME_LEVEL, abs_tol=1e-6)
+
+
+def path_to(sampler: Sampler, levels: Levels, steps: int, spacing: str | None) -> list[int]:
+    """Timesteps, rising, of the inversion that ends on the level where `sampler` starts.
+
+    Raises:
+        SettingsError: No step of the inversion ends there; the message says which settings would.
+    """
+    grid = levels.inversion_grid(steps, spacing)
+    for number, t in enumerate(grid, start=1):
+        if starts_at(sampler, levels, t):
+            return grid[:number]
+    raise SettingsError(
+        f"sampling starts at timestep {float(sampler.timesteps[0]):g}, where no step of the inversion ends: its "
+        f"{steps} steps end at {grid[0]}, {grid[1] if steps > 1 else ''}, ..., {grid[-1]}. Set timestep_spacing to "
+        "trailing, or num_inv_steps to num_inference_steps, or another strength"
+    )
+
+
+@torch.no_grad()
+def invert(
+    video: VideoUNet, levels: Levels, latents_BCTHW: Tensor, text: Conditions | Tensor, timesteps: list[int]
+) -> Iterator[InversionStep]:
+    """Walk clean latents up through `timesteps`, without guidance; yields after every step.
+
+    Step i evaluates the UNet at the timestep it goes to and the latents it comes from, as diffusers'
+    `DDIMInverseScheduler` and the published code do. A velocity is turned into noise at the level it was asked for, so
+    that a model is inverted alike whichever of the two it predicts.
+    """
+    x = latents_BCTHW
+    device = x.device
+    alpha = levels.final_alpha.to(device)
+    for number, t in enumerate(timesteps, start=1):
+        output = video(x, torch.tensor(t, device=device), text).to(x.dtype)
+        above = levels.alphas[t].to(device)
+        x, alpha = moved(x, output, alpha, above, levels.prediction_type), above
+        yield InversionStep(number, len(timesteps), x, float(alpha))
+
+
+def moved(x: Tensor, output: Tensor, alpha: Tensor, above: Tensor, prediction_type: str) -> Tensor:
+    """Latents at level `alpha`, carried to the level `above` at which the prediction was asked for."""
+    _, noise = split(x, output, above, prediction_type)
+    clean, _ = split(x, noise, alpha, "epsilon")
+    return ddim_move(clean, noise, above)

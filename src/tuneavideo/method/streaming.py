@@ -1,0 +1,171 @@
+"""Clips too long for memory: encoded, inverted and edited window by window, with their latents on the disk.
+
+The arithmetic is that of `inversion` and `sampling`. A step changes latents in place: frames that no later window sees.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuneavideo.method import sampling
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.inflate import VideoUNet
+from tuneavideo.method.inversion import moved
+from tuneavideo.method.noise import Levels, Sampler
+from tuneavideo.method.reels import Reel
+from tuneavideo.method.sampling import Guided, Source
+from tuneavideo.method.windows import WindowedUNet
+from tuneavideo.models import codec, host_memory
+from tuneavideo.models.loading import Pipeline
+from tuneavideo.storage import cache
+from tuneavideo.video import Spool
+
+
+@dataclass(frozen=True)
+class ReelStep:
+    """Latents of a clip after step `number` of `total`; the same reel at every step."""
+
+    number: int
+    total: int
+    latents: Reel
+
+
+def encode(pipe: Pipeline, clip: Spool, path: Path) -> None:
+    """Keep the moments of a clip's latents, as `models.encode` returns them, in the file `path`."""
+    moments = codec.encoded(pipe, clip)
+    mean, std = next(moments)
+    shape = (1, mean.shape[1], clip.frames, *mean.shape[2:])
+    with cache.writing(path, {"mean": shape, "std": shape}) as kept:
+        for number in range(clip.frames):
+            kept["mean"][:, :, [number]], kept["std"][:, :, [number]] = mean[:, :, None], std[:, :, None]
+            mean, std = next(moments, (mean, std))
+
+
+def mix_noise(
+    inverted: Reel, clean: Reel, alpha: float, share: float, generator: torch.Generator | None, *, folder: Path
+) -> Reel:
+    """See `sampling.mix_noise`; fresh noise is drawn frame by frame."""
+    if not share:
+        return inverted
+    mixed = _copy(inverted, folder)
+    for place in _places(mixed):
+        mixed[place] = sampling.mix_noise(mixed[place], clean[place], alpha, share, generator)
+    return mixed
+
+
+@torch.no_grad()
+def invert(
+    video: WindowedUNet,
+    levels: Levels,
+    latents: Reel,
+    text: Conditions | Tensor,
+    timesteps: list[int],
+    *,
+    whole: bool,
+    folder: Path,
+) -> Iterator[ReelStep]:
+    """See `inversion.invert`; the latents of all steps are one reel, in a file without a name in `folder`.
+
+    It holds the last step's latents, or, for the `whole` way, those of all steps, the last first, and the clean ones.
+    """
+    x, alpha = _copy(latents, folder), levels.final_alpha.to(latents.device)
+    way = _blank((len(timesteps) + 1 if whole else 1, *latents.shape[1:]), latents.device, folder)
+    stations = way.split(1)
+    stations[-1].fill(latents)
+    for number, t in enumerate(timesteps, start=1):
+        above, now = levels.alphas[t].to(x.device), torch.tensor(t, device=x.device)
+        predict = partial(_predicted, video.video, t=now, text=text)
+        for frames, output in video.windows.blended(predict, partial(_frames, x), x.shape[2], float(t)):
+            part = x[:, :, frames]
+            x[:, :, frames] = moved(part, output.to(part.dtype), alpha, above, levels.prediction_type)
+        alpha = above
+        stations[-1 - number if whole else 0].fill(x)
+        yield ReelStep(number, len(timesteps), way)
+
+
+@torch.no_grad()
+def generate(
+    video: WindowedUNet,
+    sampler: Sampler,
+    start: Reel,
+    text: Conditions,
+    negative: Conditions,
+    guidance_scale: float,
+    *,
+    batch_guidance: bool = True,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    source: Source | None = None,
+    generator: torch.Generator | None = None,
+    folder: Path,
+) -> Iterator[ReelStep]:
+    """See `sampling.generate`, of one clip; latents of all steps are one reel, in a file without a name in `folder`.
+
+    Every frame has a twin of the sampler. Of DDIM and Euler these remember nothing; samplers that look back keep their
+    last predictions in memory. Noise that a sampler adds is drawn frame by frame.
+    """
+    x, timesteps = _copy(start, folder), sampler.timesteps.to(start.device)
+    twins = [sampler.twin() for _ in range(x.shape[2])]
+    for place in _places(x):
+        x[place] = sampler.enter(x[place])
+    guided = Guided(video.video, Conditions.of(text), Conditions.of(negative), batch_guidance)
+
+    def look(frames: list[int], t: Tensor, leader: Any) -> Tensor:
+        seen = torch.cat([twins[each].scaled(x[:, :, [each]], t) for each in frames], dim=2)
+        return torch.cat([leader[0][:, :, frames], seen]) if leader else seen
+
+    def predict(part: Tensor, t: Tensor, scale: float, leader: Any) -> Tensor:
+        return _alone(guided(part[-1:], t, scale, (part[:1], leader[1]) if leader else None))
+
+    for number, t in enumerate(timesteps):
+        inside = guidance_interval[0] <= number / len(timesteps) < guidance_interval[1]
+        leader = source.leader(number, len(timesteps)) if source else None
+        parts = video.windows.blended(
+            partial(predict, t=t, scale=guidance_scale if inside else 1.0, leader=leader),
+            partial(look, t=t, leader=leader),
+            x.shape[2],
+            float(t),
+        )
+        for frames, output in parts:
+            for each, one in zip(frames, output.split(1, dim=2), strict=True):
+                before = x[:, :, [each]]
+                x[:, :, [each]] = twins[each].step(one.to(before.dtype), t, before, generator)
+        yield ReelStep(number + 1, len(timesteps), x)
+
+
+def _predicted(video: VideoUNet, part: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
+    return _alone(video(part, t, text))
+
+
+def _alone(output: Tensor) -> Tensor:
+    """Return a window's prediction, after free memory of a CPU has gone back: the gaps of many windows would add up."""
+    if output.device.type == "cpu":
+        host_memory.give_back()
+    return output
+
+
+def _frames(x: Reel, frames: list[int]) -> Tensor:
+    return x[:, :, frames]
+
+
+def _places(x: Reel) -> list[tuple[slice, slice, list[int]]]:
+    """Every frame by itself."""
+    return [(slice(None), slice(None), [number]) for number in range(x.shape[2])]
+
+
+def _copy(reel: Reel, folder: Path) -> Reel:
+    copy = _blank(reel.shape, reel.device, folder)
+    copy.fill(reel)
+    return copy
+
+
+def _blank(shape: tuple[int, ...], device: Any, folder: Path) -> Reel:
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it goes with the reel
+    return Reel(file, shape, device=device)

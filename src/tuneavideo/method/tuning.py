@@ -1,0 +1,344 @@
+"""The loop: teach an inflated UNet the motion of one clip (Tune-A-Video, section 4.3)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from tuneavideo.errors import RunError
+from tuneavideo.method import losses
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.inflate import VideoUNet
+from tuneavideo.method.lora import LowRank
+from tuneavideo.method.noise import Levels, add_noise, target
+from tuneavideo.method.prior import Prior
+from tuneavideo.method.reels import Reel
+from tuneavideo.method.windows import Windows
+from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.devices import memory
+from tuneavideo.progress import Step
+from tuneavideo.settings import TuneSettings
+from tuneavideo.training.optimizers import optimizer
+
+# Pairs of noise and level at which early stopping measures.
+MEASURED = 4
+# How many predictions of the untuned model losses are compared with, and the part of tuning that they may take: 1 / 33.
+FEWEST_REFERENCES, MOST_REFERENCES, MEASURING = 4, 16, 33
+
+
+class Tuning:
+    """Tuning of one clip, to be iterated over and, if need be, resumed.
+
+    Random numbers of a step depend on the seed, the process and the step's number only, so a resumed tuning goes on
+    as if it had never stopped.
+
+    Args:
+        video: The inflated UNet, changed in place.
+        levels: Noise levels of the base.
+        moments: `mean` and `std` of the clip's latents, `1 C T H W` each; those of a long clip stay on the disk.
+        text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
+        settings: See `TuneSettings`.
+        accelerator: Owns devices, precision and processes.
+        empty: The same of the empty prompt; needed with `prior_weight`.
+    """
+
+    def __init__(
+        self,
+        video: VideoUNet,
+        levels: Levels,
+        moments: Mapping[str, Tensor | Reel],
+        text: Conditions | Tensor,
+        settings: TuneSettings,
+        accelerator: Accelerator,
+        empty: Conditions | Tensor | None = None,
+    ) -> None:
+        self.settings, self.accelerator = settings, accelerator
+        self.parameters = self._choose(video)
+        rank = settings.lora_rank
+        self.low_rank = LowRank(self.parameters, rank, settings.seed) if rank else None
+        self.optimised = self.low_rank.factors if self.low_rank else self.parameters
+        chosen = optimizer(settings, list(self.optimised.values()))
+        self.schedule = get_scheduler(
+            settings.lr_scheduler,
+            chosen,
+            num_warmup_steps=settings.lr_warmup_steps,
+            num_training_steps=settings.max_train_steps,
+        )
+        unet, self.optimizer = accelerator.prepare(video.unet, chosen)
+        self.video = VideoUNet(unet, video.clip)
+        self.ema = EMAModel(self.parameters.values(), decay=settings.ema_decay) if settings.use_ema else None
+        device = accelerator.device
+        self.alphas, self.prediction_type = levels.alphas.to(device), levels.prediction_type
+        self.mean, self.std = moments["mean"].to(device), moments["std"].to(device)
+        self.text = Conditions.of(text).to(device)
+        self.prior = Prior.of(self.video, self.parameters, levels, empty, device) if settings.prior_weight else None
+        self.number, self.measured = 0, list[float]()
+        self.untuned: Tensor | None = None  # loss at every timestep before tuning
+
+    def __iter__(self) -> Iterator[Step]:
+        """Tune on from step `number`; yields after every optimiser step.
+
+        Raises:
+            RunError: The loss of the weights at hand, or its gradient, is not finite; they are not moved.
+        """
+        if self.number == 0:
+            self.untuned = self.measure_untuned()
+        device = self.accelerator.device
+        while self.number < self.settings.max_train_steps and not self.settled:
+            began = time.perf_counter()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            learned, drawn = zip(*map(self.learn, range(self.settings.gradient_accumulation_steps)), strict=True)
+            loss, relative = self._losses(torch.stack(learned), torch.cat(drawn))
+            self._move(loss)
+            self.number += 1
+            if self.settings.early_stopping is not None and self.number % self.settings.early_stopping_steps == 0:
+                self.measured.append(self.measure())
+            rate = float(self.schedule.get_last_lr()[0])
+            held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory(device)
+            yield Step(self.number, loss, rate, time.perf_counter() - began, held, relative)
+
+    def loss(
+        self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Error of the prediction at timesteps `t_B`, in float32; `generator` chooses the frame of `debias_weight`."""
+        settings, alpha_B = self.settings, self.alphas[t_B]
+        noisy = add_noise(clean_BCTHW, noise_BCTHW, alpha_B)
+        prediction = self.video(noisy, t_B, self.text.expand(len(t_B))).float()
+        wanted = target(clean_BCTHW, noise_BCTHW, alpha_B, self.prediction_type)
+        weight_B = losses.min_snr(alpha_B, settings.snr_gamma, self.prediction_type) if settings.snr_gamma else None
+        loss = losses.squared_error(prediction, wanted, weight_B)
+        if settings.debias_weight:
+            anchor_B = torch.randint(noisy.shape[2], t_B.shape, generator=generator).to(t_B.device)
+            seen, asked = (losses.debiased(x, anchor_B) for x in (prediction, wanted))
+            loss = loss + settings.debias_weight * losses.squared_error(seen, asked, weight_B)
+        return loss
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Mean squared error of the weights that would be kept, at `MEASURED` fixed pairs of noise and level.
+
+        Of a long clip it is that of the first window.
+        """
+        generator, errors = torch.Generator().manual_seed(self.settings.seed), []
+        mean = self.mean[:, :, : Windows.of(self.settings, self.mean.shape[2]).size]
+        with self.averaged():
+            for stratum in range(MEASURED):
+                t_B = torch.tensor([int((stratum + 0.5) * len(self.alphas) / MEASURED)]).to(mean.device)
+                noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+                prediction = self.video(add_noise(mean, noise, self.alphas[t_B]), t_B, self.text)
+                wanted = target(mean, noise, self.alphas[t_B], self.prediction_type)
+                errors.append(losses.squared_error(prediction.float(), wanted))
+        return self._over_processes(torch.stack(errors))
+
+    @torch.no_grad()
+    def measure_untuned(self) -> Tensor | None:
+        """Loss of the weights at hand at every timestep, `L`, from a few predictions at noise and windows of their own.
+
+        None if these predictions would take more than about a `MEASURING`th part of tuning.
+        """
+        settings, clean = self.settings, self.mean.shape[2]
+        clips = settings.max_train_steps * settings.gradient_accumulation_steps * settings.train_batch_size
+        count = min(MOST_REFERENCES, 3 * clips // MEASURING)  # a clip that is learned from takes three predictions
+        if count < FEWEST_REFERENCES:
+            return None
+        generator, errors = torch.Generator().manual_seed(settings.seed), []
+        windows, timesteps = Windows.of(settings, clean), losses.reference_timesteps(len(self.alphas), count)
+        for number, t in enumerate(timesteps):
+            middle = 1 + (2 * number + 1) * (clean - 1) // (2 * count)
+            frames = slice(None) if windows.holds(clean) else windows.around(middle, clean)
+            mean, std = self.mean[:, :, frames], self.std[:, :, frames]
+            sample, noise = (torch.randn(mean.shape, generator=generator).to(mean.device) for _ in range(2))
+            t_B = torch.tensor([t]).to(mean.device)
+            errors.append(self.loss(mean + std * sample, noise, t_B, generator))
+        return losses.at_every_level(self.alphas, timesteps, torch.stack(errors))
+
+    @property
+    def settled(self) -> bool:
+        """Whether early stopping has seen enough; what it `measured` is part of the state."""
+        share, patience = self.settings.early_stopping, self.settings.early_stopping_patience
+        return share is not None and losses.settled(self.measured, share, patience)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the UNet has the weights that would be kept: with EMA, the averaged ones."""
+        if self.ema:
+            self.ema.store(self.parameters.values())
+            self.ema.copy_to(self.parameters.values())
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(self.parameters.values())
+
+    def learned(self) -> dict[str, Tensor]:
+        """The tuned tensors as they are to be kept: averaged, if EMA is on."""
+        if self.ema:
+            return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on from here."""
+        scaler = self.accelerator.scaler
+        return {
+            "number": self.number,
+            "parameters": {name: parameter.detach().cpu() for name, parameter in self.optimised.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "measured": self.measured,
+            "untuned": None if self.untuned is None else self.untuned.cpu(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned, at the learning rate of the settings."""
+        with torch.no_grad():
+            for name, parameter in self.optimised.items():
+                parameter.copy_(state["parameters"][name])
+        if self.low_rank:
+            self.low_rank.merge()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.schedule.base_lrs = [self.settings.learning_rate for _ in self.schedule.base_lrs]
+        for group, share in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group["lr"] = self.settings.learning_rate * share(self.schedule.last_epoch)
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.number, self.measured = state["number"], state.get("measured", [])
+        untuned = state.get("untuned")
+        self.untuned = None if untuned is None else untuned.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def start_from(self, weights: Mapping[str, Tensor], number: int) -> None:
+        """Go on after step `number` from tuned weights alone; what the optimiser remembered begins anew."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+        if self.low_rank:
+            self.low_rank.restart()
+        if self.ema:
+            self.ema = EMAModel(self.parameters.values(), decay=self.settings.ema_decay)
+        self.schedule.last_epoch = self.number = number
+        for group, share in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group["lr"] = self.settings.learning_rate * share(number)
+
+    def _choose(self, video: VideoUNet) -> dict[str, Any]:
+        """Freeze all but the chosen layers, which learn in float32 whatever the rest is kept in."""
+        video.unet.to(self.accelerator.device).requires_grad_(False).train()
+        chosen = tuned_parameters(video.unet, self.settings.trainable_modules, self.settings.frozen_modules)
+        for parameter in chosen.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        if self.settings.gradient_checkpointing:
+            video.unet.enable_gradient_checkpointing()
+        return chosen
+
+    def learn(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Take the gradients of one batch; returns its loss, and the timestep of each of its clips.
+
+        Each term goes back at once, since layers know one number of frames.
+        """
+        clean, noise, t_B = self.draw(batch)
+        generator = self._generator(batch, 1)  # not the draw's: that is the same whatever the loss
+        terms = [lambda: self.loss(clean, noise, t_B, generator)]
+        if prior := self.prior:
+            terms.append(lambda: self.settings.prior_weight * prior.loss(clean, generator))
+        batches, told = self.settings.gradient_accumulation_steps, []
+        for term in terms:
+            last = batch + 1 == batches and term is terms[-1]
+            with nullcontext() if last else self.accelerator.no_sync(self.video.unet):
+                loss = term()
+                self.accelerator.backward(loss / batches)
+            told.append(loss.detach())
+        return torch.stack(told).sum(), t_B
+
+    def _move(self, loss: float) -> None:
+        """Move the weights, unless that would spoil them."""
+        if self.low_rank:
+            self.low_rank.take_gradients()
+        clipped: Any = self.accelerator.clip_grad_norm_(self.optimised.values(), self.settings.max_grad_norm)
+        norm = float(clipped)
+        skipped = self.accelerator.scaler is not None  # the scaler of fp16 leaves out steps that overflow
+        if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
+            raise RunError(
+                f"the loss is {loss:g}, its gradient {norm:g} at step {self.number + 1}; go on from a state before it "
+                f"with a lower learning_rate (now {self.settings.learning_rate:g}) or another mixed_precision (now "
+                f"{self.accelerator.mixed_precision})",
+                resume_flags=f"--learning-rate {self.settings.learning_rate / 10:.6g}",
+            )
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler else 0.0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if scaler and scaler.get_scale() < scale:  # accelerate does not notice what a fused optimizer skips itself
+            return
+        self.schedule.step()
+        if self.low_rank:
+            self.low_rank.merge()
+        if self.ema:
+            self.ema.step(self.parameters.values())
+
+    def _generator(self, batch: int, *purpose: int) -> torch.Generator:
+        place = (self.settings.seed, self.accelerator.process_index, self.number, batch, *purpose)
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+
+    def _numbers(self, batch: int) -> list[int]:
+        """What numbers the clips of this batch have among all that are drawn in a run, in all its processes."""
+        batches, processes = self.settings.gradient_accumulation_steps, self.accelerator.num_processes
+        before = (self.number * batches + batch) * processes + self.accelerator.process_index
+        size = self.settings.train_batch_size
+        return list(range(before * size, (before + 1) * size))
+
+    def _over_processes(self, values: Tensor) -> float:
+        return float(torch.as_tensor(self.accelerator.gather(values)).mean())
+
+    def _losses(self, learned_A: Tensor, drawn_N: Tensor) -> tuple[float, float | None]:
+        """Mean loss of a step's batches in all processes, and its ratio to that of the untuned model, if known.
+
+        Both are read at once: every reading waits for the device.
+        """
+        if self.untuned is None:
+            return self._over_processes(learned_A), None
+        expected = self.untuned[drawn_N].mean().expand_as(learned_A)
+        gathered = torch.as_tensor(self.accelerator.gather(torch.stack([learned_A, expected])[None]))
+        loss, untuned = gathered[:, 0].flatten().mean(), gathered[:, 1].mean()
+        told, ratio = torch.stack([loss, loss / untuned]).tolist()
+        return told, ratio
+
+    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents from the posterior, noise of every frame, and one timestep a clip; of a long clip a random window."""
+        settings, generator, levels = self.settings, self._generator(batch), len(self.alphas)
+        frames = self._window(generator)
+        mean, std = self.mean[:, :, frames], self.std[:, :, frames]
+        shape = (settings.train_batch_size, *mean.shape[1:])
+        sample, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+        t_B = torch.randint(levels, shape[:1], generator=generator)
+        if settings.timestep_sampling != "uniform":
+            choose = {"stratified": losses.stratified, "antithetic": losses.antithetic}[settings.timestep_sampling]
+            t_B = choose(levels, self._numbers(batch), settings.seed)
+        if settings.noise_shared:
+            common = torch.randn((*shape[:2], 1, *shape[3:]), generator=generator)
+            noise = losses.shared(noise, common, settings.noise_shared)
+        sample, noise, t_B = (x.to(mean.device) for x in (sample, noise, t_B))
+        return mean + std * sample, noise, t_B
+
+    def _window(self, generator: torch.Generator) -> slice | list[int]:
+        """All frames, or those of a random window with the clip's first frame in front (see `Windows.around`)."""
+        frames = self.mean.shape[2]
+        windows = Windows.of(self.settings, frames)
+        if windows.holds(frames):
+            return slice(None)
+        return windows.around(int(torch.randint(1, frames, (), generator=generator)), frames)

@@ -1,0 +1,1 @@
+"""Base models: loading, encoding, decoding, adapters and add-ons."""

@@ -1,0 +1,207 @@
+"""What a run keeps: the layers it added, the image layers it tuned, and their config. Never the base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tuneavideo.errors import AdapterError, SettingsError
+from tuneavideo.method.inflate import VideoUNet, added_parameters, deflate, inflate
+from tuneavideo.settings import Inflation
+from tuneavideo.storage import atomic, cache
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
+FORMAT = 1
+# Copies of one base in fp16, bf16 or fp32 have norms that agree to 1e-4.
+SAME_BASE = 5e-4
+_FINGERPRINTED = ("attn1.to_q.weight", "attn2.to_q.weight")
+
+
+def tuned_parameters(
+    unet: UNet2DConditionModel, trainable: Sequence[str], frozen: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Parameters of the layers whose name ends with one of `trainable` and begins with none of `frozen`, by name.
+
+    Raises:
+        SettingsError: A name matches no layer.
+    """
+    layers = [name for name, _ in unet.named_modules()]
+    for end in trainable:
+        if not any(name.endswith(end) for name in layers):
+            raise SettingsError(
+                f"trainable_modules: no layer's name ends with {end!r}; usual are attn1.to_q, attn_temp"
+            )
+    for begin in frozen:
+        if not any(name.startswith(begin) for name in layers):
+            raise SettingsError(f"frozen_modules: no layer's name begins with {begin!r}; usual is down_blocks")
+    chosen = [name for name in layers if name.endswith(tuple(trainable)) and not name.startswith(tuple(frozen))]
+    return {
+        f"{layer}.{name}": parameter
+        for layer in chosen
+        for name, parameter in unet.get_submodule(layer).named_parameters()
+    }
+
+
+def fingerprint(unet: UNet2DConditionModel) -> dict[str, float]:
+    """Norms of the query projections of an *untuned* UNet: equal for copies of one base in any precision."""
+    return {
+        name.removesuffix(".weight"): float(weight.detach().cpu().double().norm())
+        for name, weight in _parameters(unet).items()
+        if name.endswith(_FINGERPRINTED)
+    }
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What was learned from one clip.
+
+    Attributes:
+        tensors: Every added and every tuned tensor, under its name in the UNet.
+        inflation: How the UNet was inflated.
+        base: The base it was learned on, as its user named it.
+        fingerprint: See `fingerprint`.
+        about: What a person may want to know (caption, steps, versions).
+    """
+
+    tensors: dict[str, Tensor]
+    inflation: Inflation
+    base: str
+    fingerprint: dict[str, float]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, unet: UNet2DConditionModel, tuned: Mapping[str, Tensor], **rest: Any) -> Adapter:
+        """Copy the added layers of an inflated UNet and its `tuned` tensors to the CPU."""
+        kept = {**added_parameters(unet), **tuned}
+        return cls({name: kept[name].detach().cpu().clone() for name in sorted(kept)}, **rest)
+
+    def save(self, folder: Path | str, dtype: torch.dtype | None = torch.float16) -> Path:
+        """Write `adapter.safetensors`, then `adapter_config.json`, into a new or existing folder.
+
+        Raises:
+            DiskError: The place cannot be written or is full.
+        """
+        folder = Path(folder)
+        tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in self.tensors.items()}
+        config = {
+            "format": FORMAT,
+            "base": self.base,
+            "inflation": self.inflation._asdict(),
+            "about": self.about,
+            "fingerprint": self.fingerprint,
+        }
+        metadata = {"format": "pt", "digest": cache.checksum(tensors), "about": json.dumps(self.about)}
+        atomic.write(folder / WEIGHTS, _with_metadata(save(tensors), metadata))
+        atomic.write(folder / CONFIG, json.dumps(config, indent=1))
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Adapter:
+        """Read what `save` wrote. Raises AdapterError when files are missing or damaged."""
+        folder = Path(folder)
+        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+        if missing:
+            raise AdapterError(
+                f"{folder} holds no adapter: {missing[0]} is missing; give the 'adapter' folder of a finished run"
+            )
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if "format" not in config:
+                raise ValueError(f"{CONFIG} does not name its format")
+            if config["format"] != FORMAT:
+                raise AdapterError(f"{folder}: adapter format {config['format']}, this version reads {FORMAT}; upgrade")
+            inflation = config["inflation"]
+            inflation["references"] = tuple(inflation["references"])
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+            if metadata.get("digest", digest := cache.checksum(tensors)) != digest:
+                raise ValueError(f"{WEIGHTS} is not what was written")
+            about = config["about"] | json.loads(metadata.get("about", "{}"))  # the config may be an older one
+            return cls(tensors, Inflation(**inflation), config["base"], config["fingerprint"], about)
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise AdapterError(f"{folder}: the adapter is damaged ({error}); make it again or copy it again") from None
+
+    def attach(self, unet: UNet2DConditionModel, *, any_base: bool = False) -> Attached:
+        """Inflate an image UNet in place and give it what was learned, in its own precision and on its device.
+
+        Args:
+            unet: Of the base the adapter was learned on.
+            any_base: Take the UNet of another base too, if its shape is the same.
+
+        Raises:
+            AdapterError: The UNet is of another base or shape; it is left as it was.
+        """
+        self._check(unet, any_base)
+        video = inflate(unet, self.inflation)
+        parameters = _parameters(unet)
+        added = added_parameters(unet)
+        replaced = {name: parameters[name].detach().clone() for name in self.tensors if name not in added}
+        _assign(parameters, self.tensors)
+        return Attached(video, replaced)
+
+    def _check(self, unet: UNet2DConditionModel, any_base: bool) -> None:
+        shapes = {name: tuple(p.shape) for name, p in _parameters(unet).items()}
+        for name, tensor in self.tensors.items():
+            if ".attn_temp." in name or ".norm_temp." in name:
+                name, expected = (
+                    name.split(".attn_temp.")[0].split(".norm_temp.")[0] + ".norm1.weight",
+                    tensor.shape[:1],
+                )
+            else:
+                expected = tensor.shape
+            if shapes.get(name) != tuple(expected):
+                raise AdapterError(
+                    f"the adapter does not fit this UNet: {name} is {shapes.get(name, 'missing')}, expected "
+                    f"{tuple(expected)}; it was tuned on {self.base!r}: open that base"
+                )
+        theirs = fingerprint(unet)
+        worst = max((abs(theirs[n] / norm - 1) for n, norm in self.fingerprint.items() if n in theirs), default=0.0)
+        if worst > SAME_BASE and not any_base:
+            raise AdapterError(
+                f"the adapter was tuned on another base than this one (its query projections differ by {worst:.1%}): "
+                f"it names {self.base!r}; if another one is what you want say --edit-model, otherwise open that base"
+            )
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An adapter in its place; `detach` gives the image UNet back, bit for bit."""
+
+    video: VideoUNet
+    replaced: dict[str, Tensor]
+
+    def detach(self) -> UNet2DConditionModel:
+        """Take the added layers out and put the replaced weights back."""
+        unet = deflate(self.video.unet)
+        _assign(_parameters(unet), self.replaced)
+        return unet
+
+
+def _parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """Parameters by the names they have without LoRAs: a loaded LoRA puts the layer it changes under `base_layer`."""
+    return {name.replace(".base_layer.", "."): parameter for name, parameter in unet.named_parameters()}
+
+
+def _with_metadata(contents: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with metadata in a fixed order, so that equal adapters are equal files; `save` has none."""
+    size = int.from_bytes(contents[:8], "little")
+    header = {"__metadata__": dict(metadata)} | json.loads(contents[8 : 8 + size])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + contents[8 + size :]
+
+
+@torch.no_grad()
+def _assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

@@ -1,0 +1,195 @@
+"""What an edit has besides its prompt: LoRAs, textual inversions, a ControlNet, a reference picture.
+
+diffusers' own loaders put them into the stock pipeline *before* its UNet is inflated: they count attention layers and
+find them by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tuneavideo.bases import may_be_on_hub
+from tuneavideo.config import weighted
+from tuneavideo.errors import AdapterError
+from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.inflate import VideoUNet
+from tuneavideo.models.adapter import fingerprint
+from tuneavideo.models.controlnet import Control, maps
+from tuneavideo.models.loading import FAULTS, Pipeline, dangerous
+from tuneavideo.models.quiet import local_only, quiet, unreachable
+from tuneavideo.settings import EditSettings
+from tuneavideo.storage import cache
+from tuneavideo.video import Spool, Video
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Style:
+    """What was loaded beside a base.
+
+    Attributes:
+        control: What a ControlNet adds, if there is one.
+        images: Embeddings `1 I D` of no picture and of the reference picture, if there is an IP-Adapter.
+        marks: Tells inversions apart: one made with other weights starts elsewhere. Empty without any style.
+    """
+
+    control: Control | None = None
+    images: tuple[Tensor, Tensor] | None = None
+    marks: list[Any] = field(default_factory=list)
+
+    def controlled(self, video: VideoUNet) -> VideoUNet:
+        """The same UNet with the ControlNet's help."""
+        return replace(video, control=self.control)
+
+    def told(self, conditions: Conditions) -> Conditions:
+        """The same conditions with the reference picture, which the first clip (without guidance) is not shown."""
+        if self.images is None:
+            return conditions
+        without, shown = self.images
+        return replace(conditions, images_BID=torch.cat([without, *[shown] * (len(conditions) - 1)]))
+
+
+def load(pipe: Pipeline, settings: EditSettings, source: Video | Spool) -> Style:
+    """Load what `settings` ask for into a pipeline whose UNet is not inflated yet.
+
+    Args:
+        pipe: The stock pipeline of the base that edits.
+        settings: See there.
+        source: The tuned clip, which control maps are computed from.
+
+    Raises:
+        TuneAVideoError: A file is missing, damaged or of another kind of base.
+    """
+    modules = {"unet": pipe.unet, "text": pipe.text_encoder, "text_2": getattr(pipe, "text_encoder_2", None)}
+    before = {(part, name) for part, module in modules.items() if module for name, _ in module.named_parameters()}
+    tokens = [token for file in settings.embedding for token in _embedding(pipe, file)]
+    for token in tokens:
+        if not any(token in prompt for prompt in (*settings.prompt, settings.negative_prompt)):
+            logger.warning("no prompt names %s, so its embedding changes nothing", token)
+    weights = _loras(pipe, settings.lora)
+    images = _reference(pipe, settings) if settings.ip_adapter else None
+    control = _control(pipe, settings, source) if settings.controlnet else None
+    marks: list[Any] = [
+        value.detach()
+        for part, module in modules.items() if module
+        for name, value in module.named_parameters()
+        if (part, name.replace(".base_layer.", ".")) not in before
+    ]  # fmt: skip
+    marks += [weights] if weights else []
+    marks += [settings.ip_scale] if images else []
+    marks += [control.net, control.maps_TCHW, control.scale] if control else []
+    marks += [fingerprint(pipe.unet)] if settings.edit_model else []
+    return Style(control, images, [cache.key(*marks)] if marks else [])
+
+
+def _loras(pipe: Any, wanted: tuple[str, ...]) -> list[float]:
+    """Load LoRAs of the diffusers or the kohya format; returns their weights."""
+    weights = []
+    for number, each in enumerate(wanted):
+        place, weight = weighted(each)
+        name = f"style_{number}"
+        with _told("LoRA", place):
+            pipe.load_lora_weights(place, adapter_name=name, **local_only(place))
+        if not any(name in names for names in pipe.get_list_adapters().values()):
+            raise AdapterError(f"LoRA {place}: no layer of it is in this base; take one made for this kind of base")
+        weights.append(weight)
+    if weights:
+        pipe.set_adapters([f"style_{number}" for number in range(len(weights))], weights)
+    return weights
+
+
+def _embedding(pipe: Any, file: str) -> list[str]:
+    """Load a textual inversion; returns the token that prompts name it by."""
+    with _told("embedding", file):
+        is_safe = file.endswith(".safetensors")
+        contents: Any = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
+        token, parts = _embedded(contents, Path(file).stem)
+        for name, vectors in parts.items():
+            words = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+            width = getattr(pipe, name).get_input_embeddings().weight.shape[-1]
+            if vectors.shape[-1] != width:
+                raise AdapterError(
+                    f"embedding {file}: its vectors have {vectors.shape[-1]} numbers, the base's text encoder takes "
+                    f"{width}; take one made for this kind of base"
+                )
+            pipe.load_textual_inversion(vectors, token=token, text_encoder=getattr(pipe, name), tokenizer=words)
+    return [token]
+
+
+def _embedded(contents: Any, stem: str) -> tuple[str, dict[str, Tensor]]:
+    """Token and vectors for each text encoder; files of other tools are named by their file name."""
+    if "clip_l" in contents and "clip_g" in contents:
+        return stem, {"text_encoder": contents["clip_l"], "text_encoder_2": contents["clip_g"]}
+    if "string_to_param" in contents:
+        return stem, {"text_encoder": contents["string_to_param"]["*"]}
+    if len(contents) != 1:
+        raise ValueError(f"expected one embedding, found {', '.join(map(str, contents))}")
+    ((name, vectors),) = contents.items()
+    return (stem if name == "emb_params" else name), {"text_encoder": vectors}
+
+
+def _control(pipe: Any, settings: EditSettings, source: Video | Spool) -> Control:
+    assert isinstance(source, Video), "maps are of whole clips in memory"
+    place = str(settings.controlnet)
+    with _told("ControlNet", place):
+        load = ControlNetModel.from_single_file if Path(place).is_file() else ControlNetModel.from_pretrained
+        net: Any = load(place, torch_dtype=pipe.unet.dtype, **local_only(place))
+    for name in ("block_out_channels", "cross_attention_dim"):
+        theirs, ours = str(net.config[name]).strip("[()]"), str(pipe.unet.config[name]).strip("[()]")
+        if theirs != ours:
+            raise AdapterError(
+                f"ControlNet {place}: its {name} is {theirs}, the base's is {ours}; take one made for this kind of base"
+            )
+    seen = maps(settings.control, source).to(pipe._execution_device, net.dtype)
+    return Control(net.to(pipe._execution_device).eval(), seen, settings.control_scale)
+
+
+def _reference(pipe: Any, settings: EditSettings) -> tuple[Tensor, Tensor]:
+    """Load an IP-Adapter; returns the embeddings of no picture and of the reference picture."""
+    place = Path(str(settings.ip_adapter))
+    if place.is_file():
+        root, inside = str(place.parent), ""
+    else:
+        owner, name, *folders = place.parts[:-1] if len(place.parts) > 3 else (*place.parts[:2], "models")
+        root, inside = f"{owner}/{name}", "/".join(folders)
+    with _told("IP-Adapter", str(place) if place.is_file() else root):
+        weights = place.name if len(place.parts) > 2 else "ip-adapter_sd15.safetensors"
+        pipe.load_ip_adapter(root, subfolder=inside, weight_name=weights, **local_only(root))
+        pipe.set_ip_adapter_scale(settings.ip_scale)
+    with _told("ip_image", str(settings.ip_image)):
+        picture = Image.open(str(settings.ip_image)).convert("RGB")
+    with torch.no_grad():
+        both = pipe.prepare_ip_adapter_image_embeds(picture, None, pipe._execution_device, 1, True)[0]
+    without, shown = both.to(pipe.unet.dtype).chunk(2)
+    return without, shown
+
+
+@contextmanager
+def _told(what: str, place: str) -> Iterator[None]:
+    """Turn what a library says of a file into one line."""
+    try:
+        with quiet():
+            yield
+    except FAULTS as error:
+        if "out of memory" in str(error):
+            raise
+        if may_be_on_hub(place) and (network := unreachable()):
+            how = f"'hf download {place}' where there is a network, or give a file or folder"
+            raise AdapterError(f"{what} {place} is not on this machine, and {network}; {how}") from error
+        said = "its shapes are others; take one made for this kind of base"
+        if "size mismatch" not in str(error):
+            said = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise AdapterError(dangerous(place) or f"{what} {place}: cannot be used with this base: {said}") from error

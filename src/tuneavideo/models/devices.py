@@ -1,0 +1,74 @@
+"""Devices: precision, offloading, memory in use and free, out-of-memory errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import CpuOffload
+
+from tuneavideo.errors import SettingsError
+from tuneavideo.models import host_memory
+from tuneavideo.models.loading import Pipeline
+
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def precision(wish: str | None, *, low: bool = False) -> str:
+    """`no`, `fp16` or `bf16`: as wished, or bf16 on a device that computes in it and full precision elsewhere.
+
+    Where memory is `low`, a GPU that has no bf16 takes fp16.
+    """
+    if wish == "fp16" and not torch.accelerator.is_available():
+        raise SettingsError("mixed_precision fp16 needs a GPU; take bf16, or no")
+    if wish is not None:
+        return wish
+    if torch.cuda.is_available():
+        computes = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if computes else "fp16" if low else "no"
+    return "bf16" if has_bf16() and not torch.accelerator.is_available() else "no"
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has instructions for bf16; without them it is slower than float32."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
+def offload(pipe: Pipeline) -> None:
+    """Keep VAE and text encoder in the computer's memory but for the moments in which they work."""
+    device = pipe._execution_device
+    for part in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if part is not None:
+            cpu_offload_with_hook(part, device)
+
+
+def rest(part: Any) -> None:
+    """Put a part that is offloaded away again."""
+    if isinstance(getattr(part, "_hf_hook", None), CpuOffload):
+        part.to("cpu")
+
+
+def memory(device: torch.device) -> int:
+    """Bytes in use: the most a GPU has held so far, or what this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def memory_left(device: torch.device) -> tuple[int, int]:
+    """Free and whole memory of a device, in bytes."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else host_memory.memory()
+
+
+def memory_to_take(device: torch.device) -> int:
+    """Bytes that a job on a GPU may take: what is free, and what this process has of it already."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says, in one of the ways that torch, numpy and the system have, that memory is at its end."""
+    told = ("out of memory", "not enough memory", "allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)

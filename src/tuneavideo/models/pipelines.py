@@ -1,0 +1,63 @@
+"""Base models as stock diffusers pipelines on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers import StableDiffusionXLPipeline
+
+from tuneavideo.errors import ModelError
+from tuneavideo.kernels import products
+from tuneavideo.method.inflate import inflate
+from tuneavideo.models import loading
+from tuneavideo.models.adapter import Adapter
+from tuneavideo.models.loading import Pipeline
+from tuneavideo.settings import Inflation
+
+
+def open(
+    base: str,
+    *,
+    adapter: Adapter | Path | str | None = None,
+    inflation: Inflation | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Pipeline:
+    """Open a base as a stock diffusers pipeline whose UNet is inflated in place.
+
+    Args:
+        base: A name of the table of bases, a hub id, a diffusers folder or a single-file checkpoint.
+        adapter: What a run learned (an `Adapter` or its folder), attached to the UNet.
+        inflation: How to inflate the UNet when there is no adapter.
+        device: Where to put it; by default what accelerate finds.
+        dtype: Precision of the weights; float32 by default.
+
+    Raises:
+        ModelError: The base is not there (the message says what to download) or is no Stable Diffusion model.
+        AdapterError: The adapter belongs to another base.
+    """
+    pipe = open_image_model(base, device=device, dtype=dtype)
+    if adapter is None:
+        inflate(pipe.unet, inflation)
+    else:
+        (adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)).attach(pipe.unet)
+    return pipe
+
+
+def open_image_model(
+    base: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Pipeline:
+    """Like `open`, with the UNet still an image UNet."""
+    pipe = loading.opened(base, dtype=dtype or torch.float32)
+    if not isinstance(pipe, Pipeline) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise ModelError(
+            f"{base}: found a {type(pipe).__name__}; a Stable Diffusion 1.x, 2.x or XL text-to-image model is needed"
+        )
+    if isinstance(pipe, StableDiffusionXLPipeline) and pipe.vae.config.force_upcast and dtype == torch.float16:
+        pipe.vae.to(dtype=torch.float32)  # its activations are beyond what half precision holds
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device or PartialState().device)
+    products.lay_out(pipe.unet)
+    return pipe

@@ -1,0 +1,1 @@
+"""Files of a run: paths, atomic writes, cached tensors."""

@@ -1,0 +1,1 @@
+"""What tuning needs besides the method: checkpoints, optimizers, memory."""
