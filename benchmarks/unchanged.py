@@ -215,7 +215,11 @@ def compared(before: Path, after: Path) -> list[str]:
         if old.get(name) == new.get(name):
             continue
         frames = f"{name.removesuffix(': frames')}.npy"
-        if name.endswith(": frames") and (before / frames).is_file() and (after / frames).is_file():
+        if name == "scores" and old.get(name) and new.get(name):
+            left, right = (np.array(numbers(json.loads(each[name]))) for each in (old, new))
+            if left.shape != right.shape or not np.allclose(left, right, rtol=0.1):  # films are encoded by threads
+                lines.append("scores: more than a tenth apart")
+        elif name.endswith(": frames") and (before / frames).is_file() and (after / frames).is_file():
             left, right = (np.load(folder / frames).astype(int) for folder in (before, after))
             apart = f"{abs(left - right).max()} grey levels" if left.shape == right.shape else "shapes differ"
             lines.append(f"{name}: {apart}")
@@ -225,6 +229,15 @@ def compared(before: Path, after: Path) -> list[str]:
         *lines,
         f"{len(old.keys() | new.keys()) - len(lines)} of {len(old.keys() | new.keys())} results are the same",
     ]
+
+
+def numbers(scores: Any) -> list[float]:
+    """All values of a set of scores, in order of their names."""
+    if isinstance(scores, list):
+        return [value for each in scores for value in numbers(each)]
+    if isinstance(scores, dict):
+        return [value for _, each in sorted(scores.items()) for value in numbers(each)]
+    return [float(scores)] if isinstance(scores, int | float) else []
 
 
 def main() -> int:

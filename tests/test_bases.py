@@ -269,3 +269,9 @@ def test_model_is_another_word_for_base(bases: dict[str, Path], tmp_path: Path) 
     main.main(["tune", str(tmp_path / "square.mp4"), "--prompt", "a square", "--model", str(bases["sd1"]),
               "--out", str(tmp_path / "run"), *flags])  # fmt: skip
     assert f"base: {bases['sd1']}" in (tmp_path / "run/settings.yaml").read_text()
+
+
+def test_a_config_without_a_size_means_that_of_stable_diffusion(base: Path) -> None:
+    pipe = pipelines.open_image_model(str(base))
+    pipe.unet.register_to_config(sample_size=None)
+    assert codec.default_size(pipe) == 64 * codec.stride(pipe)

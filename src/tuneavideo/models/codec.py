@@ -19,8 +19,8 @@ from tuneavideo.video import Spool, Video
 
 
 def default_size(pipe: Pipeline) -> int:
-    """Side in pixels that the base was trained at."""
-    return pipe.unet.config.sample_size * stride(pipe)
+    """Return the side in pixels that the base was trained at; a config without it means 64 latents, as in diffusers."""
+    return (pipe.unet.config.sample_size or 64) * stride(pipe)
 
 
 def stride(pipe: Pipeline) -> int:
