@@ -14,12 +14,13 @@ import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from benchmarks.tables import machine_page, speedup
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,7 +62,7 @@ def main() -> None:
         print(f"{name:48} {_told(row)}{_against(row, before['rows'].get(name))}", flush=True)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
-        path.with_suffix(".md").write_text(table(result))
+        path.with_suffix(".md").write_text(machine_page(result))
     print("\n".join(comparisons(result["rows"])))
     print(path)
 
@@ -134,50 +135,12 @@ def comparisons(rows: dict[str, Any]) -> list[str]:
     """Ours against the reference in the same precision and in full precision, wherever both were measured."""
     lines = []
     for name, ours in rows.items():
-        same = f"reference-{_plain(name)}"
         for precision in dict.fromkeys((ours.get("precision", "fp32"), "fp32")):
-            theirs = rows.get(same if precision != "fp32" else same.removesuffix("-bf16"))
-            if theirs and not name.startswith("reference") and not {"failed"} & (ours.keys() | theirs.keys()):
-                as_many = 1 if ours["task"] == "edits" else ours["prompts"]
-                each = _ratios(theirs, ours, as_many)
+            if found := speedup(rows, name, precision):
+                median, each = found
                 rounds = f" ({', '.join(f'{ratio:.2f}' for ratio in each)})" if len(each) > 1 else ""
-                lines.append(
-                    f"{name}: {statistics.median(each):.2f} times{rounds} as fast as the reference in {precision}, "
-                    f"{ours['tflop'] / theirs['tflop'] / as_many:.3f} of its operations, "
-                    f"{ours['activations_mb'] / max(1, theirs['activations_mb']):.2f} of its activations"
-                )
+                lines.append(f"{name}: {median:.2f}x speedup{rounds} over the baseline in {precision}")
     return lines
-
-
-def _ratios(theirs: dict[str, Any], ours: dict[str, Any], as_many: int) -> list[float]:
-    """How many times as fast ours was in each round; in all, if the two were not run in as many rounds."""
-    rounds = [row.get("rounds", []) for row in (theirs, ours)]
-    if len(rounds[0]) != len(rounds[1]) or not rounds[0]:
-        rounds = [[row["busy_seconds"]] for row in (theirs, ours)]
-    return [them * as_many / us for them, us in zip(*rounds, strict=True)]
-
-
-def _plain(name: str) -> str:
-    """The reference has no variants but the frozen down path."""
-    return re.sub(r"-(checkpointing|compiled|channels_last|reused|fast|not_led|\d-prompts)", "", name)
-
-
-def table(result: dict[str, Any]) -> str:
-    """The rows in Markdown."""
-    lines = [
-        f"{result['machine']}", "",
-        "| row | seconds | busy | above weights, MB | activations, MB | TFLOP | GFLOP/s | of a matrix product |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for name, row in result["rows"].items():
-        if "failed" in row:
-            lines.append(f"| {name} | failed: {row['failed']} | | | | | | |")
-        else:
-            lines.append(
-                f"| {name} | {row['seconds']:.3f} | {row['busy_seconds']:.3f} | {row['peak_mb']} | "
-                f"{row['activations_mb']} | {row['tflop']:.3f} | {row['gflop_per_second']:.0f} | {row['share']:.0%} |"
-            )
-    return "\n".join([*lines, "", *(f"- {line}" for line in comparisons(result["rows"]))]) + "\n"
 
 
 def _machine(device: str) -> str:

@@ -1,10 +1,10 @@
-"""What was tried on the miniature benchmark: variants by name, the ledger of their rows, and the page drawn from it.
+"""Experiments on the miniature benchmark: variants by name, the ledger of their rows, and the page made from it.
 
     python -m benchmarks.experiments untuned default official --part report --seeds 3
     python -m benchmarks.experiments --page
 
 The ledger, benchmarks/results/miniature.jsonl, has a line for every clip, variant and seed; what it has is not run
-again, so this can be stopped at any time. The page is docs/experiments.md.
+again, so this can be stopped at any time. The page is docs/quality.md.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tuneavideo.evaluation.compare import Estimate, difference, estimate
 from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of, read
 
 LEDGER = Path(__file__).parent / "results" / "miniature.jsonl"
-PAGE = Path(__file__).parent.parent / "docs" / "experiments.md"
-TEMPLATE = Path(__file__).with_name("experiments.md")
+PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
+TEMPLATE = Path(__file__).with_name("quality.md")
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--part", default="development", choices=("development", "report"))
     parser.add_argument("--clips", type=int)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--page", action="store_true", help="draw docs/experiments.md from the ledger")
+    parser.add_argument("--page", action="store_true", help="draw docs/quality.md from the ledger")
     chosen = parser.parse_args()
     if unknown := set(chosen.variants) - VARIANTS.keys():
         parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are {'; '.join(VARIANTS)}")
@@ -81,7 +81,7 @@ def page(rows: Rows) -> str:
 
 
 def _table(rows: Rows, names: Sequence[str]) -> str:
-    lines = ["| variant | clean | asked for | preserved | off track, px | within 4 px | TFLOP a clip | clip-runs |"]
+    lines = ["| variant | clean | prompt shown | preserved | track error, px | within 4 px | TFLOP per clip | clip-runs |"]
     lines.append("| --- " * 8 + "|")
     for name in names:
         own = _of(rows, name)
@@ -98,7 +98,7 @@ def _table(rows: Rows, names: Sequence[str]) -> str:
 
 def _compared(rows: Rows, about: Mapping[str, str], anchor: str) -> str:
     """Each variant beside the anchor, on the clips and seeds that both have."""
-    lines = ["| idea | clean, less the anchor's | off track, px, less the anchor's | work | expected | decision |"]
+    lines = ["| change | clean edits, difference | track error, difference, px | work | hypothesis | decision |"]
     lines.append("| --- " * 6 + "|")
     base = _of(rows, anchor)
     for name, words in about.items():
@@ -130,8 +130,8 @@ def _difference(rows: Rows, name: str) -> str:
         return ""
     told, work = difference(ours, theirs, "clean"), _work(_of(rows, name)) / _work(_of(rows, "official"))
     return (
-        f"- `{name}` less `official`: {100 * told.mean:+.1f} % clean edits ({100 * told.low:+.1f} to "
-        f"{100 * told.high:+.1f}), {work:.2f} of its work."
+        f"- `{name}` minus `official`: {100 * told.mean:+.1f} % clean edits ({100 * told.low:+.1f} to "
+        f"{100 * told.high:+.1f}), {work:.2f} of the work."
     )
 
 
