@@ -81,8 +81,17 @@ def page(rows: Rows) -> str:
 
 
 def _table(rows: Rows, names: Sequence[str]) -> str:
-    lines = ["| variant | clean | prompt shown | preserved | track error, px | within 4 px | TFLOP per clip | clip-runs |"]
-    lines.append("| --- " * 8 + "|")
+    columns = (
+        "variant",
+        "clean",
+        "prompt shown",
+        "preserved",
+        "track error, px",
+        "within 4 px",
+        "TFLOP per clip",
+        "clip-runs",
+    )
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for name in names:
         own = _of(rows, name)
         if own:

@@ -33,13 +33,13 @@ class Idea(NamedTuple):
 IDEAS = {
     "down blocks learn": Idea(
         {"frozen_modules": ()},
-        "the third of the layers that the published code froze helps",
-        "kept as a correction of the published code: no difference that can be told",
+        "the layers that the published code froze help",
+        "kept as a correction of the published code: no measurable difference",
     ),
     "temporal attention starts at zero": Idea(
         {"temporal_init": "zero"},
         "tuning starts from the image model",
-        "kept as a correction (tuning starts from the image model): no difference that can be told",
+        "kept as a correction (tuning starts from the image model): no measurable difference",
     ),
     "norms per frame": Idea(
         {"clip_norm": False},
@@ -53,9 +53,11 @@ IDEAS = {
         {"timestep_sampling": "stratified"}, "less noise in few steps", "not taken: nothing gained"
     ),
     "min-SNR 5": Idea(
-        {"snr_gamma": 5.0}, "levels count more evenly", "not taken: nothing gained, measured on one clip only"
+        {"snr_gamma": 5.0}, "timesteps count more evenly", "not taken: nothing gained, measured on one clip only"
     ),
-    "debiased loss": Idea({"debias_weight": 1.0}, "motion is learned, appearance less", "not taken: nothing gained"),
+    "debiased loss": Idea(
+        {"debias_weight": 1.0}, "motion is learned more, appearance less", "not taken: nothing gained"
+    ),
     "LoRA, rank 8": Idea(
         {"lora_rank": 8}, "remembers less of the clip's look", "not taken: nothing gained, measured on one clip only"
     ),
@@ -68,7 +70,7 @@ IDEAS = {
     ),
     "guidance 5": Idea(
         {"guidance_scale": 5.0},
-        "more of what is asked for",
+        "the prompt is followed more",
         "not alone; kept with attention injection, which needs it to change enough",
     ),
     "guidance in the first 0.6": Idea(

@@ -97,9 +97,9 @@ def description(row: Row) -> str:
     """Return what a row measured, in words."""
     task = row["task"].removeprefix("reference-")
     words = [f"{TASKS[task]}, {BASES[row['base']]}, {row['frames']} x {row['pixels']}²", row["precision"]]
-    marks = {"checkpointing": "gradient checkpointing", "compiled": "compiled", "channels_last": "channels-last"}
-    marks |= {"frozen": "down blocks frozen", "reused": "feature reuse", "fast": "preset `fast`"}
-    words += [text for mark, text in marks.items() if row.get(mark)]
+    variants = {"checkpointing": "gradient checkpointing", "compiled": "compiled", "channels_last": "channels-last"}
+    variants |= {"frozen": "down blocks frozen", "reused": "feature reuse", "fast": "preset `fast`"}
+    words += [text for variant, text in variants.items() if row.get(variant)]
     words += ["no attention injection"] * (not row.get("led", True))
     words += [f"batch of {row['prompts']}"] * (row["prompts"] > 1)
     return f"{'*baseline:* ' if row['task'].startswith('reference-') else ''}{', '.join(words)}"

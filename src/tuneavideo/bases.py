@@ -39,7 +39,7 @@ _SD_768 = {"resolution": 768}
 _SD_XL = {"resolution": 1024, "guidance_scale": 7.5}
 # It draws from noise in few steps, but an inversion of so few does not lead back to the clip: docs/decisions.md.
 _TURBO = {"resolution": 512, "num_inference_steps": 20, "guidance_scale": 1.0}
-# Chosen on the benchmark's development clips: docs/experiments.md.
+# Chosen on the benchmark's development clips: docs/quality.md.
 _MINIATURE = {
     "resolution": 64,
     "max_train_steps": 40,

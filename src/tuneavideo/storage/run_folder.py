@@ -42,7 +42,7 @@ def slug(text: str, limit: int = 60) -> str:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one tuned clip; see the table in docs/runs.md."""
+    """The folder of one tuned clip; see the table in docs/run-folder.md."""
 
     path: Path
 

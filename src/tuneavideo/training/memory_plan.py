@@ -28,7 +28,7 @@ Work = Generator[Progress, None, Any]
 # Fraction of the free memory of a computer that a step may take: the rest is for others, and for what is not counted.
 SPARE = 0.8
 # Multiply-adds of a call of the UNet, at most, up to which a second thread costs more than it brings where other
-# programs want the cores, too (docs/speed.md).
+# programs want the cores, too (docs/performance.md).
 SMALL = 5e10
 
 
