@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from benchmarks import tables
 
-from tuneavideo import cli
+from tuneavideo.cli import main
 from tuneavideo.settings import EditSettings, TuneSettings
 from tuneavideo.video import read
 
@@ -43,7 +43,7 @@ def test_the_commands_and_the_python_run(
     for command in commands:
         program, *words = shlex.split(command.replace("--stride 2 --num-frames 24", f"--num-frames 3 {steps}"))
         assert program == "tuneavideo"
-        cli.main(words)
+        main.main(words)
     assert len(list(Path("runs/square-1/edits").iterdir())) == 3
     assert Path("runs/square-1/report.html").is_file()
     (first,) = blocks(README, "python")
@@ -70,10 +70,17 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_is_short_and_its_tree_is_the_packages() -> None:
     lines = text_of(README).splitlines()
     assert len(lines) <= 150
     assert not [line for line in lines if len(line) > 125]
+    start = lines.index("src/tuneavideo/")
+    tree = lines[start + 1 : lines.index("```", start)]
+    named = {name for line in tree for name in re.findall(r"(?:^  |   )([a-z_]+(?:\.py|/)) ", line)}
+    assert not [name for name in named if not (ROOT / "src/tuneavideo" / name).exists()]
+    assert {
+        f"{path.name}/" for path in (ROOT / "src/tuneavideo").iterdir() if (path / "__init__.py").is_file()
+    } <= named
 
 
 def test_every_option_named_in_the_readme_exists() -> None:
