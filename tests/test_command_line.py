@@ -165,7 +165,7 @@ def test_a_video_is_no_file_of_weights(command: str, refused: Said, clip: Path, 
 
 TORCH_FREE = """
 import sys
-from tuneavideo import cli
+from tuneavideo.cli import main as cli
 for line in sys.argv[1:]:
     try:
         cli.main(line.split())

@@ -114,7 +114,7 @@ def test_samplers_step_on_the_levels_of_the_inversion(name: str, strength: float
     [
         ({"num_inv_steps": 7}, "set num_inv_steps (now 7) to num_inference_steps (50)"),
         ({"sampler": "dpm++", "timestep_spacing": "leading"}, "needs timestep_spacing trailing (now leading)"),
-        ({"sampler": "heun"}, "attention_injection does not go with sampler heun"),
+        ({"sampler": "heun"}, "sampler heun"),
     ],
 )
 def test_what_does_not_go_with_following_is_said(stated: dict, line: str) -> None:

@@ -113,7 +113,7 @@ def test_a_seed_given_twice_makes_one_edit() -> None:
         ({"sampler": "ddmi"}, "sampler: input should be 'ddim', "),
         ({"preset": "oficial"}, "unknown preset 'oficial'; did you mean 'official'?"),
         ({"prompt": " "}, "prompt is empty; say in words what the clip shows"),
-        ({"width": 64}, "width and height go together"),
+        ({"width": 64}, "width and height need"),
         ({"seeds": (1, 2)}, "2 seeds would give the same edit 2 times: set fresh_noise"),
         ({"steps": 3}, "unknown setting 'steps'; did you mean 'seeds'?"),
         ({"sampler": "EULR"}, "did you mean 'euler'?"),

@@ -179,7 +179,7 @@ def test_another_base_of_the_same_shape_edits_when_it_is_named(run: Path, plain:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"ip_image": "a.png"}, "ip_adapter and ip_image go together"),
+        ({"ip_image": "a.png"}, "ip_adapter and ip_image need"),
         ({"control": "depth"}, "control 'depth' needs a controlnet"),
         ({"lora": ("no.safetensors:0.5",)}, r"LoRA no.safetensors: no such file or folder"),
         ({"embedding": ("no.safetensors",)}, "embedding no.safetensors: no such file or folder"),

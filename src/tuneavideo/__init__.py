@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tuneavideo.video import Video
 
 _HOMES = {
-    "Adapter": "adapter",
+    "Adapter": "models.adapter",
     "EditSettings": "settings",
     "TuneAVideoError": "errors",
     "TuneAVideoPipeline": "pipeline",
@@ -29,10 +29,10 @@ _HOMES = {
     "Video": "video",
     "adopt": "api",
     "convert": "api",
-    "deflate": "inflate",
+    "deflate": "method.inflate",
     "edit": "api",
     "evaluate": "api",
-    "inflate": "inflate",
+    "inflate": "method.inflate",
     "invert": "api",
     "report": "api",
     "resume": "api",

@@ -1,4 +1,4 @@
-"""Options of a job, their defaults, and presets. No torch here."""
+"""Options of a job, their default values, and presets. This module must not import torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pydantic import (
 
 logger = logging.getLogger(__name__)
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def _split(seeds: Any) -> Any:
@@ -46,19 +46,17 @@ def _seconds(time: Any) -> Any:
     return total
 
 
-# A seed that is given twice makes one edit: the second would be the same.
+# Repeated seeds are dropped: they would make the same edit.
 Seeds = Annotated[
     tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(lambda seeds: tuple(dict.fromkeys(seeds)))
 ]
-
-
 Seconds = Annotated[NonNegativeFloat | None, BeforeValidator(_seconds)]
 
 _PLAIN = {"use_karras_sigmas": False}
 
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # name: (diffusers scheduler, what is set beyond the base's own scheduler config)
+    # name: (diffusers scheduler, changes to the base's scheduler config)
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **_PLAIN}),
     "dpm++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
@@ -71,7 +69,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# Samplers whose steps are not those of a DDIM inversion of as many steps.
+# Samplers whose timesteps differ from those of a DDIM inversion with as many steps.
 OTHER_LEVELS = {"dpm++-karras", "plms", "heun"}
 
 
@@ -79,7 +77,7 @@ STOCHASTIC_SAMPLERS = {"euler-ancestral"}
 
 
 class Inflation(NamedTuple):
-    """How an image UNet is made to see clips (see `inflate`)."""
+    """Options of `inflate`, which turns an image UNet into a video UNet."""
 
     references: tuple[str, ...] = ("first", "previous")
     clip_norm: bool = True
@@ -87,75 +85,79 @@ class Inflation(NamedTuple):
 
 
 class Settings(BaseModel):
-    """Frozen; unknown names are refused."""
+    """Base of the settings: frozen, with unknown names refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _choices_in_any_case(cls, value: Any, info: ValidationInfo) -> Any:
+    def _ignore_case(cls, value: Any, info: ValidationInfo) -> Any:
         return _as_chosen(cls.model_fields[str(info.field_name)].annotation, value)
 
 
 class Sampling(Settings):
-    """How an edit is made."""
+    """Sampling options of an edit."""
 
     num_inference_steps: PositiveInt = 50
-    """Denoising steps of an edit."""
+    """Number of denoising steps of an edit."""
     num_inv_steps: PositiveInt | None = None
-    """Steps of the DDIM inversion that finds the noise the clip came from; none: as many as denoising steps."""
+    """Number of DDIM inversion steps. None: as many as `num_inference_steps`."""
     guidance_scale: NonNegativeFloat = 12.5
-    """Classifier-free guidance; 1 turns it off."""
+    """Classifier-free guidance scale. Values of 1 and below disable guidance and halve the cost of a step."""
     negative_prompt: str = ""
-    """What the edits should not show."""
-    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
-    """Guidance only between these shares of the steps; elsewhere a step costs half."""
-    attention_injection: Share = 0.6
-    """Share of the first steps in which edits look where the clip does: keeps its motion and layout, resists change."""
+    """Text that the edits are guided away from. It has no effect without guidance."""
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Interval of the denoising process, as fractions from 0 to 1, in which guidance is applied."""
+    attention_injection: Fraction = 0.6
+    """Fraction of the denoising steps, from the start, that reuse the source clip's attention queries and keys.
+    Higher preserves motion and layout."""
     sampler: Literal["ddim", "dpm++", "dpm++-karras", "unipc", "deis", "plms", "euler", "heun", "euler-ancestral"] = (
         "ddim"
     )
-    """Sampler of the edits."""
+    """Sampler of the edits. Attention injection needs one with evenly spaced steps (not dpm++-karras, plms or heun)."""
     timestep_spacing: Literal["leading", "trailing"] | None = "trailing"
-    """Where the steps lie: trailing starts at the last noise level whatever their number; none: as the base says."""
+    """Timestep spacing of the sampler. `trailing` starts at the last training timestep. None: the base's own."""
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """How far an edit may go: 1 starts from the whole inversion, less from a less noisy point of it."""
-    fresh_noise: Share = 0.0
-    """Share of new noise mixed into the inverted noise: 0 keeps the clip's layout, 1 forgets it."""
+    """Edit strength, above 0 and at most 1: the fraction of the denoising steps that is inverted and run again. Lower
+    stays closer to the clip."""
+    fresh_noise: Fraction = 0.0
+    """Fraction of fresh noise mixed into the inverted latents. 0 keeps the clip's layout, 1 ignores it."""
     seeds: Seeds = (0,)
-    """One edit per prompt and seed; seeds differ only with fresh noise or a sampler that adds noise."""
+    """Random seeds of the edits: one edit is made per prompt and seed. Several seeds need `fresh_noise` or the
+    euler-ancestral sampler."""
     batch_guidance: bool = True
-    """Both halves of guidance in one batch; off: one after the other, in less memory."""
+    """Batch the conditional and unconditional predictions. Disable to lower peak memory."""
     batch_prompts: PositiveInt = 1
-    """Edits made together in one batch, in as many times the memory."""
+    """Number of edits per batch. Peak memory of the activations grows in proportion."""
     feature_reuse: PositiveInt = 1
-    """Inner features are computed at every so many steps of an edit and used again in between; 1: at every step."""
+    """Recompute the inner UNet features every N denoising steps (DeepCache). 1 disables the reuse."""
     fps: PositiveFloat | None = None
-    """Frame rate of the edits (that of frames taken: sample_fps), without sound; none: that of the frames taken, with
-    the source's sound."""
+    """Frame rate of the edits, in frames per second. None: that of the frames taken. A different rate drops the
+    sound."""
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
-    """Files to write of each edit."""
+    """File formats of the edits. `frames` writes a folder of PNG files."""
 
     window: Annotated[int, Field(ge=2)] | None = None
-    """Frames that the model sees at once, in tuning and in editing; none: all, or as many as `memory` allows."""
+    """Number of frames per forward pass, in tuning and in editing; at least 2. None: all, or as many as `memory`
+    allows."""
     window_overlap: NonNegativeInt | None = None
-    """Frames that neighbouring windows of a longer clip share; none: a third of the window."""
+    """Number of frames that neighbouring windows have in common; at most `window` - 2. None: a third of the window."""
 
     @property
     def inversion_steps(self) -> int:
-        """Steps of the inversion."""
+        """Number of inversion steps."""
         return self.num_inv_steps or self.num_inference_steps
 
     @model_validator(mode="after")
-    def _the_way_back_is_known(self) -> Sampling:
+    def _check_attention_injection(self) -> Sampling:
         if self.attention_injection and self.inversion_steps != self.num_inference_steps:
             raise ValueError(
-                f"attention_injection needs the clip at every level of the sampling: set num_inv_steps (now "
+                f"attention_injection needs one inversion step per denoising step: set num_inv_steps (now "
                 f"{self.inversion_steps}) to num_inference_steps ({self.num_inference_steps}), or attention_injection "
                 "to 0"
             )
         if self.attention_injection and self.sampler in OTHER_LEVELS:
-            raise ValueError(f"attention_injection does not go with sampler {self.sampler}: take ddim, or set it to 0")
+            raise ValueError(f"attention_injection does not work with sampler {self.sampler}: use ddim, or set it to 0")
         if self.attention_injection and self.sampler != "ddim" and self.timestep_spacing != "trailing":
             raise ValueError(
                 f"attention_injection with sampler {self.sampler} needs timestep_spacing trailing (now "
@@ -164,7 +166,7 @@ class Sampling(Settings):
         return self
 
     @model_validator(mode="after")
-    def _seeds_matter(self) -> Sampling:
+    def _check_seeds(self) -> Sampling:
         if len(self.seeds) > 1 and not self.fresh_noise and self.sampler not in STOCHASTIC_SAMPLERS:
             raise ValueError(
                 f"{len(self.seeds)} seeds would give the same edit {len(self.seeds)} times: set fresh_noise above 0 "
@@ -173,7 +175,7 @@ class Sampling(Settings):
         return self
 
     @model_validator(mode="after")
-    def _windows_advance(self) -> Sampling:
+    def _check_windows(self) -> Sampling:
         if self.window and (self.window_overlap or 0) > self.window - 2:
             raise ValueError(
                 f"window_overlap {self.window_overlap}: windows of {self.window} frames, the clip's first among them, "
@@ -183,80 +185,82 @@ class Sampling(Settings):
 
 
 class TuneSettings(Sampling):
-    """A clip, its caption, and how its motion is learned."""
+    """Options of a tuning: the clip, its caption and the training."""
 
     video: str
-    """Clip to learn from: a video file, a GIF, or a folder of images."""
+    """Clip to learn from: a video file, a GIF or a folder of images."""
     prompt: Annotated[str, Field(pattern=r"\S")]
-    """What the clip shows, in words."""
+    """Caption of the clip."""
     edit: tuple[str, ...] = ()
-    """New prompts to edit the clip with when it is tuned; also used for previews."""
+    """Prompt of an edit to make after tuning. It is also used for previews."""
     base: str = "miniature"
-    """Text-to-image model: a name of `tuneavideo models`, a hub id, a folder, or a .safetensors or .ckpt file."""
+    """Text-to-image model: a name from `tuneavideo models`, a hub id, a folder, or a .safetensors or .ckpt file."""
     preset: Literal["default", "official", "fast"] = "default"
-    """`default`: corrected and improved; `official`: the published code's arithmetic, faults included; `fast`: edits in
-    fewer steps, with features used again."""
+    """Group of settings. `default`: the recommended values. `official`: the arithmetic of the published code, with
+    its faults. `fast`: edits in 20 steps with DPM-Solver++ and feature reuse."""
 
     start: NonNegativeInt = 0
-    """First frame taken."""
+    """Index of the first frame taken, from 0."""
     start_time: Seconds = None
-    """Second at which to start, instead of start; 1:30 is 90 seconds."""
+    """Time of the first frame taken, in seconds or as 1:30, instead of `start`."""
     stride: PositiveInt | None = None
-    """Take every so many frames; none: spread the frames over the clip, at least four of a second."""
+    """Keep every Nth frame. None: spread `num_frames` over the clip, at least four frames per second."""
     sample_fps: PositiveFloat | None = None
-    """Frames taken of every second, instead of stride."""
+    """Number of frames taken per second of the clip, instead of `stride`."""
     num_frames: PositiveInt | Literal["all"] | None = None
-    """Frames to take, or all; none: 24 (8 for the miniature and Stable Diffusion XL), or all of a shorter clip."""
+    """Number of frames to take, or `all`. None: 24 (8 for the miniature and SDXL), or all frames of a shorter clip."""
     resolution: PositiveInt | None = None
-    """Side of a square of the area that frames are brought to; none: the base's own."""
+    """Target resolution N: frames are resized to about N x N pixels in area. None: the base's native resolution."""
     width: PositiveInt | None = None
-    """Width, instead of resolution (with height)."""
+    """Exact frame width in pixels, with `height`, instead of `resolution`."""
     height: PositiveInt | None = None
-    """Height, instead of resolution (with width)."""
+    """Exact frame height in pixels, with `width`, instead of `resolution`."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    """`crop` keeps the clip's aspect; `pad` its edges too, between black bars; `stretch` makes a square of it."""
+    """Fit of the frames to the target size. `crop` keeps the aspect ratio and cuts the edges. `pad` adds black bars.
+    `stretch` distorts; without a width and height, to a square."""
 
     references: tuple[Literal["first", "middle", "previous", "own"], ...] = ("first", "previous")
-    """Frames that sparse-causal attention looks at."""
+    """Frames whose keys and values each frame attends to in sparse-causal attention."""
     clip_norm: bool = True
-    """Group norms of the residual blocks span all frames."""
+    """Compute the group norms of the residual blocks over all frames, as the published code does."""
     temporal_init: Literal["zero", "official"] = "zero"
-    """`zero`: tuning starts from the image model; `official`: from a random output bias."""
+    """Initial output of the temporal attention. `zero` starts from the image model. `official` keeps a random output
+    bias."""
     trainable_modules: tuple[str, ...] = ("attn1.to_q", "attn2.to_q", "attn_temp")
-    """Layers that learn: every layer whose name ends so."""
+    """Name suffixes of the trainable modules."""
     frozen_modules: tuple[str, ...] = ()
-    """Layers that do not learn after all: every layer whose name begins so."""
+    """Name prefixes of modules that are excluded from training."""
 
     max_train_steps: PositiveInt = 500
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     learning_rate: PositiveFloat = 3e-5
-    """Learning rate, after warm-up."""
+    """Learning rate after warm-up."""
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
-    """Schedule of the learning rate."""
+    """Learning rate schedule."""
     lr_warmup_steps: NonNegativeInt = 0
-    """Steps in which the learning rate rises (schedules other than constant)."""
+    """Number of warm-up steps of the learning rate. The `constant` schedule has none."""
     train_batch_size: PositiveInt = 1
-    """Noise levels drawn per step and process: the clip is repeated, noise and timestep are not."""
+    """Batch size per device: number of independent samples of noise and timestep for the clip."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Batches per optimiser step."""
+    """Number of batches per optimiser step."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
+    """Maximum norm of the gradients, above which they are clipped."""
 
     timestep_sampling: Literal["uniform", "stratified", "antithetic"] = "uniform"
     """`stratified`: any stretch of steps covers all noise levels evenly; `antithetic`: each second one mirrored."""
-    noise_shared: Share = 0.0
+    noise_shared: Fraction = 0.0
     """Share of the noise's variance that all frames have in common."""
     snr_gamma: PositiveFloat | None = None
-    """Signal-to-noise ratio above which noise levels count less (min-SNR; 5 is usual); none: all count alike."""
+    """Gamma of the min-SNR loss weighting; 5 is recommended. None disables the weighting."""
     debias_weight: NonNegativeFloat = 0.0
     """Weight of the loss on differences to one frame, which looks at motion more than at appearance (1 is usual)."""
     prior_weight: NonNegativeFloat = 0.0
     """Weight of staying with the image model's predictions for single frames without a prompt."""
     lora_rank: PositiveInt | None = None
     """Rank of what is added to each tuned matrix; none: the matrices themselves are tuned."""
-    early_stopping: Share | None = None
+    early_stopping: Fraction | None = None
     """Stop when a fixed measure of the loss falls by less than this share; none: make all steps."""
     early_stopping_steps: PositiveInt = 25
     """Steps from one such measurement to the next."""
@@ -264,53 +268,57 @@ class TuneSettings(Sampling):
     """Measurements that may bring too little before tuning stops."""
 
     optimizer: str = "adamw"
-    """`adamw`, `adamw8bit`, `adafactor`, a name of torch.optim (`sgd`), or an installed `package.Class`."""
-    adam_beta1: Share = 0.9
-    """First beta, for optimisers that have one."""
-    adam_beta2: Share = 0.999
-    """Second beta."""
+    """Optimiser: `adamw`, `adamw8bit`, `adafactor`, a name of torch.optim such as `sgd`, or an installed
+    `package.Class`."""
+    adam_beta1: Fraction = 0.9
+    """First beta of Adam optimisers."""
+    adam_beta2: Fraction = 0.999
+    """Second beta of Adam optimisers."""
     adam_weight_decay: NonNegativeFloat = 1e-2
-    """Weight decay."""
+    """Weight decay of the optimiser."""
     adam_epsilon: PositiveFloat = 1e-8
-    """Epsilon."""
+    """Epsilon of Adam optimisers."""
     use_ema: bool = False
-    """Keep the moving average of the learned weights instead of the last ones."""
-    ema_decay: Share = 0.99
-    """Decay of that average."""
+    """Save the exponential moving average (EMA) of the trained weights instead of their last values."""
+    ema_decay: Fraction = 0.99
+    """Decay of the EMA, from 0 to 1."""
     gradient_checkpointing: bool = True
-    """Compute activations twice to save memory."""
+    """Recompute activations in the backward pass (gradient checkpointing): less memory, slower steps."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the computation; none: bf16 on a GPU or CPU that computes in it, full otherwise."""
+    """Precision of the computation; `no` is fp32. None: bf16 on devices that support it, otherwise fp32."""
     seed: NonNegativeInt = 0
-    """Of every random number of tuning."""
+    """Random seed of the tuning."""
 
     checkpointing_steps: PositiveInt = 250
-    """A state to resume from is kept every so many steps."""
+    """Save a checkpoint to resume from every N optimiser steps."""
     checkpoints_total_limit: PositiveInt = 2
-    """How many such states are kept."""
+    """Maximum number of checkpoints to keep. The oldest are deleted."""
     validation_steps: PositiveInt | None = None
-    """Preview the edits at step 0 and every so many steps; none: no previews."""
+    """Preview the edits before tuning and every N optimiser steps. None: no previews."""
     report_to: Literal["tensorboard", "trackio"] | None = None
-    """Tracker that receives loss and learning rate."""
+    """Experiment tracker that receives the loss and learning rate. None: no tracker."""
 
     memory: Literal[8, 12, 16, 24] | None = None
-    """GB of the card that tuning and edits must fit into: settings that you leave alone are chosen so. None: what the
-    GPU has."""
+    """GPU memory budget in GB (10^9 bytes). Unset memory options are chosen to fit it. None: the GPU's memory."""
     offload: bool = False
-    """Text encoder and VAE wait in the computer's memory, not the GPU's, while they are not needed."""
+    """Keep the text encoder and VAE in CPU memory while they are idle."""
 
     @model_validator(mode="after")
-    def _sides_go_together(self) -> TuneSettings:
+    def _check_size(self) -> TuneSettings:
         if (self.width is None) != (self.height is None):
-            raise ValueError("width and height go together: give both, or resolution instead")
+            raise ValueError("width and height need each other: give both, or resolution instead")
         return self
 
     @model_validator(mode="after")
-    def _frames_are_chosen_one_way(self) -> TuneSettings:
+    def _check_frame_selection(self) -> TuneSettings:
         if self.start and self.start_time is not None:
-            raise ValueError(f"start {self.start} and start_time {self.start_time:g} both say where to start; give one")
+            raise ValueError(
+                f"start {self.start} and start_time {self.start_time:g} both set the first frame; give one"
+            )
         if (self.stride or 1) > 1 and self.sample_fps is not None:
-            raise ValueError(f"stride {self.stride} and sample_fps {self.sample_fps:g} both say how dense; give one")
+            raise ValueError(
+                f"stride {self.stride} and sample_fps {self.sample_fps:g} both set the frame rate; give one"
+            )
         return self
 
     @property
@@ -319,50 +327,53 @@ class TuneSettings(Sampling):
 
 
 class Styling(Settings):
-    """What an edit has besides its prompt."""
+    """Additional models of an edit, and their conditioning inputs."""
 
     edit_model: str | None = None
-    """Another base of the same shape to edit with, such as a DreamBooth model; none: the one that was tuned."""
+    """Base of the same architecture to edit with, such as a DreamBooth model. None: the base that was tuned."""
     lora: tuple[str, ...] = ()
-    """LoRA files of diffusers or kohya, or hub ids, each with a weight if need be: style.safetensors:0.8."""
+    """LoRA files of diffusers or kohya, or hub ids, each with an optional weight: style.safetensors:0.8."""
     embedding: tuple[str, ...] = ()
-    """Files of textual inversions; prompts name them by their token, or by the file's name if they have none."""
+    """Textual inversion files. A prompt uses one by its token, or by its file name if it has none."""
     controlnet: str | None = None
-    """ControlNet that holds the edits to the clip's maps: a folder, a file or a hub id."""
+    """ControlNet that guides the edits by maps of the clip: a folder, a file or a hub id."""
     control: str = "canny"
-    """Its maps: canny or depth, found in the clip, or a video or folder of maps, one per frame."""
+    """Maps for the ControlNet: `canny` or `depth` computes them from the clip; or a video or folder with one map per
+    frame."""
     control_scale: NonNegativeFloat = 1.0
-    """Strength of the ControlNet."""
+    """Conditioning scale of the ControlNet. 0 disables it."""
     ip_adapter: str | None = None
-    """IP-Adapter file with its image_encoder folder beside it, or OWNER/REPOSITORY/FOLDER/FILE on the hub."""
+    """IP-Adapter file with the folder image_encoder beside it, or OWNER/REPOSITORY/FOLDER/FILE on the hub."""
     ip_image: str | None = None
-    """Picture that the edits should resemble, for the IP-Adapter."""
+    """Reference image for the IP-Adapter."""
     ip_scale: NonNegativeFloat = 0.6
-    """Strength of the IP-Adapter."""
+    """Conditioning scale of the IP-Adapter. 0 disables it."""
 
     @model_validator(mode="after")
-    def _parts_go_together(self) -> Styling:
+    def _check_style(self) -> Styling:
         if (self.ip_adapter is None) != (self.ip_image is None):
-            raise ValueError("ip_adapter and ip_image go together: give both, or none")
+            raise ValueError("ip_adapter and ip_image need each other: give both or neither")
         if self.controlnet is None and self.control != "canny":
-            raise ValueError(f"control {self.control!r} needs a controlnet that reads such maps")
+            raise ValueError(
+                f"control {self.control!r} has no effect without controlnet: set controlnet to a model for such maps"
+            )
         return self
 
 
 class EditSettings(Styling, Sampling):
-    """New prompts for a clip that has been tuned."""
+    """Options of the edits of a tuned clip."""
 
     run: str
-    """Run folder to edit with."""
+    """Run folder of the tuned clip."""
     prompt: Annotated[tuple[str, ...], Field(min_length=1)]
-    """What the edits should show; one edit each."""
+    """Prompts of the edits. One edit is made per prompt and seed."""
     preset: Literal["default", "official", "fast"] | None = None
-    """Preset instead of the one that the run was tuned with; none: the run's. Values that were set for the run itself
-    stay, except those that the preset names."""
+    """Preset to use instead of the run's. Values that were set for the run itself stay, except those that the preset
+    sets. None: the run's preset."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Rows say where they differ from the built-in values; `official` spells its arithmetic out (docs/decisions.md).
+    # Values that differ from the defaults; `official` lists all that its arithmetic depends on (docs/decisions.md).
     "default": {},
     "official": {
         "stride": 1,
@@ -401,7 +412,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
-    """Words that a setting can be, or a list of such; empty for a setting of another kind."""
+    """Return the words that a setting accepts, alone or in a list; empty for a setting of another type."""
     if get_origin(annotation) is Literal:
         return tuple(word for word in get_args(annotation) if isinstance(word, str))
     if get_origin(annotation) in (tuple, Union, types.UnionType):
@@ -411,7 +422,7 @@ def choices(annotation: Any) -> tuple[str, ...]:
 
 
 def _as_chosen(annotation: Any, value: Any) -> Any:
-    """A choice, or several, as they are written, whatever their case."""
+    """Replace choices in any case by their spelling in the settings."""
     if isinstance(value, list | tuple):
         return tuple(_as_chosen(annotation, each) for each in value)
     if not isinstance(value, str):
