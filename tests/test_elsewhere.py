@@ -24,9 +24,12 @@ from tests.test_style import PROMPT, style_files
 from tuneavideo import TuneAVideoPipeline, api, models, video
 from tuneavideo.video import read
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="torch before 2.9"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="torch before 2.9"
+    ),
+]
 BRIEF = {"num_frames": 3, "stride": 2, "max_train_steps": 3, "learning_rate": 1e-2, "num_inference_steps": 3,
          "num_inv_steps": 3, "guidance_scale": 3.0, "mixed_precision": "bf16"}  # fmt: skip
 # How a run is tuned, and how it is edited afterwards.

@@ -76,6 +76,7 @@ def test_differences_are_paired_by_clip() -> None:
     assert estimate(theirs, "track").mean == 6.0
 
 
+@pytest.mark.long
 def test_rows_are_computed_once_and_come_out_the_same(tmp_path: Path) -> None:
     short = {"max_train_steps": 1, "num_inference_steps": 2, "attention_injection": 0.0}
     variants = [bench.Variant("short", short)]

@@ -12,7 +12,10 @@ from tests.fuzz import KINDS, ends, mutated, read_settings, tried
 from tuneavideo.config import as_yaml
 from tuneavideo.settings import TuneSettings
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux"),
+]
 
 
 @pytest.mark.parametrize(
