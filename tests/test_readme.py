@@ -70,6 +70,12 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_tests_named_in_a_page_exist(page: Path) -> None:
+    named = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py|(?:src|tests|benchmarks|docs|tools)/[\w/.-]+)`", text_of(page))
+    assert not [path for path in named if not any((root / path).exists() for root in (ROOT, ROOT / "src/tuneavideo"))]
+
+
 def test_the_readme_is_short_and_its_tree_is_the_packages() -> None:
     lines = text_of(README).splitlines()
     assert len(lines) <= 150
