@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from benchmarks import parity
 from torch.utils import backend_registration
 
 from tests.conftest import base_folder, clip_folder, moving_square
 from tests.families import family_folder
 from tests.test_style import PROMPT, style_files
-from tuneavideo import TuneAVideoPipeline, api, models, video
+from tuneavideo import TuneAVideoPipeline, api, video
 from tuneavideo.video import read
 
 pytestmark = [
@@ -72,7 +73,7 @@ def styled(folder: Path) -> None:
 
 
 def made_by_pipeline(folder: Path) -> None:
-    pipe = TuneAVideoPipeline.from_pretrained(str(folder / "bases/sd1")).to(models.PartialState().device)
+    pipe = TuneAVideoPipeline.from_pretrained(str(folder / "bases/sd1")).to(PartialState().device)
     noise = pipe.invert(read(folder / "clip.mp4", count=3, size=(16, 16)), num_inference_steps=2)
     assert pipe("a circle", latents=noise, num_inference_steps=2, output_type="np").frames.shape == (1, 3, 16, 16, 3)
 
