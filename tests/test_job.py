@@ -311,6 +311,51 @@ def test_two_processes_tune_together(base: Path, clip: Path, tmp_path: Path) -> 
     assert [step["loss"] for step in RunFolder.open(alone).steps()] != [step["loss"] for step in steps]
 
 
+@pytest.mark.long
+def test_processes_with_different_free_memory_get_one_plan_and_wait_during_previews(
+    base: Path, clip: Path, tmp_path: Path
+) -> None:
+    """The first process plans with the least memory that any has; the other waits for its previews."""
+    child = tmp_path / "child.py"
+    child.write_text(f"""
+import os, time
+from datetime import timedelta
+from pathlib import Path
+from tuneavideo.cli import main
+from tuneavideo.jobs import tune
+from tuneavideo.training import memory_plan
+
+rank = os.environ["RANK"]
+memory_plan._room = lambda settings, accelerator: 1e12 if rank == "0" else 1e3
+plan, previews = tune.fitted, tune._previewed
+
+def recorded(*parts):
+    settings, line = plan(*parts)
+    Path({str(tmp_path)!r}, "plan" + rank).write_text(settings.model_dump_json())
+    return settings, line
+
+def slow(*parts):
+    for each in previews(*parts):
+        time.sleep(0.2)
+        yield each
+
+tune.fitted, tune._previewed = recorded, slow
+main.main()
+""")
+    script = Path(sys.executable).with_name("accelerate")
+    launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    words = [*launch.split(), "--main_process_port", "0", str(child), "tune", str(clip), "--prompt", "a square"]
+    words += ["--base", str(base), "--out", str(tmp_path / "run"), *FLAGS, "--edit", "a circle"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [str(script), *words, "--validation-steps", "2"], capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    plans = [json.loads((tmp_path / f"plan{rank}").read_text()) for rank in (0, 1)]
+    assert plans[0] == plans[1] and plans[0]["gradient_checkpointing"]
+    assert len(list((tmp_path / "run/samples").iterdir())) == 3
+
+
 def test_edits_that_play_as_fast_as_the_source_keep_its_sound(base: Path, tmp_path: Path) -> None:
     """A click at 0.48 s of the clip is 0.24 s into the frames taken, in everything that shows them."""
     clip = clapped(tmp_path / "clap.mp4", "libx264", "aac", 44_100)
