@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.ideas import ANCHOR, COMBINATIONS, IDEAS, OFFICIAL, REPORTED, SWEEP
 from tuneavideo.evaluation.compare import Estimate, difference, estimate
-from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of, read
+from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of, read_rows
 
 LEDGER = Path(__file__).parent / "results" / "miniature.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
@@ -63,7 +63,7 @@ def main() -> None:
     for name in chosen.variants:
         _print(name, edits_of(_of(rows, name)))
     if chosen.page:
-        PAGE.write_text(page(read(LEDGER)), encoding="utf-8")
+        PAGE.write_text(page(read_rows(LEDGER)), encoding="utf-8")
 
 
 def page(rows: Rows) -> str:

@@ -17,6 +17,7 @@ from benchmarks.parity.golden import levels
 from benchmarks.reference import TUNED, Reference
 from benchmarks.resident import Peak
 from benchmarks.sized import Parts, parts
+from tuneavideo.evaluation.flops import count_flops
 from tuneavideo.kernels import products
 from tuneavideo.method import editing, inversion
 from tuneavideo.method.conditioning import Conditions
@@ -131,7 +132,7 @@ def counted(row: Row) -> float:
     row = dataclasses.replace(row, precision="fp32")
     if row.task == "edits":
         return _counted_edits(row)
-    return work.counted(TASKS[row.task](row, parts(row.base, "meta"), "meta").count)
+    return count_flops(TASKS[row.task](row, parts(row.base, "meta"), "meta").count)
 
 
 def least(row: Row) -> float:
@@ -299,7 +300,7 @@ def _counted_edits(row: Row) -> float:
 
     def call(clips: int, reused: bool = False) -> float:
         one = dataclasses.replace(row, task="edit", reused=reused)
-        return work.counted(_called(one, parts(row.base, "meta"), "meta", clips).count)
+        return count_flops(_called(one, parts(row.base, "meta"), "meta", clips).count)
 
     calls = [(2 * row.prompts + (number < share * steps), number % every > 0) for number in range(steps)]
     return steps * call(1) + PROMPTS // row.prompts * sum(call(*each) for each in calls)

@@ -1,4 +1,4 @@
-"""Floating-point operations: counted by PyTorch on the meta device, and the least a step needs by another formula.
+"""Lower bound on the floating-point operations of a step, beside `count_flops`, which counts those that run.
 
 Both take a multiplication and an addition as two operations; only matrix products and convolutions are counted.
 """
@@ -11,15 +11,6 @@ from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-
-def counted(run: Callable[[], Any]) -> float:
-    """Operations of `run`; attention in its plain form, whose products are those of every kernel."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        run()
-    return float(counter.get_total_flops())
 
 
 class Least:

@@ -47,33 +47,33 @@ def scores_of(run: Path) -> dict:
 
 def test_offline_what_is_missing_is_named_and_the_rest_is_measured(run: Path) -> None:
     assert api.evaluate(run) == [run / "scores.json"]
-    told = scores_of(run)
-    assert told["format"] == 1 and set(told["metrics"]) == {"warp_error", "motion_fidelity", "motion_fidelity_all"}
-    whys = {each["metric"]: each["why"] for each in told["missing"]}
-    assert set(whys) == {name for name, each in METRICS.items() if each.need != "judge"} - set(told["metrics"])
-    assert whys["clip_frame"].startswith("openai/clip-vit-large-patch14 cannot be opened: it is not in the hub's cache")
-    assert whys["pick_score"].startswith("yuvalkirstain/PickScore_v1 cannot be opened")
+    scores = scores_of(run)
+    assert scores["format"] == 1 and set(scores["metrics"]) == {"warp_error", "motion_fidelity", "motion_fidelity_all"}
+    whys = {each["metric"]: each["why"] for each in scores["missing"]}
+    assert set(whys) == {name for name, each in METRICS.items() if each.requires != "judge"} - set(scores["metrics"])
+    assert whys["clip_frame"].startswith("openai/clip-vit-large-patch14 cannot be loaded: it is not in the hub's cache")
+    assert whys["pick_score"].startswith("yuvalkirstain/PickScore_v1 cannot be loaded")
     assert whys["background_psnr"] == "needs a mask of what may change: --mask FILE or FOLDER"
     assert whys["flicker"] == "hardly anything stands still in the source"
-    faithful, frozen = (edit["scores"]["motion_fidelity"]["value"] for edit in told["edits"])
+    faithful, frozen = (edit["scores"]["motion_fidelity"]["value"] for edit in scores["edits"])
     assert faithful > 0.9 and frozen < 0.2
 
 
 def test_every_result_names_model_revision_frames_and_size(run: Path, clip_model: Path, tmp_path: Path) -> None:
     write_image(np.zeros((64, 64, 3), np.uint8), tmp_path / "mask.png")
     api.evaluate(run, clip=str(clip_model), pick=str(clip_model), mask=tmp_path / "mask.png")
-    told = scores_of(run)
-    assert [(edit["folder"], edit["prompt"], edit["seed"]) for edit in told["edits"]] == [
+    scores = scores_of(run)
+    assert [(edit["folder"], edit["prompt"], edit["seed"]) for edit in scores["edits"]] == [
         ("000-a-red-circle", "a red circle", 0), ("001-a-blue-circle", "a blue circle", 1),
     ]  # fmt: skip
-    assert [each["metric"] for each in told["missing"]] == ["flicker"]
-    for edit in told["edits"]:
+    assert [each["metric"] for each in scores["missing"]] == ["flicker"]
+    for edit in scores["edits"]:
         for name, score in edit["scores"].items():
             assert set(score) == {"value", "model", "revision", "frames", "width", "height"}
             assert (score["frames"], score["width"], score["height"]) == (6, 64, 64) and np.isfinite(score["value"])
             assert score["model"] and score["revision"], name
-    assert told["edits"][0]["scores"]["clip_text"]["model"] == str(clip_model)
-    metric = told["metrics"]["pick_score"]
+    assert scores["edits"][0]["scores"]["clip_text"]["model"] == str(clip_model)
+    metric = scores["metrics"]["pick_score"]
     assert set(metric) == {"unit", "better", "about", "baseline", "baseline_source"} and metric["baseline"] == 20.36
 
 
@@ -103,21 +103,21 @@ def test_the_miniature_has_its_judge_in_place_of_clip(tmp_path: Path) -> None:
     edits = {"a rabbit is jumping on the grass": edit, "a dog is jumping on the grass, neon style": source}
     run = made_run(tmp_path / "run", "miniature", clips["dog-jumping"]["caption"], source, edits)
     api.evaluate(run)
-    told = scores_of(run)
-    assert "clip_text" not in {*told["metrics"], *(each["metric"] for each in told["missing"])}
-    rabbit, neon = ({name: each["value"] for name, each in edit["scores"].items()} for edit in told["edits"])
+    scores = scores_of(run)
+    assert "clip_text" not in {*scores["metrics"], *(each["metric"] for each in scores["missing"])}
+    rabbit, neon = ({name: each["value"] for name, each in edit["scores"].items()} for edit in scores["edits"])
     assert rabbit["success"] > 0.9 and rabbit["track_distance"] < 3 and rabbit["background_psnr"] > 15
     assert neon["success"] == 0 and neon["preserved"] == 1 and "background_psnr" not in neon
     api.evaluate(run, mask=next(run.glob("edits/*/frames/00000.png")), metrics=["background_psnr"])
     assert "background_psnr" in scores_of(run)["edits"][1]["scores"]
     api.evaluate(run)  # without a mask again: what was measured with it does not stay beside the reason
-    told = scores_of(run)
-    assert "background_psnr" not in told["edits"][1]["scores"]
+    scores = scores_of(run)
+    assert "background_psnr" not in scores["edits"][1]["scores"]
     why = "the prompt asks for another background or style"
     neon = "001-a-dog-is-jumping-on-the-grass-neon-style"
-    assert {"metric": "background_psnr", "why": why, "edits": [neon]} in told["missing"]
+    assert {"metric": "background_psnr", "why": why, "edits": [neon]} in scores["missing"]
     api.evaluate(run / "edits/000-a-rabbit-is-jumping-on-the-grass")  # the reasons of other edits stay
-    assert scores_of(run)["missing"] == told["missing"]
+    assert scores_of(run)["missing"] == scores["missing"]
 
 
 Printed = tuple[list[str], dict[str, list[str]]]
@@ -138,10 +138,10 @@ def test_the_command_prints_a_row_for_every_metric_and_what_is_missing(
     assert arrow == "↑" and float(faithful) > 0.9 > float(mean) > float(frozen)
     assert rows["001"] == ["1", "a", "blue", "circle"]
     (line,) = [line for line in lines if "pick_score" in line]
-    assert line.startswith("not measured: pick_score: yuvalkirstain/PickScore_v1 cannot be opened")
+    assert line.startswith("not measured: pick_score: yuvalkirstain/PickScore_v1 cannot be loaded")
 
 
-def test_what_was_asked_of_the_edits_asked_is_printed(
+def test_only_the_requested_metrics_and_edits_are_printed(
     run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api.evaluate(run)
@@ -153,9 +153,9 @@ def test_what_was_asked_of_the_edits_asked_is_printed(
         "not measured: flicker: hardly anything stands still in the source"
     ]
     main.main(["evaluate", "run/edits/000-a-red-circle", "--metrics", "warp_error", "--json"])
-    (file, told), *others = json.loads(capsys.readouterr().out).items()
-    assert file == "run/scores.json" and not others and told["missing"] == []
-    (edit,) = told["edits"]
+    (file, scores), *others = json.loads(capsys.readouterr().out).items()
+    assert file == "run/scores.json" and not others and scores["missing"] == []
+    (edit,) = scores["edits"]
     assert [*edit["scores"]] == ["warp_error"] and edit["folder"] == "000-a-red-circle"
     assert len(scores_of(run)["edits"]) == 2, "the file keeps all"
 
@@ -172,7 +172,7 @@ def test_of_many_edits_the_table_names_the_best(tmp_path: Path, capsys: pytest.C
     assert "measured with DIS flow (OpenCV): motion_fidelity" in lines
 
 
-def test_scores_of_different_masks_are_told_apart(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_scores_of_different_masks_are_distinguished(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name, side in (("left", 20), ("right", 40)):
         image = np.zeros((64, 64, 3), np.uint8)
         image[:, :side] = 255
@@ -190,7 +190,7 @@ def test_scores_of_different_masks_are_told_apart(run: Path, tmp_path: Path, cap
 
 
 def test_a_model_that_the_hub_does_not_give_is_one_reason_and_nothing_measured_is_no_success(run: Path) -> None:
-    """The hub is an address where nobody answers; nor is it asked again and again."""
+    """The hub is an address where nobody answers; requests are not repeated."""
     command = [sys.executable, "-m", "tuneavideo", "evaluate", str(run), "--metrics", "clip_text"]
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(run.parent / "hub")}
     done = subprocess.run(command, env=os.environ | hub, capture_output=True, text=True, check=False)
@@ -206,8 +206,8 @@ def test_scores_that_cannot_be_kept_are_shown(run: Path, refused: Said, capsys: 
         main.main(["evaluate", str(run), "--metrics", "warp_error", "--json"])
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and f"{run}/scores.json cannot be written" in err
-    (told,) = json.loads(out).values()
-    assert told["edits"][1]["scores"]["warp_error"]["value"] > 0
+    (scores,) = json.loads(out).values()
+    assert scores["edits"][1]["scores"]["warp_error"]["value"] > 0
 
 
 def test_mistakes_are_one_line(run: Path, refused: Said, tmp_path: Path) -> None:
@@ -240,10 +240,27 @@ def test_a_damaged_edit_or_file_of_scores_is_named(run: Path, contents: str, ref
     assert (run / "scores.json").read_text() == contents
 
 
-def test_a_run_without_edits_or_source_says_what_to_do(run: Path) -> None:
-    (run / "source.mp4").rename(run / "moved.mp4")
-    with pytest.raises(RunError, match=r"source.mp4 is missing"):
-        api.evaluate(run)
+@pytest.mark.parametrize("damaged", [False, True])
+def test_without_the_source_metrics_that_do_not_use_it_are_computed(run: Path, clip_model: Path, damaged: bool) -> None:
+    (run / "source.mp4").write_bytes(b"x") if damaged else (run / "source.mp4").unlink()
+    write_image(np.zeros((64, 64, 3), np.uint8), run.parent / "mask.png")
+    api.evaluate(run, clip=str(clip_model), pick=str(clip_model), mask=run.parent / "mask.png")
+    scores = scores_of(run)
+    assert set(scores["metrics"]) == {"clip_frame", "clip_text", "pick_score"}
+    assert all("source.mp4" in each["why"] for each in scores["missing"])
+    assert {"clip_direction", "background_psnr", "warp_error", "flicker"} <= {e["metric"] for e in scores["missing"]}
+
+
+def test_a_stopped_evaluation_keeps_the_scores_of_the_edits_it_finished(run: Path, clip_model: Path) -> None:
+    api.evaluate(run, metrics=["clip_text"], clip=str(clip_model))
+    job = api.evaluating([run], metrics=["warp_error"])
+    assert next(each for each in job if each.number == 1).about == "000-a-red-circle"
+    job.close()
+    first, second = scores_of(run)["edits"]
+    assert set(first["scores"]) == {"clip_text", "warp_error"} and set(second["scores"]) == {"clip_text"}
+
+
+def test_a_run_without_edits_says_what_to_do(run: Path) -> None:
     shutil.rmtree(run / "edits")
     with pytest.raises(RunError, match="not tuned to its end .*; 'tuneavideo tune --resume "):
         api.evaluate(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from tuneavideo import miniature
 from tuneavideo.evaluation import miniature as bench
 from tuneavideo.evaluation.compare import difference, estimate
+from tuneavideo.evaluation.metrics.background import psnr
 from tuneavideo.evaluation.metrics.judge import Judge, Reading
+from tuneavideo.evaluation.metrics.judge_metrics import subject_squares
 from tuneavideo.video import Video, read
 
 CLIPS = {clip["name"]: clip for clip in miniature.clips()}
@@ -45,15 +48,19 @@ def test_an_edit_that_changes_nothing_is_preserved_and_near_but_no_success(judge
     video, track = source(clip), torch.tensor(clip["track"])
     reading = judge.read(video)
     for edit in clip["edits"]:
-        scores = bench.judged(edit, clip, reading, reading, video, video, track)
-        assert scores["preserved"] and scores["track"] < bench.NEAR and not (scores["success"] or scores["clean"])
+        scores = bench.score_edit(edit, clip, reading, reading, video, video, track)
+        assert (
+            scores["preserved"]
+            and scores["track"] < bench.MAX_TRACK_DISTANCE
+            and not (scores["success"] or scores["clean"])
+        )
 
 
-def test_an_edit_that_does_what_was_asked_is_clean(judge: Judge) -> None:
+def test_an_edit_that_does_what_was_requested_is_clean(judge: Judge) -> None:
     clip, other = CLIPS["dog-jumping"], CLIPS["rabbit-jumping"]  # two subjects on one path, each on its own grass
     edit = {"kind": "two", "prompt": "", "subject": "rabbit", "background": "beach", "style": None}
     video, made = source(clip), source(other)
-    scores = bench.judged(
+    scores = bench.score_edit(
         edit | {"background": "grass"}, clip | {"background": "snow"}, judge.read(video), judge.read(made), video, made,
         torch.tensor(clip["track"]),
     )  # fmt: skip
@@ -65,15 +72,25 @@ def test_a_background_is_compared_outside_the_subject_only() -> None:
     after = Video(before.frames_THWC + np.uint8(10), 8)
     after.frames_THWC[:, 22:42, 22:42] = 255  # where the subject is
     centres = torch.full((2, 2), 32.0)
-    assert bench.background_psnr(before, after, centres) == pytest.approx(20 * np.log10(255 / 10))
+    assert psnr(before, after, ~subject_squares(before, centres)) == pytest.approx(20 * np.log10(255 / 10))
 
 
 def test_differences_are_paired_by_clip() -> None:
     theirs = [{"clip": name, "track": value} for name, value in (("a", 1.0), ("a", 3.0), ("b", 10.0))]
     ours = [edit | {"track": edit["track"] + 1} for edit in theirs]
-    told = difference(ours, theirs, "track")
-    assert (told.mean, told.low, told.high) == (1.0, 1.0, 1.0)
+    result = difference(ours, theirs, "track")
+    assert (result.mean, result.low, result.high) == (1.0, 1.0, 1.0)
     assert estimate(theirs, "track").mean == 6.0
+    one = estimate(theirs[:2], "track")
+    assert (one.mean, one.low, one.high) == (2.0, 2.0, 2.0), "of one clip there is no interval"
+
+
+def test_a_row_is_appended_whole_after_one_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, rows = tmp_path / "rows.jsonl", [{"key": "a"}, {"key": "b"}]
+    file.write_text(json.dumps(rows[0]) + '\n{"key": "b", "edi')
+    monkeypatch.setattr(bench, "_compute", lambda *_: iter(rows[1:]))
+    assert [*bench.benchmark([], file)] == rows[1:]
+    assert bench.read_rows(file) == rows
 
 
 @pytest.mark.long
@@ -83,6 +100,8 @@ def test_rows_are_computed_once_and_come_out_the_same(tmp_path: Path) -> None:
     first, again = ([*filter(None, bench.benchmark(variants, tmp_path / name, clips=1))] for name in ("a", "b"))
     assert [row["edits"] for row in first] == [row["edits"] for row in again]
     assert len(first) == 1 and len(first[0]["edits"]) == 4
-    assert [*bench.benchmark(variants, tmp_path / "a", clips=1)] == bench.read(tmp_path / "a") == first
+    with (tmp_path / "a").open("a") as file:
+        file.write('{"key": "cut sh')  # as by a full disk
+    assert [*bench.benchmark(variants, tmp_path / "a", clips=1)] == bench.read_rows(tmp_path / "a") == first
     stages = first[0]["stages"]
     assert stages["edit"]["tflop"] == pytest.approx(8 * stages["invert"]["tflop"], rel=1e-2)  # 4 prompts, guided

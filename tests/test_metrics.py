@@ -16,12 +16,12 @@ from transformers import CLIPModel, CLIPTokenizer
 from tests.conftest import clip_folder
 from tuneavideo import miniature
 from tuneavideo.errors import ModelError, VideoError
-from tuneavideo.evaluation.metrics import background, clip, drawn, flicker, motion, warp
-from tuneavideo.evaluation.metrics.background import Mask, read_mask
-from tuneavideo.evaluation.metrics.flow import Dis, Raft, best, seen_again
+from tuneavideo.evaluation.metrics import background, clip, flicker, judge_metrics, motion, warp
+from tuneavideo.evaluation.metrics.background import read_mask
+from tuneavideo.evaluation.metrics.edit_pair import CachedVideo, EditPair, NotMeasurable
+from tuneavideo.evaluation.metrics.flow import Dis, Raft, consistent_pixels, load_flow
 from tuneavideo.evaluation.metrics.judge import Judge
-from tuneavideo.evaluation.metrics.sample import NotMeasurable, Sample, Shown
-from tuneavideo.evaluation.metrics.table import METRICS, opened
+from tuneavideo.evaluation.metrics.table import METRICS, load_model
 from tuneavideo.video import Video, read, write, write_image
 
 SIDE = 64
@@ -51,8 +51,8 @@ def beside(left: Video, right: Video) -> Video:
     return Video(np.concatenate([left.frames_THWC[:, :, :half], right.frames_THWC[:, :, half:]], axis=2), 8)
 
 
-def sample(source: Video, edit: Video, caption: str = "a square", prompt: str = "a red circle") -> Sample:
-    return Sample(Shown(source), Shown(edit), caption, prompt)
+def sample(source: Video, edit: Video, caption: str = "a square", prompt: str = "a red circle") -> EditPair:
+    return EditPair(CachedVideo(source), CachedVideo(edit), caption, prompt)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,9 @@ def test_the_scores_of_the_benchmark_are_those_computed_by_hand(seed: int, clip_
 def test_text_alignment_is_what_the_model_itself_calls_logits_per_image(clip_model: Path) -> None:
     video, model = passing((3, 1), frames=3), clip.Clip(str(clip_model))
     resized = [Image.fromarray(image).resize((480, 480)) for image in video.frames_THWC]
-    inputs = model.pictures(images=resized, return_tensors="pt") | model.tokenizer(["a square"], return_tensors="pt")
+    inputs = model.image_processor(images=resized, return_tensors="pt") | model.tokenizer(
+        ["a square"], return_tensors="pt"
+    )
     logits = model.model(**inputs).logits_per_image
     pair = sample(video, video, prompt="a square")
     assert clip.text_alignment(pair, model) == pytest.approx(float(logits.mean()), abs=1e-4)
@@ -126,22 +128,21 @@ def test_direction_is_the_cosine_of_two_changes(clip_model: Path) -> None:
 
     wanted = cosine((unit(after) - unit(before))[0], unit(prompt) - unit(caption))
     assert clip.direction(sample(source, edit, prompt="snow"), model) == pytest.approx(wanted, abs=1e-4)
-    with pytest.raises(NotMeasurable, match="no change was asked for"):
+    with pytest.raises(NotMeasurable, match="requests no change"):
         clip.direction(sample(source, edit, prompt="a square"), model)
 
 
 def test_a_model_that_is_not_there_is_named_with_what_to_do() -> None:
-    with pytest.raises(
-        ModelError,
-        match="^openai/clip-vit-large-patch14 cannot be opened: .*; give a folder .--clip, --pick., or 'hf down",
-    ):
-        opened("clip")
+    with pytest.raises(ModelError, match="^openai/clip-vit-large-patch14 .*--clip, --pick.*hf download"):
+        load_model("clip")
 
 
 def test_results_name_the_folder_and_its_weights(clip_model: Path, tmp_path: Path) -> None:
-    (one, other) = (opened("clip", clip_place=str(place)) for place in (clip_model, clip_folder(tmp_path, scale=4.0)))
+    (one, other) = (
+        load_model("clip", clip_source=str(place)) for place in (clip_model, clip_folder(tmp_path, scale=4.0))
+    )
     assert one.name == str(clip_model) and one.revision != other.revision
-    assert opened("pick", pick_place=str(clip_model)).revision == one.revision
+    assert load_model("pick", pick_source=str(clip_model)).revision == one.revision
 
 
 # Motion
@@ -151,18 +152,18 @@ def test_flow_finds_how_a_texture_moves_and_what_leaves_the_frame(flow: Dis) -> 
     (forward, *_), (backward, *_) = flow.flows(passing((3, -2), frames=2))
     inner = np.s_[12:-12, 12:-12]
     assert np.abs(forward[inner] - (3, -2)).mean() < 0.1 and np.abs(backward[inner] + (3, -2)).mean() < 0.1
-    seen = seen_again(forward, backward)
-    assert seen[inner].all() and not seen[:, -2:].any() and not seen[:2].any()
+    visible = consistent_pixels(forward, backward)
+    assert visible[inner].all() and not visible[:, -2:].any() and not visible[:2].any()
 
 
-def test_a_torchvision_that_does_not_work_is_done_without_and_said(
+def test_a_torchvision_that_does_not_work_is_replaced_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    assert best().name == "DIS flow (OpenCV)"
-    assert "DIS flow is taken: operator torchvision::nms does not exist" in caplog.text
+    assert load_flow().name == "DIS flow (OpenCV)"
+    assert "using DIS flow: operator torchvision::nms does not exist" in caplog.text
 
 
 def test_raft_finds_how_a_texture_moves() -> None:
@@ -181,12 +182,12 @@ def test_an_edit_that_moves_as_its_source_has_little_warp_error(flow: Dis) -> No
 
 def test_warp_error_counts_a_known_change_of_light(flow: Dis) -> None:
     brighter = Video(np.stack([np.full((SIDE, SIDE, 3), 50 + 10 * t, np.uint8) for t in range(4)]), 8)
-    told = warp.warp_error(sample(still(frames=4), brighter), flow)
-    assert told == pytest.approx(1000 * 3 * (10 / 255) ** 2, rel=1e-4)
+    value = warp.warp_error(sample(still(frames=4), brighter), flow)
+    assert value == pytest.approx(1000 * 3 * (10 / 255) ** 2, rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("source", "edit", "told"),
+    ("source", "edit", "value"),
     [
         (passing((3, 1)), passing((3, 1)), 1),
         (passing((3, 0)), passing((2, 0), seed=1), 1),  # slower, the same way
@@ -200,9 +201,9 @@ def test_warp_error_counts_a_known_change_of_light(flow: Dis) -> None:
     ],
 )
 def test_motion_fidelity_is_the_likeness_of_tracks_in_both_directions(
-    source: Video, edit: Video, told: float, flow: Dis
+    source: Video, edit: Video, value: float, flow: Dis
 ) -> None:
-    assert motion.motion_fidelity(sample(source, edit), flow) == pytest.approx(told, abs=0.07)
+    assert motion.motion_fidelity(sample(source, edit), flow) == pytest.approx(value, abs=0.07)
 
 
 def test_points_that_rest_have_a_likeness_and_it_is_no_merit_of_a_frozen_edit(flow: Dis) -> None:
@@ -216,7 +217,7 @@ def test_points_that_rest_have_a_likeness_and_it_is_no_merit_of_a_frozen_edit(fl
 def test_likeness_of_tracks_written_by_hand() -> None:
     steps = np.array([[[1.0, 0], [0, 1]], [[1, 0], [0, 0]], [[0, 0], [0, 0]]])
     tracks = motion.Tracks(steps, np.ones((3, 2), bool), np.array([True, True, False]))
-    assert motion.likeness(tracks, tracks) == pytest.approx(np.array([[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]))
+    assert motion.track_similarity(tracks, tracks) == pytest.approx(np.array([[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]))
 
 
 # Flicker
@@ -224,8 +225,8 @@ def test_likeness_of_tracks_written_by_hand() -> None:
 
 def test_flicker_of_noise_is_the_mean_difference_of_two_draws() -> None:
     noisy = 128 + np.random.default_rng(0).normal(0, 10, (8, SIDE, SIDE, 3))
-    told = flicker.flicker(sample(still(frames=8), Video(noisy.round().astype(np.uint8), 8)))
-    assert told == pytest.approx(2 * 10 / np.sqrt(np.pi), rel=0.01)
+    value = flicker.flicker(sample(still(frames=8), Video(noisy.round().astype(np.uint8), 8)))
+    assert value == pytest.approx(2 * 10 / np.sqrt(np.pi), rel=0.01)
     assert flicker.flicker(sample(still(), still(1))) == 0
 
 
@@ -244,7 +245,10 @@ def test_flicker_is_looked_for_where_the_source_stands_still() -> None:
 
 INSIDE = np.zeros((1, SIDE, SIDE), bool)
 INSIDE[:, 16:48, 16:48] = True
-MASK = Mask(lambda _: INSIDE)
+
+
+def mask(_: EditPair) -> np.ndarray:
+    return INSIDE
 
 
 def changed(outside: int, inside: int) -> Video:
@@ -253,29 +257,30 @@ def changed(outside: int, inside: int) -> Video:
 
 
 def test_psnr_counts_the_pixels_outside_the_mask_and_no_others() -> None:
-    told = background.psnr(sample(changed(100, 0), changed(110, 255)), MASK)
-    assert told == pytest.approx(20 * np.log10(255 / 10))
-    assert background.psnr(sample(changed(100, 0), changed(100, 255)), MASK) == pytest.approx(148.13, abs=0.01)
+    value = background.background_psnr(sample(changed(100, 0), changed(110, 255)), mask)
+    assert value == pytest.approx(20 * np.log10(255 / 10))
+    assert background.background_psnr(sample(changed(100, 0), changed(100, 255)), mask) == pytest.approx(
+        148.13, abs=0.01
+    )
 
 
 def test_ssim_of_flat_pictures_is_its_formula_and_does_not_see_into_the_mask() -> None:
     c = (0.01 * 255) ** 2
-    told = background.ssim(sample(changed(100, 0), changed(150, 255)), MASK)
-    assert told == pytest.approx((2 * 100 * 150 + c) / (100**2 + 150**2 + c), abs=1e-6)
+    value = background.background_ssim(sample(changed(100, 0), changed(150, 255)), mask)
+    assert value == pytest.approx((2 * 100 * 150 + c) / (100**2 + 150**2 + c), abs=1e-6)
     textured = still(frames=3)
     edited = Video(np.where(INSIDE[..., None], changed(0, 255).frames_THWC, textured.frames_THWC), 8)
-    assert background.ssim(sample(textured, edited), MASK) == pytest.approx(1, abs=1e-9)
-    assert background.ssim(sample(textured, still(1, frames=3)), MASK) < 0.5
+    assert background.background_ssim(sample(textured, edited), mask) == pytest.approx(1, abs=1e-9)
+    assert background.background_ssim(sample(textured, still(1, frames=3)), mask) < 0.5
 
 
 def test_what_leaves_no_background_or_is_too_small_has_no_value() -> None:
-    everything = Mask(lambda _: np.ones((1, SIDE, SIDE), bool))
-    for metric in (background.psnr, background.ssim):
+    for metric in (background.background_psnr, background.background_ssim):
         with pytest.raises(NotMeasurable, match="outside the mask"):
-            metric(sample(still(), still(1)), everything)
+            metric(sample(still(), still(1)), lambda _: np.ones((1, SIDE, SIDE), bool))
     tiny = Video(np.zeros((2, 8, 8, 3), np.uint8), 8)
     with pytest.raises(NotMeasurable, match="8 x 8 are smaller than a window"):
-        background.ssim(sample(tiny, tiny), Mask(lambda _: np.zeros((1, 8, 8), bool)))
+        background.background_ssim(sample(tiny, tiny), lambda _: np.zeros((1, 8, 8), bool))
 
 
 def test_a_mask_is_a_picture_or_as_many_as_the_clip_has(tmp_path: Path) -> None:
@@ -300,9 +305,9 @@ def judge() -> Judge:
 
 
 def test_what_a_prompt_asks_for_is_found_word_by_word(judge: Judge) -> None:
-    told = drawn.asked("A balloon is rising in the snow, black and white", judge)
-    assert told == {"subject": "balloon", "background": "snow", "style": "black and white"}
-    assert drawn.asked("it moves", judge) == {"style": "none"}
+    value = judge_metrics.requested("A balloon is rising in the snow, black and white", judge)
+    assert value == {"subject": "balloon", "background": "snow", "style": "black and white"}
+    assert judge_metrics.requested("it moves", judge) == {"style": "none"}
 
 
 def test_the_judge_tells_success_and_what_was_kept(judge: Judge) -> None:
@@ -311,22 +316,22 @@ def test_the_judge_tells_success_and_what_was_kept(judge: Judge) -> None:
     source, edit = clips["dog-jumping"], clips["rabbit-jumping"]
     seen = judge.read(edit)
     prompt = f"a rabbit is jumping, {seen.most('background')}"
-    asked = sample(source, edit, "a dog is jumping on the grass", prompt)
-    assert drawn.success(asked, judge) > 0.9 and drawn.seen("subject")(asked, judge) > 0.9
-    assert drawn.track_distance(asked, judge) < 3 and drawn.consistency(asked, judge) > 0.8
+    pair = sample(source, edit, "a dog is jumping on the grass", prompt)
+    assert judge_metrics.success(pair, judge) > 0.9 and judge_metrics.attribute_seen("subject")(pair, judge) > 0.9
+    assert judge_metrics.track_distance(pair, judge) < 3 and judge_metrics.consistency(pair, judge) > 0.8
     kept = sample(source, source, "a dog is jumping on the grass", "a cat is jumping on the grass")
-    assert drawn.success(kept, judge) == 0 and drawn.preserved(kept, judge) == 1
+    assert judge_metrics.success(kept, judge) == 0 and judge_metrics.preserved(kept, judge) == 1
     for prompt, why in {"a dog on the grass": "changes nothing", "it": "names no subject"}.items():
         with pytest.raises(NotMeasurable, match=why):
-            metric = drawn.success if why.startswith("changes") else drawn.seen("subject")
+            metric = judge_metrics.success if why.startswith("changes") else judge_metrics.attribute_seen("subject")
             metric(sample(source, edit, "a dog is jumping on the grass", prompt), judge)
 
 
 def test_the_background_of_a_drawn_clip_is_what_lies_beside_its_subjects(judge: Judge) -> None:
     clip_ = miniature.clips()[0]
     video = read(clip_["path"], size=(64, 64))
-    inside = drawn.around_subjects(sample(video, video, clip_["caption"], clip_["edits"][0]["prompt"]), judge)
+    inside = judge_metrics.subject_mask(sample(video, video, clip_["caption"], clip_["edits"][0]["prompt"]), judge)
     x, y = np.array(clip_["track"]).astype(int).T
     assert inside[np.arange(video.frames), y, x].all() and 0.2 < inside.mean() < 0.5
     with pytest.raises(NotMeasurable, match="another background or style"):
-        drawn.around_subjects(sample(video, video, "a dog on the grass", "a dog on the beach"), judge)
+        judge_metrics.subject_mask(sample(video, video, "a dog on the grass", "a dog on the beach"), judge)

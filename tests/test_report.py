@@ -135,7 +135,7 @@ def test_scores_are_bars_against_the_baseline(run: Path) -> None:
     assert "tuneavideo evaluate" not in page
 
 
-def test_edits_of_one_prompt_are_told_apart(run: Path) -> None:
+def test_edits_of_one_prompt_are_distinguished(run: Path) -> None:
     """In the scores as below the pictures."""
     for path in (run / "edits").iterdir():
         made = json.loads((path / "edit.json").read_text())
@@ -179,7 +179,7 @@ def test_several_runs_stand_side_by_side_and_are_measured_by_the_first(run: Path
 
 @pytest.mark.parametrize("file", ["scores.json", "steps.jsonl", "source.mp4", "settings.yaml", "edit.json", "edit.mp4"])
 @pytest.mark.parametrize("contents", [b"", b"\xff\x00{", b"[1, 2]"])
-def test_a_damaged_file_is_told_of_and_the_rest_is_shown(file: str, contents: bytes, run: Path) -> None:
+def test_a_damaged_file_is_named_and_the_rest_is_shown(file: str, contents: bytes, run: Path) -> None:
     write_scores(run, 0.4, 1.0)
     first = sorted((run / "edits").iterdir())[0]
     (first / file if file.startswith("edit.") else run / file).write_bytes(contents)

@@ -24,7 +24,7 @@ from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.errors import SettingsError, VideoError
 from tuneavideo.evaluation import summary
-from tuneavideo.evaluation.tgve import KINDS, clips_of
+from tuneavideo.evaluation.tgve import KINDS, read_clips
 
 CLIPS = {"DAVIS_480p": ["bmx", "judo"], "youtube_480p": ["salsa"]}
 BRIEF = {"max_train_steps": 1, "num_inference_steps": 1, "num_inv_steps": 1, "gradient_checkpointing": False}
@@ -79,20 +79,20 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_configs_and_the_table_tell_the_same_clips(configs: Path, tmp_path: Path) -> None:
-    told = clips_of(configs)
-    assert [(clip.set, clip.name, clip.count, clip.seed) for clip in told] == [
+    clips = read_clips(configs)
+    assert [(clip.set, clip.name, clip.count, clip.seed) for clip in clips] == [
         ("DAVIS_480p", "bmx", 3, 33), ("DAVIS_480p", "judo", 3, 33), ("youtube_480p", "salsa", 3, 33),
     ]  # fmt: skip
-    assert told[0].prompts == prompts_of("bmx") and told[0].caption == "a bmx" and told[0].width == 16
+    assert clips[0].prompts == prompts_of("bmx") and clips[0].caption == "a bmx" and clips[0].width == 16
 
 
 def test_the_table_does_without_configs(table: Path) -> None:
-    told = clips_of(table)
-    assert [(clip.set, clip.name, clip.count) for clip in told] == [
+    clips = read_clips(table)
+    assert [(clip.set, clip.name, clip.count) for clip in clips] == [
         ("DAVIS_480p", "bmx", 3), ("DAVIS_480p", "judo", 3), ("youtube_480p", "salsa", 3),
     ]  # fmt: skip
-    assert told[2].prompts == prompts_of("salsa") and told[2].caption == "a salsa"
-    assert (told[2].width, told[2].height) == (480, 480)
+    assert clips[2].prompts == prompts_of("salsa") and clips[2].caption == "a salsa"
+    assert (clips[2].width, clips[2].height) == (480, 480)
 
 
 def test_clips_are_tuned_edited_measured_and_laid_out_for_submission_once(
@@ -103,7 +103,7 @@ def test_clips_are_tuned_edited_measured_and_laid_out_for_submission_once(
     words = ["benchmark", "tgve", "--data", str(configs), "--out", str(out), "--base", str(base), "--clips", "2"]
     words += ["--config", str(tmp_path / "brief.yaml"), "--clip", str(clip_model)]
     main.main(words)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     laid = {str(file.relative_to(out / "submission")) for file in (out / "submission").rglob("*.jpg")}
     assert laid == {
         f"DAVIS_480p/{name}/{kind}/0000{t}.jpg" for name in CLIPS["DAVIS_480p"] for kind in KINDS for t in range(3)
@@ -115,8 +115,10 @@ def test_clips_are_tuned_edited_measured_and_laid_out_for_submission_once(
     styles = [row["scores"]["clip_text"]["value"] for row in results["rows"] if row["kind"] == "style"]
     assert results["means"]["style"]["clip_text"] == pytest.approx(mean(styles))
     assert results["metrics"]["clip_text"]["baseline"] == 27.12
-    assert "| clip_text |  | higher |" in said and "| 27.12 |" in said and "Not measured: pick_score: yuval" in said
-    assert said.strip() == (out / "results.md").read_text().strip()
+    assert (
+        "| clip_text |  | higher |" in output and "| 27.12 |" in output and "Not measured: pick_score: yuval" in output
+    )
+    assert output.strip() == (out / "results.md").read_text().strip()
 
     shutil.rmtree(out / "submission/DAVIS_480p/bmx/style")
     seen = []
@@ -149,26 +151,26 @@ def test_data_that_is_not_the_benchmarks_is_refused_in_one_line(
     refused: Said,
     tmp_path: Path,
 ) -> None:
-    line = f"{tmp_path}/none: no frames found; expected <set>/480p_frames/<video>/*.jpg, as LOVEU-TGVE-2023 has"
+    line = f"{tmp_path}/none: no frames found; expected <set>/480p_frames/<video>/*.jpg, as in LOVEU-TGVE-2023"
     assert refused(["benchmark", "tgve", "--data", f"{tmp_path}/none"]) == line
     file = configs / "configs/DAVIS_480p/bmx.yaml"
     config = yaml.safe_load(file.read_text())
     del config["validation_data"]["prompts"]["multiple"]
     file.write_text(yaml.safe_dump(config))
     with pytest.raises(SettingsError, match=r"bmx.yaml: expected train_data with .* found KeyError 'multiple'"):
-        clips_of(configs)
+        read_clips(configs)
     shutil.rmtree(configs / "configs")
     with pytest.raises(SettingsError, match="no configs .* and no table"):
-        clips_of(configs)
+        read_clips(configs)
     (configs / "a.csv").write_text("Video name,Caption\n")
     with pytest.raises(SettingsError, match="'Our GT caption' is missing"):
-        clips_of(configs)
+        read_clips(configs)
 
 
 def test_frames_that_are_missing_are_named(configs: Path) -> None:
     shutil.rmtree(configs / "youtube_480p/480p_frames/salsa")
     with pytest.raises(VideoError, match="salsa is missing: the frames of youtube_480p/salsa; unpack"):
-        clips_of(configs)
+        read_clips(configs)
 
 
 def row(variant: str, clip: str, clean: bool, track: float) -> dict:
@@ -181,26 +183,26 @@ ROWS = [row("untuned", "x", False, 5), row("untuned", "y", True, 3), row("defaul
 
 
 def test_the_miniature_benchmark_compares_with_its_first_variant() -> None:
-    told = summary.summary(ROWS, ["untuned", "default"])
-    assert told["untuned"]["scores"]["clean"]["mean"] == 0.5 and not told["untuned"]["differences"]
-    assert told["default"]["differences"]["track"] == {"mean": -1, "low": -1, "high": -1}
-    assert "background_db" not in told["default"]["scores"]
+    results = summary.summary(ROWS, ["untuned", "default"])
+    assert results["untuned"]["scores"]["clean"]["mean"] == 0.5 and not results["untuned"]["differences"]
+    assert results["default"]["differences"]["track"] == {"mean": -1, "low": -1, "high": -1}
+    assert "background_db" not in results["default"]["scores"]
 
 
 def test_the_miniature_benchmark_is_printed_as_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine, which takes minutes, has tests of its own; here it has given its rows."""
-    asked = {}
+    request = {}
 
-    def given(variants: list, ledger: Path, **options) -> list[dict]:
-        asked.update(options, variants=[(each.name, dict(each.settings), each.tuned) for each in variants])
+    def given(variants: list, file: Path, **options) -> list[dict]:
+        request.update(options, variants=[(each.name, dict(each.settings), each.tuned) for each in variants])
         return ROWS
 
     monkeypatch.setattr(summary, "benchmark", given)
     main.main(["benchmark", "miniature", "untuned", "default", "--quick", "--out", str(tmp_path), "--seeds", "2"])
-    assert asked["variants"] == [("untuned", {}, False), ("default", {}, True)]
-    assert asked["clips"] == 4 and asked["seeds"] == range(2) and asked["part"] == "development"
+    assert request["variants"] == [("untuned", {}, False), ("default", {}, True)]
+    assert request["clips"] == 4 and request["seeds"] == range(2) and request["part"] == "development"
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["clean", "0.50", "(0.00…1.00)", "1.00", "(1.00…1.00)"] in lines
     assert ["track,", "px", "-1.00", "(-1.00…-1.00)"] in lines
@@ -221,9 +223,9 @@ def test_ctrl_c_stops_the_miniature_benchmark_in_a_line(tmp_path: Path) -> None:
         while len(children := psutil.Process(stopped.pid).children()) < 3:  # two workers, and what watches over them
             time.sleep(0.05)
         os.killpg(stopped.pid, signal.SIGINT)
-        _, said = stopped.communicate()
+        _, output = stopped.communicate()
     assert first.startswith("benchmark 0/4") and stopped.returncode == 130
-    *_, last = said.splitlines()
-    assert last == "tuneavideo: stopped; go on with: the same command" and "Traceback" not in said
+    *_, last = output.splitlines()
+    assert last == "tuneavideo: stopped; go on with: the same command" and "Traceback" not in output
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive

@@ -423,7 +423,7 @@ def _evaluated(
 ) -> Job:
     from tuneavideo.evaluation import evaluate as scoring
 
-    yield from scoring.evaluate(places, scoring.Wish(metrics, mask, clip, pick))
+    yield from scoring.evaluate(places, scoring.EvaluationSettings(metrics, mask, clip, pick))
 
 
 def benchmarking_tgve(
@@ -453,8 +453,8 @@ def benchmarking_tgve(
 
     further = {"base": "sd1.4", **(read_yaml(config, TuneSettings) if config else {}), **settings}
     yield from tgve.run(
-        Path(data), Path(out), tune=tune.tune, settle=lambda stated: tune_settings({**stated, **further}),
-        clips=clips, wish=scoring.Wish(clip=clip, pick=pick),
+        Path(data), Path(out), tune=tune.tune, complete=lambda own: tune_settings({**own, **further}),
+        clips=clips, evaluation=scoring.EvaluationSettings(clip=clip, pick=pick),
     )  # fmt: skip
 
 
@@ -484,7 +484,7 @@ def benchmarking_miniature(
     from tuneavideo.evaluation import summary
 
     count = processes or os.cpu_count() or 1
-    yield from summary.summarised(names, Path(out), seeds=seeds, part=part, quick=quick, processes=count)
+    yield from summary.run_benchmark(names, Path(out), seeds=seeds, part=part, quick=quick, processes=count)
 
 
 def demoing(out: str | Path | None = None, quick: bool = False) -> Job:

@@ -11,7 +11,7 @@ from tools.miniature.artwork import PACKAGE, VERSION
 from tools.miniature.world import COLOURED, COLOURS, HELD_OUT, MOTIONS, PLACES, STYLES, SUBJECTS
 
 from tuneavideo.evaluation.compare import estimate
-from tuneavideo.evaluation.miniature import NEAR, edits_of, read
+from tuneavideo.evaluation.miniature import MAX_TRACK_DISTANCE, edits_of, read_rows
 
 TEMPLATE = Path(__file__).with_name("card.md")
 AGAIN = LEDGER.with_name("miniature-again.json")
@@ -64,7 +64,7 @@ HEAD = "| asked for | subject | background | style | colour |\n| --- | --- | ---
 
 def one_shot(variants: Sequence[str]) -> str:
     """What tuning on one clip gives, from the rows of the benchmark's ledger."""
-    rows = [row for row in read(LEDGER) if row["set"] == "development" and row["variant"] in variants]
+    rows = [row for row in read_rows(LEDGER) if row["set"] == "development" and row["variant"] in variants]
     variants = [name for name in variants if any(row["variant"] == name for row in rows)]
     if not rows:
         return "Not measured yet: `python -m benchmarks.experiments untuned default official --seeds 3`."
@@ -74,7 +74,7 @@ def one_shot(variants: Sequence[str]) -> str:
     ]
     for name in variants:
         edits = edits_of([row for row in rows if row["variant"] == name])
-        near = [edit | {"near": edit["track"] <= NEAR} for edit in edits]
+        near = [edit | {"near": edit["track"] <= MAX_TRACK_DISTANCE} for edit in edits]
         kinds = ("subject", "background", "style", "two")
         shares = [estimate([e for e in edits if e["kind"] == kind], "success").mean for kind in kinds]
         shares += [estimate(near, score).mean for score in ("preserved", "near", "clean")]

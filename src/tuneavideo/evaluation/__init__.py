@@ -1,1 +1,1 @@
-"""Benchmarks: clips and edits whose results can be compared."""
+"""Metrics of edits, and benchmarks that compare settings."""

@@ -1,4 +1,4 @@
-"""Rows of a benchmark made comparable: shares with their spread, and paired differences."""
+"""Means of benchmark scores with 95 % confidence intervals over clips, and paired differences."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-RESAMPLES = 10_000
+from scipy.stats import bootstrap
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and the limits between which it lies in 95 of 100 resamples of the clips."""
+    """A mean and its 95 % confidence interval, by the percentile bootstrap with 10,000 resamples of the clips."""
 
     mean: float
     low: float
@@ -21,15 +20,15 @@ class Estimate:
 
 
 def estimate(edits: Sequence[Mapping[str, Any]], score: str) -> Estimate:
-    """Mean of a score over edits (seeds of a clip stay together when clips are resampled)."""
+    """Estimate the mean of a score over edits; all edits of a clip are resampled together."""
     by_clip = _by_clip(edits, score)
-    return _bootstrap(np.array([np.mean(by_clip[clip]) for clip in sorted(by_clip)]))
+    return _bootstrap([np.mean(by_clip[clip]) for clip in sorted(by_clip)])
 
 
 def difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], score: str) -> Estimate:
-    """Mean of ours minus theirs, paired by clip, over the clips that both have."""
+    """Estimate the mean of ours minus theirs, paired by clip, over the clips that both have."""
     a, b = _by_clip(ours, score), _by_clip(theirs, score)
-    return _bootstrap(np.array([np.mean(a[clip]) - np.mean(b[clip]) for clip in sorted(a.keys() & b.keys())]))
+    return _bootstrap([np.mean(a[clip]) - np.mean(b[clip]) for clip in sorted(a.keys() & b.keys())])
 
 
 def _by_clip(edits: Sequence[Mapping[str, Any]], score: str) -> dict[str, list[float]]:
@@ -40,7 +39,9 @@ def _by_clip(edits: Sequence[Mapping[str, Any]], score: str) -> dict[str, list[f
     return grouped
 
 
-def _bootstrap(means: np.ndarray) -> Estimate:
-    picks = np.random.default_rng(0).integers(len(means), size=(RESAMPLES, len(means)))
-    low, high = np.percentile(means[picks].mean(axis=1), (2.5, 97.5))
-    return Estimate(float(means.mean()), float(low), float(high))
+def _bootstrap(values: Sequence[Any]) -> Estimate:
+    mean = float(np.mean(values))
+    if len(values) < 2:  # which scipy refuses
+        return Estimate(mean, mean, mean)
+    result = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0))
+    return Estimate(mean, *map(float, result.confidence_interval))

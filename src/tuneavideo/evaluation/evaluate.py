@@ -1,39 +1,36 @@
-"""Evaluates the edits of a run: opens what metrics need, measures, and keeps the scores in the run folder."""
+"""Evaluation of the edits of runs: loads the models of metrics, scores edits and writes `scores.json`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tuneavideo import miniature
 from tuneavideo import video as videos
 from tuneavideo.bases import BASES
-from tuneavideo.errors import DiskError, ModelError, RunError, SettingsError, TuneAVideoError
+from tuneavideo.errors import DiskError, ModelError, RunError, SettingsError, TuneAVideoError, VideoError
 from tuneavideo.evaluation.metrics import check_metric
-from tuneavideo.evaluation.metrics.background import Mask, read_mask
-from tuneavideo.evaluation.metrics.drawn import around_subjects
-from tuneavideo.evaluation.metrics.sample import NotMeasurable, Sample, Shown
-from tuneavideo.evaluation.metrics.table import CLIP, METRICS, PICK, Need, Opened, opened
+from tuneavideo.evaluation.metrics.background import read_mask
+from tuneavideo.evaluation.metrics.edit_pair import CachedVideo, EditPair, NotMeasurable
+from tuneavideo.evaluation.metrics.judge_metrics import subject_mask
+from tuneavideo.evaluation.metrics.table import CLIP, METRICS, PICK, LoadedModel, Requirement, load_model
+from tuneavideo.evaluation.score_file import Missing, merge, select
 from tuneavideo.progress import Job, Progress
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import atomic, cache
 from tuneavideo.storage.run_folder import RunFolder
 
-FORMAT = 1
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What to measure, and with what.
+class EvaluationSettings:
+    """The metrics to compute, and their models.
 
     Attributes:
         metrics: Names of the table; by default all that suit the base.
@@ -52,231 +49,193 @@ class Wish:
             check_metric(name)
 
     def names(self, settings: TuneSettings) -> list[str]:
-        """The metrics wished for. The miniature has its judge in place of CLIP, which other bases need."""
-        drawn = _is_miniature(settings)
-        needless = {"clip", "pick"} - {"clip" if self.clip else "", "pick" if self.pick else ""} if drawn else {"judge"}
-        return [*self.metrics] or [name for name, metric in METRICS.items() if metric.need not in needless]
+        """Return the metrics to compute for a run. By default the miniature has its judge in place of CLIP."""
+        if self.metrics:
+            return [*self.metrics]
+        unsuitable = {"judge"}
+        if _is_miniature(settings):
+            unsuitable = {name for name, source in (("clip", self.clip), ("pick", self.pick)) if not source}
+        return [name for name, metric in METRICS.items() if metric.requires not in unsuitable]
 
 
-def evaluate(places: Sequence[Path | str], wish: Wish) -> Job:
-    """Measure all edits of run folders, or single edit folders.
+def evaluate(places: Sequence[Path | str], settings: EvaluationSettings) -> Job:
+    """Score all edits of run folders, or single edit folders.
 
-    Of every run, what was measured now comes as `Progress.scores`, in the form of `scores.json`; then the file is
-    written, where scores measured before stay. A place or edit that cannot be measured is left out with a warning.
+    `scores.json` is written after every edit, so that a stopped evaluation keeps its scores; earlier scores of other
+    metrics stay. The new ones of a run are yielded as `Progress.scores`, in the form of the file. A run or edit that
+    cannot be scored is left out with a warning.
 
     Raises:
-        RunError: No place has an edit that can be measured; the error is that of the first.
+        RunError: No place has an edit that can be scored; the error is that of the first.
         SettingsError: A metric is not known.
         VideoError: The mask or the clips do not fit.
-        DiskError: A `scores.json` cannot be written; the other runs are measured first.
+        DiskError: A `scores.json` cannot be written; the other runs are scored first.
     """
     if not places:
         raise SettingsError("nothing to measure; give one or more run folders or folders of edits")
-    work, troubles = _by_run(places)
-    bench, unwritten, number = _Bench(wish), list[DiskError](), 0
-    total = sum(map(len, work.values()))
-    for run, edits in work.items():
-        scored, missing = list[dict[str, Any]](), list[Lack]()
+    edits_by_run, errors = _edits_by_run(places)
+    models, unwritten, number = _Models(settings), list[DiskError](), 0
+    total = sum(map(len, edits_by_run.values()))
+    for run, edits in edits_by_run.items():
+        scored, missing, scores, not_written = list[dict[str, Any]](), list[Missing](), dict[str, Any](), None
+        names = list[str]()
         try:
-            for edit in _each_scored(run, edits, bench, missing, troubles):
+            names = settings.names(run.read_settings())
+            for edit in _score_run(run, edits, models, missing, errors):
                 scored.append(edit)
                 number += 1
+                scores = merge(run, names, scored, missing)
+                not_written = _write(run, scores)
                 yield Progress("evaluate", number, total, about=edit["folder"])
         except TuneAVideoError as error:
-            troubles.append(error)
+            errors.append(error)
         if not scored:
             continue
-        names = wish.names(run.read_settings())
-        merged = _merged(run, names, scored, missing)
-        asked = _part(merged, names, {edit["folder"] for edit in scored})
-        yield Progress("evaluate", about=str(run.scores), scores=asked)
-        try:
-            atomic.write(run.scores, json.dumps(merged, indent=1))
+        new = select(scores, names, {edit["folder"] for edit in scored})
+        yield Progress("evaluate", about=str(run.scores), scores=new)
+        if not_written:
+            unwritten.append(not_written)
+        else:
             yield Progress("evaluate", path=run.scores)
-        except DiskError as error:
-            unwritten.append(error)
     if not number:
-        raise troubles[0]
-    for trouble in troubles:
-        logger.warning("left out: %s", trouble)
+        raise errors[0]
+    for error in errors:
+        logger.warning("left out: %s", error)
     if unwritten:
         raise DiskError(f"{unwritten[0]}; the scores are shown but not kept (--json prints them for a file)")
 
 
-Lack = tuple[str, str, str]
-"""A metric, why it has no value, and the folder name of the edit."""
+def _write(run: RunFolder, scores: dict[str, Any]) -> DiskError | None:
+    try:
+        atomic.write(run.scores, json.dumps(scores, indent=1))
+    except DiskError as error:
+        return error
 
 
-def _by_run(places: Sequence[Path | str]) -> tuple[dict[RunFolder, list[Path]], list[TuneAVideoError]]:
-    """The edits to measure of every run, and why places have none; paths stay relative if they were given so."""
-    work, troubles = dict[Path, tuple[RunFolder, list[Path]]](), list[TuneAVideoError]()
+def _edits_by_run(places: Sequence[Path | str]) -> tuple[dict[RunFolder, list[Path]], list[TuneAVideoError]]:
+    """Find the edits to score of every run, and the errors of places that have none. Relative paths stay relative."""
+    found, errors = dict[Path, tuple[RunFolder, list[Path]]](), list[TuneAVideoError]()
     for place in map(Path, places):
         single = (place / "edit.json").is_file()
         try:
-            run = RunFolder.open(_up(place) if single else place)
-            names = [os.path.basename(os.path.abspath(place))] if single else _whole_edits(run)
+            run = RunFolder.open(_run_of(place) if single else place)
+            names = [os.path.basename(os.path.abspath(place))] if single else _finished_edits(run)
         except TuneAVideoError as error:
-            troubles.append(error)
+            errors.append(error)
             continue
-        run, edits = work.setdefault(run.path.resolve(), (run, []))
+        run, edits = found.setdefault(run.path.resolve(), (run, []))
         edits += [edit for name in names if (edit := run.path / "edits" / name) not in edits]
-    return dict(work.values()), troubles
+    return dict(found.values()), errors
 
 
-def _up(edit: Path) -> Path:
-    """The run folder of an edit's folder, relative to the current folder if the edit's is."""
+def _run_of(edit: Path) -> Path:
     run = Path(os.path.abspath(edit)).parent.parent
     return run if edit.is_absolute() else Path(os.path.relpath(run))
 
 
-def _whole_edits(run: RunFolder) -> list[str]:
+def _finished_edits(run: RunFolder) -> list[str]:
     edits = [edit.name for edit in run.whole_edits()]
+    if not edits and run.is_tuned:
+        raise RunError(f"{run.path} has no edits to measure; 'tuneavideo edit {run.quoted} --prompt ...' makes some")
     if not edits:
-        advice = (
-            f"edit {run.quoted} --prompt ...' makes some" if run.is_tuned else f"tune --resume {run.quoted}' goes on"
+        raise RunError(
+            f"{run.path} is not tuned to its end and has no edits to measure; "
+            f"'tuneavideo tune --resume {run.quoted}' goes on"
         )
-        state = "has no edits to measure" if run.is_tuned else "is not tuned to its end and has no edits to measure"
-        raise RunError(f"{run.path} {state}; 'tuneavideo {advice}")
     return edits
 
 
-def _each_scored(
-    run: RunFolder, edits: Sequence[Path], bench: _Bench, missing: list[Lack], troubles: list[TuneAVideoError]
+def _score_run(
+    run: RunFolder, edits: Sequence[Path], models: _Models, missing: list[Missing], errors: list[TuneAVideoError]
 ) -> Iterator[dict[str, Any]]:
-    """The edits of a run with their scores; what cannot be compared with the source is among the troubles."""
-    if not run.source.is_file():
-        raise RunError(f"{run.source} is missing, and edits are compared with it; put it back")
-    run.read_scores()  # before the work, for what is damaged
-    settings, source = run.read_settings(), Shown(videos.read(run.source))
-    mask = bench.mask(settings, source)
+    """Yield each edit with its scores, and append to `errors` for edits that do not fit the source."""
+    run.read_scores()  # raises for a damaged file before the work
+    source = _read_source(run)
+    mask = models.mask(run.read_settings(), source)
     for edit in edits:
         try:
-            yield _scored(run, edit, source, bench, mask, missing)
+            yield _score(run, edit, source, models, mask, missing)
         except TuneAVideoError as error:
-            troubles.append(error)
+            errors.append(error)
 
 
-def _scored(
-    run: RunFolder, edit: Path, source: Shown, bench: _Bench, mask: Opened | str, missing: list[Lack]
+def _read_source(run: RunFolder) -> CachedVideo | str:
+    """Read the source clip; return the reason if it cannot be read, for the metrics that use it."""
+    if not run.source.is_file():
+        return f"needs the source clip, and {run.source} is missing; put it back"
+    try:
+        return CachedVideo(videos.read(run.source))
+    except VideoError as error:
+        return f"needs the source clip: {error}"
+
+
+def _score(
+    run: RunFolder,
+    edit: Path,
+    source: CachedVideo | str,
+    models: _Models,
+    mask: LoadedModel | str,
+    missing: list[Missing],
 ) -> dict[str, Any]:
-    """One edit with its scores, as `scores.json` has it; what has no value is None, or not there, and in `missing`."""
-    about, settings = run.read_edit(edit), run.read_settings()
-    sample = Sample(source, Shown(videos.read(run.read_clip(edit))), settings.prompt, about["prompt"])
-    _check_same_shape(edit, sample)
-    video, scores = sample.edit.video, dict[str, Any]()
+    """Return one edit as in `scores.json`. A metric without a value is None or absent, and appended to `missing`."""
+    record, settings = run.read_edit(edit), run.read_settings()
+    pair = EditPair(source, CachedVideo(videos.read(run.read_clip(edit))), settings.prompt, record["prompt"])
+    _check_same_shape(edit, pair)
+    video, scores = pair.edit.video, dict[str, Any]()
     size = {"frames": video.frames, "width": video.width, "height": video.height}
-    for name in bench.wish.names(settings):
+    for name in models.settings.names(settings):
         metric = METRICS[name]
-        found = mask if metric.need == "mask" else bench.opened(metric.need, settings)
-        if isinstance(found, str):
-            missing.append((name, found, edit.name))
+        model = mask if metric.requires == "mask" else models.load(metric.requires, settings)
+        if isinstance(model, str):
+            missing.append(Missing(name, model, edit.name))
             continue
         try:
-            value = metric.function(sample, found.model)
-            scores[name] = {"value": value, "model": found.name, "revision": found.revision, **size}
-        except NotMeasurable as why:
-            scores[name] = None  # nor is what was measured before to be believed
-            missing.append((name, str(why), edit.name))
-    return {"folder": edit.name, "prompt": about["prompt"], "seed": about["seed"], "scores": scores}
+            value = metric.function(pair, model.model)
+            scores[name] = {"value": value, "model": model.name, "revision": model.revision, **size}
+        except NotMeasurable as reason:
+            scores[name] = None  # replaces an earlier score
+            missing.append(Missing(name, str(reason), edit.name))
+    return {"folder": edit.name, "prompt": record["prompt"], "seed": record["seed"], "scores": scores}
 
 
-def _check_same_shape(edit: Path, sample: Sample) -> None:
-    shapes = [shown.video.frames_THWC.shape for shown in (sample.edit, sample.source)]
+def _check_same_shape(edit: Path, pair: EditPair) -> None:
+    if isinstance(pair.original, str):
+        return
+    shapes = [clip.video.frames_THWC.shape for clip in (pair.edit, pair.original)]
     if shapes[0] != shapes[1]:
-        has, wants = (f"{t} frames of {width} x {height}" for t, height, width, _ in shapes)
-        raise RunError(f"{edit}: found {has}; its source.mp4 has {wants}, and frames are compared one by one")
+        has, expected = (f"{t} frames of {width} x {height}" for t, height, width, _ in shapes)
+        raise RunError(f"{edit}: found {has}; its source.mp4 has {expected}, and frames are compared one by one")
 
 
 @dataclass
-class _Bench:
-    """What metrics need, opened when first needed; why not, where it cannot be."""
+class _Models:
+    """The models of metrics, loaded when first needed; for one that cannot be, the reason."""
 
-    wish: Wish
-    known: dict[Need, Opened | str] = field(default_factory=dict)
+    settings: EvaluationSettings
+    loaded: dict[Requirement, LoadedModel | str] = field(default_factory=dict)
 
-    def opened(self, need: Need, settings: TuneSettings) -> Opened | str:
-        if need == "judge" and not _is_miniature(settings):
+    def load(self, requirement: Requirement, run_settings: TuneSettings) -> LoadedModel | str:
+        if requirement == "judge" and not _is_miniature(run_settings):
             return "the judge knows the miniature's drawn world only"
-        if need not in self.known:
-            places = {"clip_place": self.wish.clip or CLIP, "pick_place": self.wish.pick or PICK}
+        if requirement not in self.loaded:
+            clip, pick = self.settings.clip or CLIP, self.settings.pick or PICK
             try:
-                self.known[need] = opened(need, **places)
+                self.loaded[requirement] = load_model(requirement, clip_source=clip, pick_source=pick)
             except ModelError as error:
-                self.known[need] = str(error)
-        return self.known[need]
+                self.loaded[requirement] = str(error)
+        return self.loaded[requirement]
 
-    def mask(self, settings: TuneSettings, source: Shown) -> Opened | str:
-        """The mask given, or on the miniature one around what the judge takes for the subject."""
-        if self.wish.mask:
-            inside: np.ndarray = read_mask(self.wish.mask, source.video, settings.fit)
-            return Opened(Mask(lambda _: inside), f"mask {self.wish.mask.name}", cache.key(inside))
-        judge = self.opened("judge", settings)
+    def mask(self, run_settings: TuneSettings, source: CachedVideo | str) -> LoadedModel | str:
+        """Return the mask of the settings, or on the miniature squares around the subjects that the judge finds."""
+        if isinstance(source, str):
+            return source
+        if self.settings.mask:
+            inside = read_mask(self.settings.mask, source.video, run_settings.fit)
+            return LoadedModel(lambda _: inside, f"mask {self.settings.mask.name}", cache.key(inside))
+        judge = self.load("judge", run_settings)
         if isinstance(judge, str):
             return "needs a mask of what may change: --mask FILE or FOLDER"
-        return judge._replace(model=Mask(lambda sample: around_subjects(sample, judge.model)))
-
-
-def _merged(run: RunFolder, names: Sequence[str], scored: list[dict[str, Any]], missing: list[Lack]) -> dict[str, Any]:
-    """These scores over those measured before of edits that are still the same."""
-    before = _before(run)
-    edits = {edit["folder"]: edit for edit in before["edits"]}
-    old = [lack for lack in _lacks(before) if lack[0] not in names or lack[2] not in {e["folder"] for e in scored}]
-    for edit in scored:
-        had = edits.get(edit["folder"], {"scores": {}})["scores"]
-        now = {name: score for name, score in {**had, **edit["scores"]}.items() if score}
-        edits[edit["folder"]] = edit | {"scores": now}
-    ordered = [edits[edit.name] for edit in run.whole_edits() if edit.name in edits]
-    lacks = [(name, why, folder) for name, why, folder in old + missing if name not in edits[folder]["scores"]]
-    return _told(ordered, lacks)
-
-
-def _part(scores: dict[str, Any], names: Container[str], folders: Container[str]) -> dict[str, Any]:
-    """Of scores in the form of the file, those of some metrics and edits."""
-    edits = [edit for edit in scores["edits"] if edit["folder"] in folders]
-    edits = [edit | {"scores": {k: v for k, v in edit["scores"].items() if k in names}} for edit in edits]
-    return _told(edits, [lack for lack in _lacks(scores) if lack[0] in names and lack[2] in folders])
-
-
-def _told(edits: list[dict[str, Any]], lacks: Sequence[Lack]) -> dict[str, Any]:
-    """Scores in the form of the file: a reason names the edits it is true of, if it is not all."""
-    every, reasons = [edit["folder"] for edit in edits], dict[tuple[str, str], set[str]]()
-    for name, why, folder in lacks:
-        reasons.setdefault((name, why), set()).add(folder)
-    return {
-        "format": FORMAT,
-        "metrics": {name: _described(name) for name in METRICS if any(name in edit["scores"] for edit in edits)},
-        "edits": edits,
-        "missing": [
-            {"metric": name, "why": why}
-            | ({} if found == {*every} else {"edits": [folder for folder in every if folder in found]})
-            for (name, why), found in reasons.items()
-        ],
-    }
-
-
-def _lacks(scores: dict[str, Any]) -> list[Lack]:
-    """What the file's `missing` says, edit by edit."""
-    every = [edit["folder"] for edit in scores["edits"]]
-    return [
-        (each["metric"], each["why"], folder)
-        for each in scores["missing"]
-        for folder in each.get("edits", every)
-        if folder in every
-    ]
-
-
-def _before(run: RunFolder) -> dict[str, Any]:
-    """The scores that are there, without edits that are gone or were made since."""
-    before = run.read_scores() or {"edits": [], "missing": []}
-    now = {edit.name for edit in run.whole_edits() if before["edits"] and not run.is_newer(edit)}
-    return before | {"edits": [edit for edit in before["edits"] if edit["folder"] in now]}
-
-
-def _described(name: str) -> dict[str, Any]:
-    metric = METRICS[name]
-    baseline, source = metric.baseline or (None, None)
-    told = {"unit": metric.unit, "better": metric.better, "about": metric.about}
-    return told | {"baseline": baseline, "baseline_source": source}
+        return judge._replace(model=lambda pair: subject_mask(pair, judge.model))
 
 
 def _is_miniature(settings: TuneSettings) -> bool:

@@ -1,8 +1,7 @@
-"""The miniature benchmark: bundled clips with true tracks, four edits each, tuned, edited and read by the judge.
+"""The miniature benchmark: bundled clips with true tracks are tuned, edited with four prompts and scored by the judge.
 
-A row of its ledger is one clip of one variant (a choice of settings, or the untuned control) and seed; rows that are
-there already are not computed again. Every clip is computed by one thread, so that the same row comes out to the last
-digit whatever else runs.
+A row of its results is one clip, variant (settings, or the untuned control) and seed. Rows in the file are not computed
+again. Every clip is computed by one thread, so that a row is the same to the last digit.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tuneavideo import miniature
 from tuneavideo import video as videos
 from tuneavideo.config import checked, layers
 from tuneavideo.errors import MemoryShort
+from tuneavideo.evaluation.flops import CountingUNet, count_flops
+from tuneavideo.evaluation.metrics.background import psnr
 from tuneavideo.evaluation.metrics.judge import Judge, Reading
-from tuneavideo.jobs import plan
+from tuneavideo.evaluation.metrics.judge_metrics import ATTRIBUTES, subject_squares
 from tuneavideo.method import editing, inversion
-from tuneavideo.method.deepcache import reusing
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.noise import Levels
 from tuneavideo.method.tuning import Tuning
@@ -43,17 +41,21 @@ from tuneavideo.settings import Sampling, TuneSettings
 from tuneavideo.storage import cache
 from tuneavideo.video import Video
 
-NEAR = 4.0
-"""Pixels at 64 that a subject may be off its track, on average, for the motion to count as kept."""
-KEPT_DB = 20.0
-"""PSNR outside the subject from which an unmentioned background counts as kept."""
-SUBJECT_SIDE = 40
-"""Side, in pixels at 64, of the square around a centre that is not background."""
+MAX_TRACK_DISTANCE = 4.0
+"""Largest mean distance of a subject from its track, in pixels at 64, at which its motion counts as preserved."""
+MIN_BACKGROUND_PSNR = 20.0
+"""Smallest PSNR outside the subject, in dB, at which an unedited background counts as preserved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is compared: a name, settings over the miniature's own, and whether the clip is tuned at all."""
+    """A configuration to compare.
+
+    Attributes:
+        name: Name in rows and tables.
+        settings: Overrides of the miniature's own settings.
+        tuned: Whether the clip is tuned at all.
+    """
 
     name: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -65,62 +67,62 @@ CONTROL = Variant("untuned", tuned=False)
 
 def benchmark(
     variants: Sequence[Variant],
-    ledger: Path,
+    file: Path,
     *,
     seeds: Sequence[int] = (0,),
     part: str = "development",
     clips: int | None = None,
     processes: int = 1,
 ) -> Iterator[dict[str, Any] | None]:
-    """Compute what the ledger lacks, clip by clip; yields every row wanted, those it had first.
-
-    While rows are computed it yields None every second, so that a caller can stop.
+    """Compute the rows that a file lacks, clip by clip.
 
     Args:
-        variants: What to compare.
-        ledger: File of JSON lines that rows are read from and added to.
-        seeds: Of the new layers and the tuning.
-        part: `development` (to choose by) or `report` (to report on).
-        clips: How many clips of the part, evenly spread; all if None.
-        processes: How many clips are computed at a time, each by one thread.
+        variants: Configurations to compare.
+        file: JSON lines that rows are read from and appended to.
+        seeds: Seeds of the new layers and the tuning.
+        part: `development` (to choose settings by) or `report` (held out).
+        clips: Number of clips of the part, evenly spaced; all if None.
+        processes: Number of clips computed at a time, each by one thread.
+
+    Yields:
+        Every row, those of the file first. None once a second between computed rows, so that a caller can stop.
     """
-    chosen = _chosen(part, clips)
-    wanted = {
-        _key(variant, clip, seed): (variant, clip, seed) for clip in chosen for variant in variants for seed in seeds
-    }
-    had = {row["key"]: row for row in read(ledger)}
-    yield from (had[key] for key in wanted if key in had)
-    for row in _computed({key: what for key, what in wanted.items() if key not in had}, processes):
+    runs = {
+        _key(variant, clip, seed): (variant, clip, seed)
+        for clip in _clips(part, clips) for variant in variants for seed in seeds
+    }  # fmt: skip
+    done = {row["key"]: row for row in read_rows(file)}
+    yield from (done[key] for key in runs if key in done)
+    for row in _compute({key: run for key, run in runs.items() if key not in done}, processes):
         if row:
-            with ledger.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            _append(file, row)
         yield row
 
 
 def count(variants: Sequence[Variant], seeds: Sequence[int], part: str, clips: int | None) -> int:
-    """How many rows `benchmark` yields."""
-    return len(_chosen(part, clips)) * len(variants) * len(seeds)
+    """Return the number of rows that `benchmark` yields."""
+    return len(_clips(part, clips)) * len(variants) * len(seeds)
 
 
-def _chosen(part: str, clips: int | None) -> list[dict[str, Any]]:
-    chosen = [clip for clip in miniature.clips() if clip["set"] == part]
-    return chosen[:: max(1, len(chosen) // clips)][:clips] if clips else chosen
+def _clips(part: str, count: int | None) -> list[dict[str, Any]]:
+    clips = [clip for clip in miniature.clips() if clip["set"] == part]
+    return clips[:: max(1, len(clips) // count)][:count] if count else clips
 
 
-def _computed(wanted: Mapping[str, tuple], processes: int) -> Iterator[dict[str, Any] | None]:
-    """Rows in the order in which they are finished, and None every second; closing it ends the processes at once."""
+def _compute(runs: Mapping[str, tuple], processes: int) -> Iterator[dict[str, Any] | None]:
+    """Yield rows as they are finished, and None every second; closing the generator ends the processes at once."""
     before = {*multiprocessing.active_children()}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet.hush) as pool:
         with _without_interrupts():
-            waiting = {pool.submit(_row, key, *what) for key, what in wanted.items()}
+            waiting = {pool.submit(_row, key, *run) for key, run in runs.items()}
         try:
             while waiting:
                 done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                yield from [run.result() for run in done] or [None]
+                yield from [each.result() for each in done] or [None]
         except BrokenProcessPool as error:
             raise MemoryShort(
-                "a process that computed a clip was ended from outside, as systems do when memory runs out; "
-                "give fewer --processes; the same command goes on"
+                "a worker process was killed, probably because memory ran out; run the same command with fewer "
+                "--processes to continue"
             ) from error
         finally:
             if waiting:
@@ -131,8 +133,8 @@ def _computed(wanted: Mapping[str, tuple], processes: int) -> Iterator[dict[str,
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes started in here do not see Ctrl-C, which a terminal sends to them, too."""
-    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+    """Start processes that ignore Ctrl-C, which a terminal sends to them too."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -142,25 +144,36 @@ def _without_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def read(ledger: Path) -> list[dict[str, Any]]:
-    """The rows of a ledger."""
-    return [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()] if ledger.is_file() else []
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of a file, without lines that were cut short."""
+    rows = []
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _append(file: Path, row: Mapping[str, Any]) -> None:
+    """Append a row, on a new line even if the last one was cut short."""
+    cut_short = file.is_file() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write("\n" * cut_short + json.dumps(row) + "\n")
 
 
 def edits_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """All edits of some rows, each with the `variant`, `clip` and `seed` it is of."""
+    """Return all edits of some rows, each with its `variant`, `clip` and `seed`."""
     return [edit | {name: row[name] for name in ("variant", "clip", "seed")} for row in rows for edit in row["edits"]]
 
 
 def _key(variant: Variant, clip: Mapping[str, Any], seed: int) -> str:
-    unseen = {"video", "mixed_precision"}  # precision is always full here
-    own = _settings(variant, clip, seed).model_dump(mode="json", exclude=unseen, exclude_defaults=True)
+    unused = {"video", "mixed_precision"}  # the benchmark always runs in full precision
+    own = _settings(variant, clip, seed).model_dump(mode="json", exclude=unused, exclude_defaults=True)
     return cache.key(_weights(), own, variant.tuned)
 
 
 def _settings(variant: Variant, clip: Mapping[str, Any], seed: int) -> TuneSettings:
-    stated = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "num_frames": 8, "seed": seed}
-    return checked(TuneSettings, layers({**stated, **variant.settings}, {}))
+    own = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "num_frames": 8, "seed": seed}
+    return checked(TuneSettings, layers({**own, **variant.settings}, {}))
 
 
 def _weights() -> str:
@@ -170,25 +183,27 @@ def _weights() -> str:
 def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     settings = _settings(variant, clip, seed)
-    source, made, spent = _edited(settings, [edit["prompt"] for edit in clip["edits"]], tuned=variant.tuned)
+    source, videos_made, stages = _edit(settings, [edit["prompt"] for edit in clip["edits"]], tuned=variant.tuned)
     judge = Judge.open()
     before = judge.read(source)
     track = torch.tensor(clip["track"])[settings.start :: settings.stride][: source.frames]
     edits = [
-        judged(edit, clip, before, judge.read(video), source, video, track)
-        for edit, video in zip(clip["edits"], made, strict=True)
+        score_edit(edit, clip, before, judge.read(video), source, video, track)
+        for edit, video in zip(clip["edits"], videos_made, strict=True)
     ]
-    about = {"key": key, "variant": variant.name, "settings": dict(variant.settings), "tuned": variant.tuned}
-    return about | {"clip": clip["name"], "set": clip["set"], "seed": seed, "edits": edits} | spent
+    return {
+        "key": key, "variant": variant.name, "settings": dict(variant.settings), "tuned": variant.tuned,
+        "clip": clip["name"], "set": clip["set"], "seed": seed, "edits": edits, "stages": stages,
+    }  # fmt: skip
 
 
-def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tuple[Video, list[Video], dict]:
-    """The clip as it was used, its edits, and seconds and operations of each stage."""
+def _edit(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tuple[Video, list[Video], dict]:
+    """Return the source frames, one edit per prompt, and the seconds and TFLOP of each stage."""
     pipe = pipelines.open_image_model(settings.base, device="cpu")
     side = codec.default_size(pipe)
-    span = plan.frames(settings)
+    count = settings.num_frames if isinstance(settings.num_frames, int) else None
     clip = videos.read(
-        settings.video, start=settings.start, stride=span.stride or 1, count=span.count, size=(side, side)
+        settings.video, start=settings.start, stride=settings.stride or 1, count=count, size=(side, side)
     )
     moments, levels = codec.encode(pipe, clip), Levels.of(pipe.scheduler)
     empty = codec.embed(pipe, [settings.negative_prompt])
@@ -199,117 +214,87 @@ def _edited(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> t
     pipe.unet.requires_grad_(False).eval()
     sampler, clean = editing.sampler_of(levels, settings), moments["mean"]
     path = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
-    with _noted(stages, "invert", video) as counted:
-        *_, inverted = editing.invert(counted, levels, clean, empty, path)
+    with _measured(stages, "invert", CountingUNet(video)) as unet:
+        *_, inverted = editing.invert(unet, levels, clean, empty, path)
     text, caption = codec.embed(pipe, list(prompts)), codec.embed(pipe, [settings.prompt])
     generators = [torch.Generator().manual_seed(settings.seed) for _ in prompts]
-    with _noted(stages, "edit", video, settings.feature_reuse) as counted:
+    with _measured(stages, "edit", CountingUNet(video, settings.feature_reuse)) as unet:
         *_, last = editing.edit(
-            counted, levels, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators
+            unet, levels, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators
         )  # fmt: skip
-    return clip, codec.decode(pipe, last.latents, clip.fps), {"stages": stages}
+    return clip, codec.decode(pipe, last.latents, clip.fps), stages
 
 
 def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str, Tensor]) -> dict[str, Any]:
-    """Tune, or take the weights of the same tuning from the cache: variants of editing share them."""
+    """Tune, or load the weights from the cache, which variants that differ in sampling alone share."""
     own = settings.model_dump(mode="json", exclude=set(Sampling.model_fields))
     caption, empty = (codec.embed(pipe, [text]) for text in (settings.prompt, ""))
     tuning = Tuning(video, Levels.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True), empty)
-    batch = _operations(lambda: tuning.learn(0))
-    measuring = _operations(tuning.measure) if settings.early_stopping is not None else 0
+    per_batch = count_flops(lambda: tuning.learn(0))
+    per_measurement = count_flops(tuning.measure) if settings.early_stopping is not None else 0
     pipe.unet.zero_grad()
 
-    def learned() -> dict[str, Tensor]:
+    def train() -> dict[str, Tensor]:
         began = time.perf_counter()
-        losses = [told.loss for told in tuning]
-        told = (tuning.number, len(tuning.measured), np.mean(losses[-20:]), time.perf_counter() - began)
-        return {name: value.clone() for name, value in tuning.learned().items()} | {"told": torch.tensor(told)}
+        losses = [step.loss for step in tuning]
+        totals = (tuning.number, len(tuning.measured), np.mean(losses[-20:]), time.perf_counter() - began)
+        return {name: value.clone() for name, value in tuning.learned().items()} | {"totals": torch.tensor(totals)}
 
-    kept = cache.cached(cache.key("tuned", _weights(), moments["mean"], own), learned)
-    steps, measured, loss, seconds = kept.pop("told").tolist()
+    weights = cache.cached(cache.key("tuned weights", _weights(), moments["mean"], own), train)
+    steps, measurements, loss, seconds = weights.pop("totals").tolist()
     with torch.no_grad():
-        for name, value in kept.items():
+        for name, value in weights.items():
             pipe.unet.get_parameter(name).copy_(value)
-    operations = batch * steps * settings.gradient_accumulation_steps + measuring * measured
-    return {"tflop": round(operations / 1e12, 4), "seconds": round(seconds, 2), "steps": int(steps), "loss": loss}
+    flops = per_batch * steps * settings.gradient_accumulation_steps + per_measurement * measurements
+    return {"tflop": round(flops / 1e12, 4), "seconds": round(seconds, 2), "steps": int(steps), "loss": loss}
 
 
-def judged(
+@contextmanager
+def _measured(stages: dict[str, Any], name: str, unet: CountingUNet) -> Iterator[CountingUNet]:
+    """Add the seconds of a stage and the operations of its UNet calls to `stages`."""
+    began = time.perf_counter()
+    yield unet
+    stages[name] = {"tflop": round(unet.total / 1e12, 4), "seconds": round(time.perf_counter() - began, 2)}
+
+
+def score_edit(
     edit: Mapping[str, Any],
     clip: Mapping[str, Any],
     before: Reading,
     after: Reading,
     source: Video,
-    made: Video,
-    track_TD: torch.Tensor,
+    video: Video,
+    track_TD: Tensor,
 ) -> dict[str, Any]:
-    """Scores of one edit.
+    """Score one edit of a bundled clip.
 
-    `success`: most frames show what the prompt changes. `preserved`: most frames show what the prompt does not change
-    as the judge saw it in the source, and a background that should stay is near it (`KEPT_DB`). `track`: mean distance
-    of the subject's centre from the true track. `clean`: success, preserved, and within `NEAR` of the track.
-    `consistency`: mean cosine of the judge's features over all pairs of frames. `background_db`: PSNR outside the
-    subject, for edits that leave background and style alone.
+    Args:
+        edit: Its attributes, `kind` and `prompt`, as in `miniature.clips()`.
+        clip: The clip's attributes.
+        before: The judge's reading of the source.
+        after: The judge's reading of the edit.
+        source: The source frames.
+        video: The edited frames.
+        track_TD: True centre of the subject in every frame, in pixels at 64.
+
+    Returns:
+        `success`: most frames show every attribute that the edit changes. `preserved`: most frames show every other
+        attribute as the judge read it in the source, and a background that should stay has `MIN_BACKGROUND_PSNR`.
+        `track`: mean distance of the subject's centre from the track. `clean`: success, preserved and at most
+        `MAX_TRACK_DISTANCE`. `consistency`: mean cosine of the judge's features over all pairs of frames.
+        `background_db`: PSNR outside the subject, None if the edit changes background or style.
     """
-    changed = [kind for kind in ("subject", "background", "style") if edit[kind] != clip.get(kind)]
-    kept = [kind for kind in ("subject", "background", "style") if kind not in changed]
-    stays = "background" in kept and "style" in kept
-    decibels = background_psnr(source, made, track_TD, after.centres_TD) if stays else None
-    success = all(after.shows(kind, edit[kind] or "none") for kind in changed)
-    preserved = all(after.shows(kind, before.most(kind)) for kind in kept)
-    preserved = preserved and (decibels is None or decibels >= KEPT_DB)
+    changed = [attribute for attribute in ATTRIBUTES if edit[attribute] != clip.get(attribute)]
+    kept = [attribute for attribute in ATTRIBUTES if attribute not in changed]
+    decibels = None
+    if "background" in kept and "style" in kept:
+        decibels = psnr(source, video, ~subject_squares(source, track_TD, after.centres_TD))
+    success = all(after.shows(attribute, edit[attribute] or "none") for attribute in changed)
+    preserved = all(after.shows(attribute, before.most(attribute)) for attribute in kept)
+    preserved = preserved and (decibels is None or decibels >= MIN_BACKGROUND_PSNR)
     track = after.track_distance(track_TD)
     return {
         "kind": edit["kind"], "prompt": edit["prompt"], "success": success, "preserved": preserved,
-        "track": round(track, 3), "clean": success and preserved and track <= NEAR,
+        "track": round(track, 3), "clean": success and preserved and track <= MAX_TRACK_DISTANCE,
         "consistency": round(after.consistency(), 4), "background_db": decibels and round(decibels, 2),
     }  # fmt: skip
-
-
-def background_psnr(source: Video, made: Video, *centres_TD: torch.Tensor) -> float:
-    """PSNR in dB of what lies farther than half of `SUBJECT_SIDE` from all the given centres, over all frames."""
-    rows, columns = np.mgrid[0 : source.height, 0 : source.width] + 0.5
-    outside = np.ones(source.frames_THWC.shape[:3], bool)
-    for centres in centres_TD:
-        x, y = (centres.numpy().T * source.width / 64)[:, :, None, None]
-        far = np.maximum(abs(columns - x), abs(rows - y)) * 64 / source.width
-        outside &= far > SUBJECT_SIDE / 2
-    difference = source.frames_THWC[outside].astype(np.float64) - made.frames_THWC[outside]
-    return float(10 * np.log10(255**2 / max(np.mean(difference**2), 1e-10)))
-
-
-class _Counted:
-    """A video UNet that counts the operations of its calls.
-
-    Each shape and way of calling is looked at once; where features are used again calls differ, and all are.
-    """
-
-    def __init__(self, video: VideoUNet, reuse: int) -> None:
-        self.video, self.clip, self.total, self.alike = reusing(video, reuse), video.clip, 0, reuse == 1
-        self.each: dict[tuple, int] = {}
-
-    def __call__(self, *given: Any) -> Tensor:
-        if not self.alike:
-            made: list[Tensor] = []
-            self.total += _operations(lambda: made.append(self.video(*given)))
-            return made[0]
-        kind = (tuple(given[0].shape), self.clip.led)
-        if kind not in self.each:
-            self.each[kind] = _operations(lambda: self.video(*given))
-        self.total += self.each[kind]
-        return self.video(*given)
-
-
-@contextmanager
-def _noted(stages: dict[str, Any], name: str, video: VideoUNet, reuse: int = 1) -> Iterator[Any]:
-    """Note the seconds of a stage and the operations of the UNet, which it calls through what is yielded."""
-    began, counted = time.perf_counter(), _Counted(video, reuse)
-    yield counted
-    stages[name] = {"tflop": round(counted.total / 1e12, 4), "seconds": round(time.perf_counter() - began, 2)}
-
-
-def _operations(work: Callable[[], Any]) -> int:
-    """Floating-point operations of some work; attention is counted through its plain form, which the counter knows."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        work()
-    return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""The miniature benchmark as one table: every variant's scores, and how it differs from the first."""
+"""Summary of the miniature benchmark: scores of every variant and differences from the first."""
 
 from __future__ import annotations
 
@@ -16,37 +16,50 @@ from tuneavideo.storage import atomic
 SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
 
 
-def summarised(
+def run_benchmark(
     names: Sequence[str], out: Path, *, seeds: int = 1, part: str = "development", quick: bool = False, processes: int
 ) -> Job:
-    """Run the benchmark for presets (or `untuned`) by name; ends with `results.json` in the folder `out`."""
+    """Run the miniature benchmark and write `rows.jsonl` and `results.json`.
+
+    Args:
+        names: Presets, or `untuned`; differences are from the first.
+        out: Folder to write.
+        seeds: Number of seeds.
+        part: `development` or `report` clips.
+        quick: Only 4 clips.
+        processes: Number of clips computed at a time.
+
+    Raises:
+        DiskError: The folder has a file of another program, or cannot be written.
+        MemoryShort: A worker process was killed.
+    """
     variants = [variant_of(name) for name in names]
     atomic.refuse_foreign(out / "results.json", '"format": 1')
     atomic.refuse_foreign(out / "rows.jsonl", '"key": ')
     out.mkdir(parents=True, exist_ok=True)
-    had, clips = list[dict[str, Any]](), 4 if quick else None
+    rows, clips = list[dict[str, Any]](), 4 if quick else None
     total = count(variants, range(seeds), part, clips)
     yield Progress("benchmark", 0, total, about=f"{processes} at a time")
     for row in benchmark(variants, out / "rows.jsonl", seeds=range(seeds), part=part, clips=clips, processes=processes):
         if row:
-            had.append(row)
-            yield Progress("benchmark", len(had), total, about=f"{row['variant']} {row['clip']} {row['seed']}")
+            rows.append(row)
+            yield Progress("benchmark", len(rows), total, about=f"{row['variant']} {row['clip']} {row['seed']}")
         else:
             yield Progress("")
-    about = {"format": 1, "part": part, "seeds": seeds, "clips": len({row["clip"] for row in had})}
-    atomic.write(out / "results.json", json.dumps(about | {"variants": summary(had, names)}, indent=1))
+    about = {"format": 1, "part": part, "seeds": seeds, "clips": len({row["clip"] for row in rows})}
+    atomic.write(out / "results.json", json.dumps(about | {"variants": summary(rows, names)}, indent=1))
     yield Progress("results", path=out / "results.json")
 
 
 def variant_of(name: str) -> Variant:
-    """A preset, or the model as it is before tuning."""
+    """Return the variant of a preset, or the untuned control."""
     if name == CONTROL.name:
         return CONTROL
     return Variant(name, {} if name == "default" else {"preset": name})
 
 
 def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """For each variant its `scores` and their `differences` from the first one's: `mean`, `low`, `high` (95 %)."""
+    """Return each variant's `scores` and `differences` from the first: `mean`, `low`, `high` (95 % interval)."""
     edits = {name: edits_of([row for row in rows if row["variant"] == name]) for name in names}
     return {
         name: {

@@ -1,16 +1,18 @@
-"""How good an edit is: one file per family of metrics, and the table of them all.
+"""Metrics of an edit beside its source clip, one file per family.
 
-sample.py      what is measured: an edit and the clip it was made of
-clip.py        CLIP frame consistency, text alignment and direction; PickScore
-background.py  PSNR and SSIM outside a mask
-flow.py        optical flow, by OpenCV or torchvision
-warp.py        warp error
-motion.py      motion fidelity
-flicker.py     temporal flicker
-judge.py       the judge of the miniature world
-drawn.py       what the judge sees of an edit on the miniature
-table.py       names, units, directions, and published numbers to stand beside
+edit_pair.py      the input of every metric: an edit and its source
+clip.py           CLIP frame consistency, text alignment and direction; PickScore
+background.py     PSNR and SSIM outside a mask
+flow.py           optical flow, by OpenCV or torchvision
+warp.py           warp error
+motion.py         motion fidelity
+flicker.py        temporal flicker
+judge.py          the classifier of the miniature's drawn world
+judge_metrics.py  metrics that use this classifier
+table.py          names, units, directions, published baselines
 """
+
+from __future__ import annotations
 
 import difflib
 
@@ -25,8 +27,13 @@ NAMES = (
 
 
 def check_metric(name: str) -> None:
-    """Raise SettingsError when there is no such metric."""
+    """Raise SettingsError for the name of a metric that does not exist."""
     if name not in NAMES:
         near = difflib.get_close_matches(name.lower(), NAMES, n=1)
         advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(NAMES)}"
         raise SettingsError(f"unknown metric {name!r}; {advice}")
+
+
+def format_score(value: float | None, digits: int = 4) -> str:
+    """Format a score with this many significant digits, or as a dash if there is none."""
+    return "-" if value is None else f"{value:#.{digits}g}"

@@ -1,11 +1,9 @@
-"""How well an edit leaves alone what it should: PSNR and SSIM outside a mask. Pixels are 0..255."""
+"""PSNR and SSIM of the background, which lies outside a mask. Pixels are 0..255."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.ndimage import binary_erosion
@@ -13,26 +11,28 @@ from skimage.metrics import structural_similarity
 
 from tuneavideo import video as videos
 from tuneavideo.errors import VideoError
-from tuneavideo.evaluation.metrics.sample import NotMeasurable, Sample
+from tuneavideo.evaluation.metrics.edit_pair import EditPair, NotMeasurable
 from tuneavideo.video import Fit, Video
 
-LEAST = 1e-10
-"""Squared error below which frames count as equal: 148 dB."""
-REACH = 5
-"""Pixels that a window of SSIM (11 x 11) reaches to each side."""
+MIN_ERROR = 1e-10
+"""Smallest squared error of PSNR, at which it is 148 dB."""
+SSIM_RADIUS = 5
+"""Pixels from the centre of an SSIM window (11 x 11) to its edge."""
 
-
-@dataclass(frozen=True)
-class Mask:
-    """Where an edit may change the picture: `inside(sample)` is true there, T H W or 1 H W."""
-
-    inside: Callable[[Sample], np.ndarray]
+Mask = Callable[[EditPair], np.ndarray]
+"""From an edit to where it may change the picture: booleans, T H W or 1 H W."""
 
 
 def read_mask(path: Path, video: Video, fit: Fit) -> np.ndarray:
-    """A picture, or a clip or folder of as many as the video has frames; bright is inside, T H W or 1 H W.
+    """Read a mask from an image, a video or a folder of images; bright pixels are inside.
 
-    It is brought to the video's size as the clip was (`fit`).
+    Args:
+        path: One image, or as many frames as the video has.
+        video: The clip that the mask belongs to. The mask is resized to its size.
+        fit: How the clip was fitted to this size.
+
+    Returns:
+        True where an edit may change the picture, T H W or 1 H W.
 
     Raises:
         VideoError: It cannot be read, has other than one or the video's number of frames, or leaves no background.
@@ -46,44 +46,48 @@ def read_mask(path: Path, video: Video, fit: Fit) -> np.ndarray:
     return inside
 
 
-def psnr(sample: Sample, mask: Mask) -> float:
-    """Peak signal-to-noise ratio in dB of all pixels outside the mask, over all frames at once; equal is 148.
+def background_psnr(pair: EditPair, mask: Mask) -> float:
+    """Compute the PSNR of the pixels outside the mask, over all frames at once, in dB.
 
-    Only these pixels are counted. (Others multiply both pictures by the mask and count its inside as perfect.)
+    Implementations that multiply both pictures by the mask count its inside as perfect. This one leaves it out.
     """
-    outside = ~_whole(sample, mask)
+    outside = ~_full_mask(pair, mask)
     if not outside.any():
         raise NotMeasurable("nothing is outside the mask")
-    source, edit = sample.source.video.frames_THWC, sample.edit.video.frames_THWC
-    error = np.mean((source[outside].astype(np.float64) - edit[outside]) ** 2)
-    return float(10 * np.log10(255**2 / max(error, LEAST)))
+    return psnr(pair.source.video, pair.edit.video, outside)
 
 
-def ssim(sample: Sample, mask: Mask) -> float:
-    """Structural similarity (Wang et al. 2004: Gaussian windows, sigma 1.5), at most 1, by scikit-image.
+def psnr(a: Video, b: Video, selected_THW: np.ndarray) -> float:
+    """Compute the peak signal-to-noise ratio of the selected pixels, in dB, at most 148."""
+    error = np.mean((a.frames_THWC[selected_THW].astype(np.float64) - b.frames_THWC[selected_THW]) ** 2)
+    return float(10 * np.log10(255**2 / max(error, MIN_ERROR)))
 
-    Mean over the pixels whose whole window lies outside the mask, so that an edit is not seen from beside it.
+
+def background_ssim(pair: EditPair, mask: Mask) -> float:
+    """Compute the structural similarity outside the mask, at most 1: Gaussian windows, sigma 1.5, by scikit-image.
+
+    It is the mean over the pixels whose whole window lies outside the mask. Source: Wang et al. 2004.
     """
-    source, edit = sample.source.video, sample.edit.video
-    if min(source.width, source.height) <= 2 * REACH:
+    source, edit = pair.source.video, pair.edit.video
+    if min(source.width, source.height) <= 2 * SSIM_RADIUS:
         raise NotMeasurable(f"frames of {source.width} x {source.height} are smaller than a window of SSIM")
-    square = np.ones((1, 2 * REACH + 1, 2 * REACH + 1))
-    valid = np.asarray(binary_erosion(~_whole(sample, mask), square), bool)
+    window = np.ones((1, 2 * SSIM_RADIUS + 1, 2 * SSIM_RADIUS + 1))
+    valid = np.asarray(binary_erosion(~_full_mask(pair, mask), window), bool)
     if not valid.any():
         raise NotMeasurable("no window of SSIM is wholly outside the mask")
-    maps = [_similar(a, b) for a, b in zip(source.images, edit.images, strict=True)]
+    maps = [_ssim_map(a, b) for a, b in zip(source.images, edit.images, strict=True)]
     return float(np.stack(maps)[valid].mean())
 
 
-def _whole(sample: Sample, mask: Mask) -> np.ndarray:
-    video = sample.source.video
-    return np.broadcast_to(mask.inside(sample), (video.frames, video.height, video.width))
+def _full_mask(pair: EditPair, mask: Mask) -> np.ndarray:
+    video = pair.source.video
+    return np.broadcast_to(mask(pair), (video.frames, video.height, video.width))
 
 
-def _similar(a_HWC: np.ndarray, b_HWC: np.ndarray) -> np.ndarray:
+def _ssim_map(a_HWC: np.ndarray, b_HWC: np.ndarray) -> np.ndarray:
     """SSIM around every pixel, mean over colours, H W."""
-    found: Any = structural_similarity(
+    _, ssim_HWC, *_ = structural_similarity(
         a_HWC, b_HWC, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
         full=True,
     )  # fmt: skip
-    return found[1].mean(axis=2)
+    return ssim_HWC.mean(axis=2)

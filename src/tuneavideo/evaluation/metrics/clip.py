@@ -1,6 +1,6 @@
-"""Scores by CLIP, as the script of LOVEU-TGVE-2023 (`scripts/run_eval.py`) defines them, and CLIP's direction.
+"""CLIP scores as defined by the script of LOVEU-TGVE-2023 (`scripts/run_eval.py`), and CLIP direction.
 
-PickScore is a CLIP tuned on what people prefer, and its formula that of text alignment.
+PickScore is a CLIP fine-tuned on human preferences; its formula is that of text alignment.
 """
 
 from __future__ import annotations
@@ -21,58 +21,58 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from tuneavideo.errors import ModelError
-from tuneavideo.evaluation.metrics.sample import NotMeasurable, Sample
+from tuneavideo.evaluation.metrics.edit_pair import EditPair, NotMeasurable
 from tuneavideo.video import Video
 
 SIDE = 480
-"""Frames are brought to this side by Pillow before CLIP's own preparation, as the benchmark does."""
+"""Side to which Pillow resizes frames before CLIP's own image processor, as in the benchmark."""
 BATCH = 16
-FAULTS = (OSError, ValueError, KeyError, HTTPError)
-"""What opening raises of files that are missing or damaged, of unknown names and of a hub that does not answer."""
+LOAD_ERRORS = (OSError, ValueError, KeyError, HTTPError)
+"""Errors of missing or damaged files, unknown names and a hub that does not answer."""
 
 
 class Clip:
-    """A CLIP with its tokenizer and image processor.
+    """A CLIP model with its tokenizer and image processor.
 
     Args:
-        place: Hub id or folder of the model.
-        prepared_by: Hub id or folder of tokenizer and image processor; by default the model's own.
+        source: Hub id or folder of the model.
+        processors: Hub id or folder of tokenizer and image processor; by default `source`.
 
     Raises:
-        ModelError: One of them is not there.
+        ModelError: One of them cannot be loaded.
     """
 
-    def __init__(self, place: str, prepared_by: str | None = None) -> None:
-        self.model = _loaded(CLIPModel, place).requires_grad_(False).eval().to(PartialState().device)
-        self.tokenizer = _loaded(AutoTokenizer, prepared_by or place)
-        self.pictures = _loaded(AutoImageProcessor, prepared_by or place, backend="pil")  # same numbers everywhere
+    def __init__(self, source: str, processors: str | None = None) -> None:
+        self.model = _load(CLIPModel, source).requires_grad_(False).eval().to(PartialState().device)
+        self.tokenizer = _load(AutoTokenizer, processors or source)
+        self.image_processor = _load(AutoImageProcessor, processors or source, backend="pil")  # same on all machines
 
     @property
     def scale(self) -> float:
-        """What cosines are multiplied by: the exponential of what the model has learned."""
+        """The learned factor of cosines: the exponential of `logit_scale`."""
         return float(self.model.logit_scale.exp())
 
     @torch.no_grad()
     def images(self, video: Video) -> Tensor:
-        """Features of unit length, `T D`."""
+        """Compute the frames' image features of unit length, `T D`."""
         frames = video.frames_THWC
         return torch.cat([self._features(frames[t : t + BATCH]) for t in range(0, len(frames), BATCH)])
 
     def _features(self, frames_THWC: np.ndarray) -> Tensor:
         pictures = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in frames_THWC]
-        prepared = self.pictures(images=pictures, return_tensors="pt").to(self.model.device)
+        prepared = self.image_processor(images=pictures, return_tensors="pt").to(self.model.device)
         return normalize(self.model.get_image_features(**prepared).pooler_output, dim=-1).float().cpu()
 
     @torch.no_grad()
     def text(self, prompt: str) -> Tensor:
-        """Features of unit length, `D`; words beyond what the model takes are left out."""
+        """Compute a prompt's text features of unit length, `D`; tokens beyond the model's limit are left out."""
         tokens = self.tokenizer([prompt], truncation=True, return_tensors="pt").to(self.model.device)
         return normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)[0].float().cpu()
 
 
-def frame_consistency(sample: Sample, clip: Clip) -> float:
-    """Mean cosine of the features of all pairs of different frames, at most 1."""
-    features = sample.edit.once(clip.images)
+def frame_consistency(pair: EditPair, clip: Clip) -> float:
+    """Compute the mean cosine of the image features over all pairs of different frames, at most 1."""
+    features = pair.edit.features(clip.images)
     frames = len(features)
     if frames < 2:
         raise NotMeasurable("one frame has no other to agree with")
@@ -80,42 +80,42 @@ def frame_consistency(sample: Sample, clip: Clip) -> float:
     return float(cosines.fill_diagonal_(0).sum() / (frames * (frames - 1)))
 
 
-def text_alignment(sample: Sample, clip: Clip) -> float:
-    """Mean over frames of the model's scale (100 for CLIP ViT-L/14) times the cosine of picture and prompt."""
-    return float((sample.edit.once(clip.images) @ clip.text(sample.prompt)).mean()) * clip.scale
+def text_alignment(pair: EditPair, clip: Clip) -> float:
+    """Compute the mean over frames of the scale (100 for CLIP ViT-L/14) times the cosine of image and prompt."""
+    return float((pair.edit.features(clip.images) @ clip.text(pair.prompt)).mean()) * clip.scale
 
 
-def direction(sample: Sample, clip: Clip) -> float:
-    """Mean over frames of the cosine of the change of the picture and the change of the caption, -1..1.
+def direction(pair: EditPair, clip: Clip) -> float:
+    """Compute the mean over frames of the cosine of the image's change and the caption's change, -1..1.
 
-    Source: StyleGAN-NADA (Gal et al. 2021), on features of unit length as InstructPix2Pix (Brooks et al. 2023) has it.
+    Source: StyleGAN-NADA (Gal et al. 2021), on features of unit length as in InstructPix2Pix (Brooks et al. 2023).
     """
-    if sample.prompt == sample.caption:
-        raise NotMeasurable("the prompt is the caption: no change was asked for")
-    asked = clip.text(sample.prompt) - clip.text(sample.caption)
-    change = sample.edit.once(clip.images) - sample.source.once(clip.images)
-    return float(cosine_similarity(change, asked[None], dim=-1).mean())
+    if pair.prompt == pair.caption:
+        raise NotMeasurable("the prompt is the caption, so it requests no change")
+    text_change = clip.text(pair.prompt) - clip.text(pair.caption)
+    image_change = pair.edit.features(clip.images) - pair.source.features(clip.images)
+    return float(cosine_similarity(image_change, text_change[None], dim=-1).mean())
 
 
-def _loaded(kind: Any, place: str, **options: Any) -> Any:
-    """From a folder or the hub's cache; what is in neither is downloaded, if the hub answers a first question."""
+def _load(kind: Any, source: str, **options: Any) -> Any:
+    """Load from a folder or the hub's cache, or else download if the hub answers one short request."""
     try:
         try:
-            return kind.from_pretrained(place, local_files_only=True, **options)
-        except FAULTS:
-            if Path(place).exists() or HF_HUB_OFFLINE:
+            return kind.from_pretrained(source, local_files_only=True, **options)
+        except LOAD_ERRORS:
+            if Path(source).exists() or HF_HUB_OFFLINE:
                 raise
-        model_info(place, timeout=10)  # a download without a network is tried again and again, for a minute
-        return kind.from_pretrained(place, **options)
-    except FAULTS as error:
+        model_info(source, timeout=10)  # a download without a network is tried again and again, for a minute
+        return kind.from_pretrained(source, **options)
+    except LOAD_ERRORS as error:
         raise ModelError(
-            f"{place} cannot be opened: {_why(place, error)}; give a folder (--clip, --pick), or 'hf download {place}' "
-            "where there is a network"
+            f"{source} cannot be loaded: {_load_problem(source, error)}; give a folder (--clip, --pick), or run "
+            f"'hf download {source}' where there is a network"
         ) from error
 
 
-def _why(place: str, error: Exception) -> str:
-    if Path(place).exists():
+def _load_problem(source: str, error: Exception) -> str:
+    if Path(source).exists():
         return shorten(str(error), 160, placeholder=" ...")
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return "there is no such folder, and no such model on the hub"

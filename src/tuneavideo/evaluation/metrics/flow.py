@@ -1,4 +1,4 @@
-"""Optical flow: RAFT where torchvision is installed, OpenCV's DIS otherwise. Flows are H W 2: x and y in pixels."""
+"""Optical flow: RAFT if torchvision is installed, OpenCV's DIS otherwise. Flows are H W 2: x and y in pixels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 class Flows(NamedTuple):
-    """Of T frames, T-1 flows each: from every frame to the next, and back."""
+    """T-1 flows of T frames in each direction: from every frame to the next, and back."""
 
     forward: list[np.ndarray]
     backward: list[np.ndarray]
 
 
 class Flow(Protocol):
-    """A way to find where pixels go."""
+    """An optical flow estimator.
+
+    Attributes:
+        name: Name in `scores.json`.
+        revision: Version or weights.
+    """
 
     name: str
     revision: str
@@ -35,13 +40,13 @@ class Flow(Protocol):
     def flows(self, video: Video) -> Flows: ...
 
 
-def best() -> Flow:
-    """RAFT if torchvision is there and works, with its weights; otherwise DIS. Results tell which."""
+def load_flow() -> Flow:
+    """Load RAFT if torchvision works and its weights are available, otherwise DIS."""
     if importlib.util.find_spec("torchvision"):
         try:
             return Raft()
-        except (ImportError, RuntimeError, OSError) as error:  # a build for another torch; weights that cannot be had
-            logger.warning("RAFT cannot be had, DIS flow is taken: %s", " ".join(str(error).split())[:200])
+        except (ImportError, RuntimeError, OSError) as error:  # a build for another torch; no weights
+            logger.warning("RAFT is not available, using DIS flow: %s", " ".join(str(error).split())[:200])
     return Dis()
 
 
@@ -52,17 +57,17 @@ class Dis:
         self.name, self.revision = "DIS flow (OpenCV)", cv2.__version__
 
     def flows(self, video: Video) -> Flows:
-        """Of a clip, in both directions."""
+        """Estimate the flows of a clip in both directions."""
         grey = [cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY) for image in video.images]
-        return Flows([self._between(a, b) for a, b in pairwise(grey)], [self._between(b, a) for a, b in pairwise(grey)])
+        return Flows([self._flow(a, b) for a, b in pairwise(grey)], [self._flow(b, a) for a, b in pairwise(grey)])
 
-    def _between(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def _flow(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         return search.calc(a, b, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 class Raft:
-    """RAFT (Teed & Deng 2020), torchvision's large one; sides are padded to multiples of 8, and to 128 at least."""
+    """RAFT (Teed & Deng 2020), torchvision's large model; sides are padded to multiples of 8, at least 128."""
 
     def __init__(self, pretrained: bool = True) -> None:
         from torchvision.models.optical_flow import (  # pyright: ignore[reportMissingImports]
@@ -82,35 +87,40 @@ class Raft:
         self.model: Any = raft_large(weights=weights, progress=False).eval().to(self.device)
 
     def flows(self, video: Video) -> Flows:
-        """Of a clip, in both directions."""
-        frames = [self._prepared(image) for image in video.images]
+        """Estimate the flows of a clip in both directions."""
+        frames = [self._preprocess(image) for image in video.images]
         size = video.height, video.width
-        forward = [self._between(a, b, *size) for a, b in pairwise(frames)]
-        return Flows(forward, [self._between(b, a, *size) for a, b in pairwise(frames)])
+        forward = [self._flow(a, b, *size) for a, b in pairwise(frames)]
+        return Flows(forward, [self._flow(b, a, *size) for a, b in pairwise(frames)])
 
-    def _prepared(self, image_HWC: np.ndarray) -> torch.Tensor:
+    def _preprocess(self, image_HWC: np.ndarray) -> torch.Tensor:
         below, right = (max(128, -(-side // 8) * 8) - side for side in image_HWC.shape[:2])
         padded = np.pad(image_HWC, ((0, below), (0, right), (0, 0)), mode="edge")
         return torch.from_numpy(padded).to(self.device).permute(2, 0, 1)[None] / 127.5 - 1
 
     @torch.no_grad()
-    def _between(self, a: torch.Tensor, b: torch.Tensor, height: int, width: int) -> np.ndarray:
+    def _flow(self, a: torch.Tensor, b: torch.Tensor, height: int, width: int) -> np.ndarray:
         flow = self.model(a, b)[-1][0, :, :height, :width]
         return flow.permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def pulled(image: np.ndarray, flow_HW2: np.ndarray) -> np.ndarray:
-    """Of a picture (H W or H W C, float32), what lies where the flow points to from every pixel."""
+def warp(image: np.ndarray, flow_HW2: np.ndarray) -> np.ndarray:
+    """Sample an image (H W or H W C, float32) at the flow's target of every pixel."""
     target = _target(flow_HW2)
     return cv2.remap(image, target[..., 0], target[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def seen_again(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-    """Where a pixel stays in the frame and is not covered (H W): there and back again leads near to where it began.
+def consistent_pixels(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
+    """Find the pixels that are neither occluded nor leave the frame, by forward-backward consistency.
 
-    The bounds are those of Sundaram et al. 2010: |f + b|^2 < 0.01 (|f|^2 + |b|^2) + 0.5.
+    Args:
+        forward: Flow from a frame to the next, H W 2.
+        backward: Flow from the next frame back, H W 2.
+
+    Returns:
+        Booleans, H W. The bound is |f + b|^2 < 0.01 (|f|^2 + |b|^2) + 0.5. Source: Sundaram et al. 2010.
     """
-    back = pulled(backward, forward)
+    back = warp(backward, forward)
     near = _squared(forward + back) < 0.01 * (_squared(forward) + _squared(back)) + 0.5
     target = _target(forward)
     height, width = forward.shape[:2]

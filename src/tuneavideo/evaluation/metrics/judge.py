@@ -1,4 +1,4 @@
-"""The judge of the miniature world: what a picture shows, and where. Trained on drawings only (`tools/miniature`)."""
+"""Judge: a classifier and subject locator for the miniature's drawn world (trained by `tools/miniature`)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Judge(nn.Module):
     """A small convolutional classifier and locator.
 
     Args:
-        words: For `subject`, `background`, `style` and `colour`, what the scores stand for, in their order.
-        pixels: Side of the pictures it was trained on; centres are in these pixels.
+        words: The classes of `subject`, `background`, `style` and `colour`, in the order of their scores.
+        pixels: Side of the pictures it was trained on, the unit of centres.
     """
 
     def __init__(self, words: Mapping[str, Sequence[str]], pixels: int = 64) -> None:
@@ -44,9 +44,15 @@ class Judge(nn.Module):
         self.offset = nn.Linear(WIDTHS[-1], 2)
 
     def forward(self, pictures_NCHW: Tensor) -> dict[str, Tensor]:
-        """Scores of each kind, the subject's `centre` (x and y in pixels), and `features`, of pictures in -1..1.
+        """Classify pictures and locate their subjects.
 
-        Subject and colour are judged where the subject is found, background and style over the whole picture.
+        Subject and colour use features pooled at the subject, background and style those of the whole picture.
+
+        Args:
+            pictures_NCHW: Values in -1..1.
+
+        Returns:
+            Scores of each attribute, the subject's `centre` (x and y, `N 2`) and `features` (`N D`).
         """
         features = self.features(pictures_NCHW)
         side = features.shape[-1]
@@ -61,7 +67,7 @@ class Judge(nn.Module):
         return scores | {"centre": centre, "features": torch.cat([found, overall], dim=1)}
 
     def save(self, folder: Path) -> None:
-        """Write weights in half precision, and what the scores mean."""
+        """Write weights in half precision, and the classes."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: w.half().contiguous() for name, w in self.state_dict().items()}, folder / "judge.safetensors")
         (folder / "judge.safetensors").chmod(0o644)
@@ -69,42 +75,48 @@ class Judge(nn.Module):
 
     @classmethod
     def open(cls, folder: Path = miniature.JUDGE) -> Judge:
-        """The judge that `save` wrote; by default the bundled one."""
+        """Load a judge that `save` wrote; by default the bundled one."""
         judge = cls(**json.loads((folder / "config.json").read_text()))
         judge.load_state_dict({name: w.float() for name, w in load_file(folder / "judge.safetensors").items()})
         return judge.requires_grad_(False).eval()
 
     @torch.no_grad()
     def read(self, video: Video) -> Reading:
-        """What the judge sees in every frame of a clip, which is brought to the judge's size."""
+        """Classify every frame of a clip, resized to the judge's size."""
         frames = torch.from_numpy(np.stack([fitted(i, self.pixels, self.pixels, "stretch") for i in video.images]))
-        said = self(frames.permute(0, 3, 1, 2).float() / 127.5 - 1)
-        seen = {kind: [names[k] for k in said[kind].argmax(1).tolist()] for kind, names in self.words.items()}
-        return Reading(seen, said["centre"], said["features"])
+        scores = self(frames.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        seen = {kind: [names[k] for k in scores[kind].argmax(1).tolist()] for kind, names in self.words.items()}
+        return Reading(seen, scores["centre"], scores["features"])
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Of T frames: the word `seen` of each kind, the subject's centres (`T 2`, pixels at 64), and features (`T D`)."""
+    """The judge's result for T frames.
+
+    Attributes:
+        seen: The predicted word of every frame, by attribute.
+        centres_TD: The subject's centres, x and y, in pixels of a 64-pixel frame.
+        features_TD: Features of the judge.
+    """
 
     seen: dict[str, list[str]]
     centres_TD: Tensor
     features_TD: Tensor
 
     def most(self, kind: str) -> str:
-        """What is seen in most frames (the first of equals)."""
+        """Return the most frequent word of an attribute, the first of equals."""
         return Counter(self.seen[kind]).most_common(1)[0][0]
 
     def shows(self, kind: str, word: str) -> bool:
-        """Whether more than half of the frames show it."""
+        """Return whether more than half of the frames show a word."""
         return self.seen[kind].count(word) * 2 > len(self.seen[kind])
 
     def track_distance(self, track_TD: Tensor) -> float:
-        """Mean distance of the subject's centre from a track, in pixels at 64."""
+        """Compute the mean distance of the subject's centre from a track `T 2`, in pixels of a 64-pixel frame."""
         return float((self.centres_TD - track_TD).norm(dim=1).mean())
 
     def consistency(self) -> float:
-        """Mean cosine of the features of all pairs of frames, 1 for a still clip."""
+        """Compute the mean cosine of the features over all pairs of frames, 1 for a static clip."""
         unit = nn.functional.normalize(self.features_TD, dim=1)
         frames = len(unit)
         return float(((unit @ unit.T).sum() - frames) / (frames * (frames - 1)))

@@ -1,4 +1,4 @@
-"""Motion fidelity: do the points of the edit move as points of the source do? N tracks, T frames."""
+"""Motion fidelity: similarity of the point tracks of an edit and its source. N tracks, T frames."""
 
 from __future__ import annotations
 
@@ -6,95 +6,100 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tuneavideo.evaluation.metrics.flow import Flow, Flows, seen_again
-from tuneavideo.evaluation.metrics.sample import NotMeasurable, Sample
+from tuneavideo.evaluation.metrics.edit_pair import EditPair, NotMeasurable
+from tuneavideo.evaluation.metrics.flow import Flow, Flows, consistent_pixels
 
 GRID = 32
-"""Points along the longer side at most."""
-STILL = 0.002
-"""A step shorter than this share of the longer side is none: 1 pixel at 480, 0.13 at 64."""
-MOVING = 0.02
-"""A track that goes farther than this share from where it began moves."""
+"""Most points along the longer side."""
+MIN_STEP = 0.002
+"""Shortest step that counts as motion, as a fraction of the longer side: 1 pixel at 480, 0.13 at 64."""
+MIN_DISTANCE = 0.02
+"""Distance from its start beyond which a track counts as moving, as a fraction of the longer side."""
 
 
 class Tracks(NamedTuple):
-    """Steps of N points (`N T-1 2`, in shares of the longer side), until when they are followed, and which move."""
+    """Tracks of N points.
+
+    Attributes:
+        steps: Displacement from frame to frame, as fractions of the longer side, `N T-1 2`.
+        visible: Whether the point is visible in a step, `N T-1`.
+        moving: Whether the point moves at all, `N`.
+    """
 
     steps: np.ndarray
-    followed: np.ndarray
+    visible: np.ndarray
     moving: np.ndarray
 
 
-def motion_fidelity(sample: Sample, flow: Flow) -> float:
-    """How like tracks of the source those tracks of the edit are that move, and the other way round, -1..1.
+def motion_fidelity(pair: EditPair, flow: Flow) -> float:
+    """Compute the similarity of the moving tracks of edit and source, -1..1.
 
-    The likeness of two tracks is the mean over time of the cosine of their steps; two that rest are alike (1), one
-    that rests and one that moves are not (0). Every moving track has its best match in the other clip; the mean is
-    taken in both directions and halved. Where nothing moves in one clip only, that direction counts 0.
+    The similarity of two tracks is the mean over time of the cosine of their steps: 1 for two static ones, 0 for a
+    static and a moving one. Every moving track has its best match in the other clip. The result is the mean of both
+    directions; a direction without moving tracks counts 0, and two static clips have 1.
     Source: Yatim et al. 2024 (DMT), who compare all points: see `motion_fidelity_all`.
     """
-    alike, edit, source = _compared(sample, flow)
+    similarity, edit, source = _compare(pair, flow)
     if not (edit.moving.any() or source.moving.any()):
         return 1.0
-    return (_mean(alike.max(axis=1)[edit.moving]) + _mean(alike.max(axis=0)[source.moving])) / 2
+    return (_mean(similarity.max(axis=1)[edit.moving]) + _mean(similarity.max(axis=0)[source.moving])) / 2
 
 
-def motion_fidelity_all(sample: Sample, flow: Flow) -> float:
-    """The same over all tracks, resting ones too, as DMT's paper has it, -1..1.
+def motion_fidelity_all(pair: EditPair, flow: Flow) -> float:
+    """Compute the same over all tracks, static ones too, as in DMT's paper, -1..1.
 
-    Their code divides by the length of a step and so gives no number where a point rests; here such steps count as
-    above. A clip of much still background has a high value even if its subject does not move.
+    Their code divides by the length of a step and gives no number for a static point; here it counts as above. A clip
+    with a large static background has a high value even if its subject does not move.
     """
-    alike, *_ = _compared(sample, flow)
-    return (_mean(alike.max(axis=1)) + _mean(alike.max(axis=0))) / 2
+    similarity, *_ = _compare(pair, flow)
+    return (_mean(similarity.max(axis=1)) + _mean(similarity.max(axis=0))) / 2
 
 
-def followed(flows: Flows) -> Tracks:
-    """Tracks from a grid in the first frame, by flow chained through time.
+def chain_tracks(flows: Flows) -> Tracks:
+    """Track a grid of points of the first frame by chaining flows.
 
-    A point that is covered or leaves the frame is not followed any further; one that is lost in the first half of
-    the clip is left out.
+    A track ends when its point is occluded or leaves the frame. Tracks that end in the first half are left out.
     """
     height, width = flows.forward[0].shape[:2]
     longer = max(height, width)
     spacing = longer / min(GRID, longer)
     x, y = np.meshgrid(np.arange(spacing / 2, width, spacing), np.arange(spacing / 2, height, spacing))
-    at, alive = np.stack([x.ravel(), y.ravel()], axis=1), np.ones(x.size, bool)
-    steps, seen = [], []
+    points, alive = np.stack([x.ravel(), y.ravel()], axis=1), np.ones(x.size, bool)
+    steps, visible = [], []
     for forward, backward in zip(*flows, strict=True):
-        column, row = np.minimum(at.astype(int), (width - 1, height - 1)).T
-        alive = alive & seen_again(forward, backward)[row, column]
+        column, row = np.minimum(points.astype(int), (width - 1, height - 1)).T
+        alive = alive & consistent_pixels(forward, backward)[row, column]
         steps.append(forward[row, column] * alive[:, None])
-        seen.append(alive)
-        at = np.clip(at + steps[-1], 0, (width, height))
-    steps_NTD, seen_NT = np.stack(steps, axis=1) / longer, np.stack(seen, axis=1)
-    kept = seen_NT.mean(axis=1) >= 0.5
+        visible.append(alive)
+        points = np.clip(points + steps[-1], 0, (width, height))
+    steps_NTD, visible_NT = np.stack(steps, axis=1) / longer, np.stack(visible, axis=1)
+    kept = visible_NT.mean(axis=1) >= 0.5
     farthest = np.linalg.norm(np.cumsum(steps_NTD, axis=1), axis=2).max(axis=1)
-    return Tracks(steps_NTD[kept], seen_NT[kept], farthest[kept] > MOVING)
+    return Tracks(steps_NTD[kept], visible_NT[kept], farthest[kept] > MIN_DISTANCE)
 
 
-def likeness(edit: Tracks, source: Tracks) -> np.ndarray:
-    """Mean over the time that both are followed of the cosine of their steps, edit x source; see `motion_fidelity`."""
-    together = _product(edit.followed, source.followed)
-    turned = [_directions(tracks) for tracks in (edit, source)]
-    resting = [tracks.followed & ~np.any(each, axis=2) for tracks, each in zip((edit, source), turned, strict=True)]
-    return (_product(*turned) + _product(*resting)) / np.maximum(together, 1)
+def track_similarity(edit: Tracks, source: Tracks) -> np.ndarray:
+    """Compute the mean cosine of the steps of two tracks while both are visible, edit x source."""
+    both_visible = _product(edit.visible, source.visible)
+    directions = [_directions(tracks) for tracks in (edit, source)]
+    static = [tracks.visible & ~np.any(each, axis=2) for tracks, each in zip((edit, source), directions, strict=True)]
+    return (_product(*directions) + _product(*static)) / np.maximum(both_visible, 1)
 
 
-def _compared(sample: Sample, flow: Flow) -> tuple[np.ndarray, Tracks, Tracks]:
-    if sample.edit.video.frames < 2:
+def _compare(pair: EditPair, flow: Flow) -> tuple[np.ndarray, Tracks, Tracks]:
+    if pair.edit.video.frames < 2:
         raise NotMeasurable("one frame does not move")
-    edit, source = (followed(shown.once(flow.flows)) for shown in (sample.edit, sample.source))
+    edit, source = (chain_tracks(clip.features(flow.flows)) for clip in (pair.edit, pair.source))
     for tracks, name in ((edit, "edit"), (source, "source")):
         if not len(tracks.steps):
-            raise NotMeasurable(f"no point of the {name} can be followed through half of the clip")
-    return likeness(edit, source), edit, source
+            raise NotMeasurable(f"no point of the {name} can be tracked through half of the clip")
+    return track_similarity(edit, source), edit, source
 
 
 def _directions(tracks: Tracks) -> np.ndarray:
-    """Steps of length 1, or 0 where a point rests."""
+    """Steps scaled to length 1, or 0 for a static point."""
     lengths = np.linalg.norm(tracks.steps, axis=2, keepdims=True)
-    return np.where(lengths > STILL, tracks.steps / np.maximum(lengths, STILL), 0)
+    return np.where(lengths > MIN_STEP, tracks.steps / np.maximum(lengths, MIN_STEP), 0)
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
