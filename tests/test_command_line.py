@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import pytest
 from tests.conftest import Said
 from tuneavideo import __version__, api
 from tuneavideo.cli import main
+from tuneavideo.cli.options import COMMON, GROUPS
 from tuneavideo.errors import SettingsError
 from tuneavideo.evaluation.metrics import NAMES
 from tuneavideo.evaluation.metrics.table import METRICS
+from tuneavideo.settings import EditSettings, TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 
 
@@ -219,7 +222,8 @@ def test_names_of_metrics_are_those_of_the_table() -> None:
     [
         ("tune --help", ["OPTIONS] CLIP", "example:", "tuneavideo tune skiing.mp4"]),
         ("help tune", ["OPTIONS] CLIP"]),
-        ("edit --help", ["OPTIONS] RUN", "(default: the run's)", "--edit TEXT"]),
+        ("edit --help", ["OPTIONS] RUN", "(default: the run's)", "--prompt TEXT"]),
+        ("edit --help-all", ["OPTIONS] RUN", "--edit TEXT"]),
         ("help", ["tune", "doctor"]),
         ("mindone --help", ["train", "infer"]),
         ("benchmark --help", ["tgve", "LOVEU", "miniature"]),
@@ -235,12 +239,31 @@ def test_help_names_what_is_needed(words: str, shown: list[str], capsys: pytest.
         assert each in said
 
 
-def test_help_shows_first_what_is_given_most(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        main.main(["tune", "--help"])
-    said = capsys.readouterr().out
-    flags = ["--prompt", "--edit", "--base", "--preset", "--out", "--num-frames", "--max-train-steps", "--sampler"]
-    assert sorted(flags, key=said.index) == flags
+def shown(words: str, capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main.main(words.split())
+    assert not stopped.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMON)
+def test_short_help_is_one_screen_and_long_help_is_complete(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    short, long = (shown(f"{command} {option}", capsys) for option in ("--help", "--help-all"))
+    assert len(short.splitlines()) <= 45 and "--help-all" in short.splitlines()[-1]
+    settings = {"tune": TuneSettings, "edit": EditSettings}[command]
+    for flag in {f"--{name.replace('_', '-')}" for name in settings.model_fields} - {"--video", "--run"}:
+        assert re.search(rf"{flag}\b", long)
+
+
+def test_every_option_is_in_one_group() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    settings = {*TuneSettings.model_fields, *EditSettings.model_fields}
+    assert len(grouped) == len({*grouped})
+    assert {*grouped} == settings | {"out", "resume", "checkpoint", "config", "json", "debug"}
+    assert {*grouped} >= {name for names in COMMON.values() for name in names}
 
 
 def test_help_of_an_edit_shows_the_values_of_its_run(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

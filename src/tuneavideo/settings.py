@@ -196,8 +196,8 @@ class TuneSettings(Sampling):
     base: str = "miniature"
     """Text-to-image model: a name from `tuneavideo models`, a hub id, a folder, or a .safetensors or .ckpt file."""
     preset: Literal["default", "official", "fast"] = "default"
-    """Group of settings. `default`: the recommended values. `official`: the arithmetic of the published code, with
-    its faults. `fast`: edits in 20 steps with DPM-Solver++ and feature reuse."""
+    """Group of settings: `default` (recommended), `official` (the arithmetic of the published code, with its faults) or
+    `fast` (edits in 20 steps with DPM-Solver++ and feature reuse)."""
 
     start: NonNegativeInt = 0
     """Index of the first frame taken, from 0."""

@@ -6,26 +6,16 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import inspect
 import io
 import os
 import re
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
+from tuneavideo.cli.options import ALIASES, COMMON, CONFIG, GROUPS, HELP, METAVARS, OUTPUT, WORDS, Command, short_help
 from tuneavideo.errors import SettingsError
-from tuneavideo.settings import Settings, choices
-
-ALIASES = {"base": ("--model",)}
-METAVARS = {"video": "CLIP", "run": "RUN", "prompt": "TEXT", "edit": "TEXT"}
-# Settings whose words the settings themselves take apart: type for the parser, and how help names a value.
-WORDS: dict[str, tuple[Any, str]] = {"seeds": (tuple[str, ...], "INT"), "start_time": (str | None, "SECONDS")}
-# Options that help shows first, and the titles of the groups of the others.
-FIRST = ("prompt", "edit", "base", "preset")
-GROUPS = {"TuneSettings": "tuning", "Sampling": "editing", "Styling": "style"}
-OUTPUT = {"json": "print the result for machines", "debug": "show the traceback of an error"}
+from tuneavideo.settings import choices
 
 _STEPS = "--max-train-steps (of tuning) or --num-inference-steps (of an edit)"
 _TUNED = "frames and size are chosen when a clip is tuned: 'tuneavideo tune'"
@@ -154,7 +144,7 @@ def options(name: str, about: str | None, argv: Sequence[str], **more: str) -> a
 def read(made: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse words, or say in one line what is wrong with them."""
     with _one_line(made.prog):
-        options, unknown = made.parse_known_args(argv)
+        options, unknown = made.parse_known_args(["--help" if word == "--help-all" else word for word in argv])
     if unknown:
         raise SettingsError(
             _left_over(unknown, made.prog.split()[-1], re.findall(r"--[a-z][a-z-]+", made.format_help()))
@@ -170,53 +160,13 @@ def early(argv: Sequence[str]) -> argparse.Namespace:
     return made.parse_known_args(argv)[0]
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command whose flags are the fields of settings.
-
-    Attributes:
-        name: As it is typed.
-        about: What it does, in a sentence.
-        kind: Class of its settings.
-        positional: The setting that is given without a flag.
-        repeated: The setting whose flag is given once for each value.
-        example: A call of it, for its help and for messages.
-        paths: Options of the command itself, each a path, and their meanings.
-        inherited: Settings whose default is that of the run, unless `stated` has it.
-        hidden: A setting without a flag.
-    """
-
-    name: str
-    about: str | None
-    kind: type[Settings]
-    positional: str
-    repeated: str
-    example: str
-    paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    inherited: frozenset[str] = frozenset()
-    hidden: str = ""
-
-    def flags_of(self, setting: str) -> tuple[str, ...]:
-        """Every flag that a setting goes by; new prompts go by `--edit` in every command."""
-        aliases = ("--edit",) if self.repeated == setting == "prompt" else ALIASES.get(setting, ())
-        return (f"--{setting.replace('_', '-')}", *aliases)
-
-    @property
-    def known(self) -> list[str]:
-        """All flags."""
-        settings = [name for name in self.kind.model_fields if name not in (self.positional, self.hidden)]
-        own = [f"--{name}" for name in (*self.paths, "config", "json", "debug", "help")]
-        return [flag for name in settings for flag in self.flags_of(name)] + own
-
-
 def parse(command: Command, argv: Sequence[str], stated: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Read flags over `stated` values: every field of the command's settings, and options of the command itself."""
-    asks_help = not {"-h", "--help"}.isdisjoint(argv)
     given = {re.sub("^--no-", "--", word.split("=")[0].replace("_", "-")) for word in argv}
     values = dict(stated)
     if not given.isdisjoint(command.flags_of(command.repeated)):
         values.pop(command.repeated, None)
-    parsed, unknown = _parsed(command, argv, values, strict=asks_help)
+    parsed, unknown = _parsed(command, argv, values)
     if unknown:
         raise SettingsError(_left_over(unknown, command.name, command.known))
     lacking = [
@@ -238,20 +188,22 @@ def parse(command: Command, argv: Sequence[str], stated: Mapping[str, Any]) -> t
 def positional(command: Command, argv: Sequence[str]) -> str | None:
     """What stands in the positional argument's place; None if there is nothing, or if the words cannot be read."""
     try:
-        parsed, _ = _parsed(command, [word for word in argv if word not in ("-h", "--help")], {}, strict=False)
+        parsed, _ = _parsed(command, [word for word in argv if word not in HELP], {})
     except SettingsError:  # is told when the words are read again
         return None
     return parsed[command.positional] or None
 
 
-def _parsed(
-    command: Command, argv: Sequence[str], values: Mapping[str, Any], *, strict: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Every option's value, and the words left over; `strict` shows in the help what is required."""
+def _parsed(command: Command, argv: Sequence[str], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the value of every option, and the words left over. Print help if `argv` has an option for it."""
     import tyro
 
     given = [f"./{word}" if word[:1] == "-" and word[1:2] != "-" and os.path.exists(word) else word for word in argv]
-    made = _fields(command, values, strict)
+    is_help = not HELP.isdisjoint(given)
+    if is_help and "--help-all" not in given and command.name in COMMON:
+        print(short_help(command, values))
+        raise SystemExit(0)
+    made, given = _fields(command, values, is_help), ["--help"] if is_help else given
     about = f"{command.about}\n\nexample:\n  {command.example}"
     with _one_line(f"tuneavideo {command.name}"):
         parsed, unknown = tyro.cli(
@@ -263,35 +215,37 @@ def _parsed(
     return flat, unknown
 
 
-def _fields(command: Command, values: Mapping[str, Any], strict: bool) -> Any:
-    """The options as tyro wants them: plain classes, so that checking (and its one-line errors) stays ours.
+def _fields(command: Command, values: Mapping[str, Any], is_help: bool) -> Any:
+    """Make the dataclass that tyro parses: the positional argument, and a dataclass for each group of options.
 
-    First what is given most, then a group of options for each class that the settings are made of.
+    Its types are plain ones: settings check the values, with errors of one line.
+
+    Args:
+        command: The command.
+        values: Values that replace the defaults of the settings.
+        is_help: Whether help is printed. Missing values are errors of tyro's then, so that it marks what is required.
     """
     import tyro
 
-    kind = command.kind
-    order = [command.positional, *(name for name in FIRST if name in kind.model_fields and name != command.hidden)]
-    fields = [_field(command, name, values, strict) for name in order]
-    for name, meaning in {**command.paths, "config": "YAML file of settings; flags take precedence over it"}.items():
+    made = {
+        name: _field(command, name, values, is_help) for name in command.kind.model_fields if name != command.hidden
+    }
+    for name, meaning in {**command.paths, "config": CONFIG}.items():
         hint = Annotated[Path | None, tyro.conf.arg(help=meaning, metavar="PATH", help_behavior_hint="")]
-        fields.append((name, hint, dataclasses.field(default=None)))
+        made[name] = name, hint, dataclasses.field(default=None)
     for name, meaning in OUTPUT.items():
         hint = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=meaning, help_behavior_hint="")]
-        fields.append((name, hint, dataclasses.field(default=False)))
-    for each in kind.__mro__:
-        names = [name for name in inspect.get_annotations(each) if name in kind.model_fields]
-        inner = [_field(command, name, values, strict) for name in names if name not in (*order, command.hidden)]
-        if inner:
-            group = dataclasses.make_dataclass(each.__name__, inner)
-            group.__doc__ = each.__doc__
-            named = GROUPS.get(each.__name__, each.__name__.lower())
-            fields.append((named, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group)))
+        made[name] = name, hint, dataclasses.field(default=False)
+    fields = [made.pop(command.positional)]
+    for title, names in GROUPS.items():
+        if inner := [made[name] for name in names if name in made]:
+            group = dataclasses.make_dataclass(title, inner, kw_only=True)
+            fields.append((title, tyro.conf.OmitArgPrefixes[group], dataclasses.field(default_factory=group)))
     return dataclasses.make_dataclass(command.name.title(), fields, kw_only=True)
 
 
-def _field(command: Command, name: str, values: Mapping[str, Any], strict: bool) -> tuple[str, Any, Any]:
-    """One option: name, type and default. Choices are words here, which the settings check in any case."""
+def _field(command: Command, name: str, values: Mapping[str, Any], is_help: bool) -> tuple[str, Any, Any]:
+    """Return name, type and default of an option. Choices are plain words, which the settings accept in any case."""
     import tyro
 
     about = command.kind.model_fields[name]
@@ -308,7 +262,7 @@ def _field(command: Command, name: str, values: Mapping[str, Any], strict: bool)
         shown = ""
     if name in command.inherited and name not in values:
         shown = "(default: the run's)"
-    if strict and default == "" and about.is_required():
+    if is_help and default == "" and about.is_required():
         shown, default = None, tyro.MISSING
     if several and metavar and name != command.repeated:
         metavar += " ..."

@@ -125,7 +125,7 @@ def adopt(argv: Sequence[str]) -> None:
     command = arguments.Command(
         "adopt", adopt.__doc__, TuneSettings, "video", "edit",
         "tuneavideo adopt skiing.mp4 --checkpoint tuned/ --prompt 'a man is skiing' --edit 'a panda is skiing'",
-        {"out": "run folder to make", "checkpoint": "what the other program tuned"},
+        {"out": RESUMABLE["out"], "checkpoint": "Folder, .pth, .ckpt or .safetensors of the tuned weights."},
     )  # fmt: skip
     early = arguments.early(argv)
     stated, folder = _stated(early)
@@ -157,7 +157,7 @@ def mindone(argv: Sequence[str]) -> None:
     from tuneavideo import api
     from tuneavideo.interop import flags as theirs
 
-    if argv[:1] in (["-h"], ["--help"]):
+    if argv[:1] in (["-h"], ["--help"], ["--help-all"]):
         more = "'tuneavideo mindone train --help' and 'tuneavideo mindone infer --help' list the flags."
         print(f"usage: tuneavideo mindone {{train,infer}} ...\n\n{mindone.__doc__}\n\n{more}")
         return
@@ -273,7 +273,7 @@ def completion(argv: Sequence[str]) -> None:
 
 def _flags_in_help(name: str) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
-        COMMANDS[name](["--help"])
+        COMMANDS[name](["--help-all"])
     return sorted(set(re.findall(r"--[a-z][a-z0-9-]+", shown.getvalue())))
 
 
@@ -307,7 +307,10 @@ CASES
 complete -o default -F _tuneavideo tuneavideo
 """
 CLOSED = 141  # as a shell has it of a program that SIGPIPE ended
-RESUMABLE = {"out": "run folder to make", "resume": "run folder of a stopped tuning to go on with"}
+RESUMABLE = {
+    "out": "Run folder to create. By default the next free runs/CLIP-N.",
+    "resume": "Run folder of a stopped tuning to continue.",
+}
 
 
 def _fail(error: Exception) -> None:
