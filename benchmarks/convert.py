@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tuneavideo.interop import mindspore, names, shapes
-from tuneavideo.interop.lazy import Lazy
+from tuneavideo.interop import mindspore, model_configs, names
+from tuneavideo.storage.tensors import LazyTensor
 
 RESULTS = Path(__file__).parent / "results" / "convert.json"
 UNET = {
@@ -37,13 +37,15 @@ def sparse_checkpoint(path: Path) -> int:
     import torch
 
     parts = {"unet": UNET, "vae": VAE, "text_encoder": TEXT}
-    wanted = {name: shape for part, config in parts.items() for name, shape in shapes.shapes(part, config).items()}
-    ours = {name: Lazy.of(torch.empty(shape, device="meta")) for name, shape in wanted.items()}
-    theirs = names.closed(ours, in_proj=True)
+    wanted = {
+        name: shape for part, config in parts.items() for name, shape in model_configs.shapes(part, config).items()
+    }
+    ours = {name: LazyTensor.of(torch.empty(shape, device="meta")) for name, shape in wanted.items()}
+    theirs = names.merged(ours, in_proj=True)
     table = names.renamed(list(theirs), names.MINDONE)
     with path.open("wb") as file:
         for name, tensor in theirs.items():
-            file.write(mindspore._head(table[name], "Float32", tensor.shape, tensor.nbytes))
+            file.write(mindspore.header(table[name], "Float32", tensor.shape, tensor.nbytes))
             file.seek(tensor.nbytes, 1)
         file.truncate(file.tell())
         return file.tell()

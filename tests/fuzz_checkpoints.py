@@ -27,12 +27,12 @@ from tests.fuzz import damaged
 from tests.test_foreign_settings import MINDONE, OFFICIAL
 from tuneavideo.config import checked, layers
 from tuneavideo.errors import CheckpointError, TuneAVideoError
-from tuneavideo.interop import mindspore, shapes, yamls
-from tuneavideo.interop.lazy import Lazy
-from tuneavideo.interop.names import MINDONE as DIALECT
+from tuneavideo.interop import foreign_configs, mindspore, model_configs
+from tuneavideo.interop.names import MINDONE as SCHEME
 from tuneavideo.interop.names import renamed
-from tuneavideo.interop.opening import opened_at
+from tuneavideo.interop.reading import read_checkpoint
 from tuneavideo.settings import TuneSettings
+from tuneavideo.storage.tensors import LazyTensor
 
 GIGABYTE, SECONDS = 2**30, 10
 SMALL = Path(__file__).parent / "goldens" / "mindone"
@@ -41,7 +41,7 @@ SMALL = Path(__file__).parent / "goldens" / "mindone"
 def weights() -> dict[str, torch.Tensor]:
     """A UNet's names with few numbers."""
     names = [line.split("\t")[0] for line in (SMALL / "names_v1.txt").read_text().splitlines()[:120]]
-    ours = renamed(names, DIALECT, back=True)
+    ours = renamed(names, SCHEME, back=True)
     return {name.removeprefix("unet."): torch.ones(2, 2) * n for n, name in enumerate(ours.values())}
 
 
@@ -50,7 +50,7 @@ def originals(folder: Path) -> dict[str, bytes]:
     save_file(weights(), folder / "x.safetensors")
     torch.save(weights(), folder / "x.pth")
     torch.save(weights(), folder / "legacy.bin", _use_new_zipfile_serialization=False)
-    theirs = {name: Lazy.of(t) for name, t in zip(_mindone_names(), weights().values(), strict=False)}
+    theirs = {name: LazyTensor.of(t) for name, t in zip(_mindone_names(), weights().values(), strict=False)}
     mindspore.write(folder / "y.ckpt", theirs, crc=False)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     files |= {
@@ -67,13 +67,13 @@ def _mindone_names() -> list[str]:
 def opened(path: Path) -> None:
     """All that a conversion or a tuning does with a file before it builds a model."""
     if path.suffix == ".yaml":
-        checked(TuneSettings, layers({"seed": 1}, yamls.read_config(path, TuneSettings).settings), str(path))
+        checked(TuneSettings, layers({"seed": 1}, foreign_configs.read_config(path, TuneSettings).settings), str(path))
         return
-    found = opened_at(path)
+    found = read_checkpoint(path)
     for tensor in found.tensors.values():
         tensor.read()
-    with suppress(CheckpointError):  # the whole files are parts of a UNet, too
-        shapes.fit(found.tensors, shapes.configs(found.tensors))
+    with suppress(CheckpointError):  # parts of a UNet have no family
+        model_configs.family_folder(found.tensors)
 
 
 def ending(work: Callable[[Path], None], path: Path) -> str:

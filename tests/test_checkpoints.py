@@ -18,18 +18,19 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import image_unet
 from tuneavideo import api
 from tuneavideo.errors import CheckpointError
-from tuneavideo.interop import lora, mindspore, names, pickled, safe, shapes
-from tuneavideo.interop.lazy import Lazy
-from tuneavideo.interop.opening import opened_at
+from tuneavideo.interop import lora, mindspore, model_configs, names
+from tuneavideo.interop.reading import read_checkpoint
 from tuneavideo.method.inflate import inflate
 from tuneavideo.models.adapter import Adapter, fingerprint, tuned_parameters
 from tuneavideo.settings import Inflation
+from tuneavideo.storage import weight_files
+from tuneavideo.storage.tensors import LazyTensor
 
 GOLDENS = Path(__file__).parent / "goldens"
 SMALL = GOLDENS / "mindone"
 
 
-def tensors(seed: int = 0) -> dict[str, Lazy]:
+def tensors(seed: int = 0) -> dict[str, LazyTensor]:
     generator = torch.Generator().manual_seed(seed)
     made = {
         "half": torch.randn(3, 4, generator=generator).half(),
@@ -39,10 +40,10 @@ def tensors(seed: int = 0) -> dict[str, Lazy]:
         "empty": torch.zeros(0, 3),
         "flags": torch.tensor([True, False]),
     }
-    return {name: Lazy.of(tensor) for name, tensor in made.items()}
+    return {name: LazyTensor.of(tensor) for name, tensor in made.items()}
 
 
-def same(ours: dict[str, Lazy], theirs: dict[str, Lazy]) -> bool:
+def same(ours: dict[str, LazyTensor], theirs: dict[str, LazyTensor]) -> bool:
     return ours.keys() == theirs.keys() and all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name].read(), theirs[name].read()) for name in ours
     )
@@ -93,7 +94,7 @@ def test_a_tensor_above_the_slice_is_cut_and_put_together(tmp_path: Path, monkey
 
 def test_a_scalar_of_an_old_release_is_a_scalar(tmp_path: Path) -> None:
     content = struct.pack("<f", 2.5)
-    (tmp_path / "old.ckpt").write_bytes(mindspore._head("x", "Float32", (0,), len(content)) + content)
+    (tmp_path / "old.ckpt").write_bytes(mindspore.header("x", "Float32", (0,), len(content)) + content)
     assert mindspore.read(tmp_path / "old.ckpt")["x"].read().item() == 2.5
 
 
@@ -113,22 +114,20 @@ def test_a_mindspore_file_that_is_not_whole_is_refused(name: str, spoil, words: 
     path = tmp_path / "spoilt.ckpt"
     path.write_bytes(spoil((SMALL / f"{name}.ckpt").read_bytes()))
     with pytest.raises(CheckpointError, match=words):
-        opened_at(path)
+        read_checkpoint(path)
 
 
 def test_safetensors_are_written_as_others_read_them(tmp_path: Path) -> None:
-    safe.write(tmp_path / "x.safetensors", tensors())
-    assert same({name: Lazy.of(t) for name, t in load_file(tmp_path / "x.safetensors").items()}, tensors())
-    assert same(safe.read(tmp_path / "x.safetensors")[0], tensors())
+    weight_files.write_safetensors(tmp_path / "x.safetensors", tensors())
+    assert same({name: LazyTensor.of(t) for name, t in load_file(tmp_path / "x.safetensors").items()}, tensors())
+    assert same(weight_files.read_safetensors(tmp_path / "x.safetensors"), tensors())
 
 
 def test_pytorch_files_are_written_as_torch_reads_them(tmp_path: Path) -> None:
-    pickled.write(tmp_path / "x.bin", tensors())
+    weight_files.write_torch(tmp_path / "x.bin", tensors())
     for mapped in (True, False):
         loaded = torch.load(tmp_path / "x.bin", weights_only=True, mmap=mapped)
-        assert same({name: Lazy.of(tensor) for name, tensor in loaded.items()}, tensors())
-    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
-        assert archive.testzip() is None
+        assert same({name: LazyTensor.of(tensor) for name, tensor in loaded.items()}, tensors())
 
 
 # Security
@@ -148,7 +147,7 @@ def test_a_malicious_pickle_runs_nothing(suffix: str, zipped: bool, tmp_path: Pa
     path, mark = tmp_path / f"evil{suffix}", tmp_path / "ran"
     torch.save({"conv_in.weight": torch.ones(1), "x": Evil(mark)}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match="nothing of it was run") as refusal:
-        opened_at(path)
+        read_checkpoint(path)
     assert not mark.exists()
     assert "\n" not in str(refusal.value)
 
@@ -157,7 +156,7 @@ def test_a_plain_pickle_runs_nothing(tmp_path: Path) -> None:
     path, mark = tmp_path / "evil.ckpt", tmp_path / "ran"
     path.write_bytes(pickle.dumps({"state_dict": Evil(mark)}))
     with pytest.raises(CheckpointError):
-        opened_at(path)
+        read_checkpoint(path)
     assert not mark.exists()
 
 
@@ -165,12 +164,12 @@ def test_absurd_sizes_take_no_memory(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     (tmp_path / "b.safetensors").write_bytes(struct.pack("<Q", 2**50))
-    (tmp_path / "c.ckpt").write_bytes(mindspore._head("x", "Float32", (2**40,), 2**42))
-    (tmp_path / "d.ckpt").write_bytes(mindspore._head("x", "Float32", (2**40,), 4) + bytes(4))
+    (tmp_path / "c.ckpt").write_bytes(mindspore.header("x", "Float32", (2**40,), 2**42))
+    (tmp_path / "d.ckpt").write_bytes(mindspore.header("x", "Float32", (2**40,), 4) + bytes(4))
     torch.save({"conv_in.weight": torch.ones(1).expand(2**40)}, tmp_path / "e.pth")
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(CheckpointError):
-            opened_at(path)
+            read_checkpoint(path)
 
 
 def test_a_packed_archive_is_not_unpacked(tmp_path: Path) -> None:
@@ -179,7 +178,7 @@ def test_a_packed_archive_is_not_unpacked(tmp_path: Path) -> None:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     with pytest.raises(CheckpointError, match="packed"):
-        opened_at(tmp_path / "bomb.pth")
+        read_checkpoint(tmp_path / "bomb.pth")
 
 
 def test_names_never_lead_out_of_a_folder(base: Path, tmp_path: Path) -> None:
@@ -189,7 +188,7 @@ def test_names_never_lead_out_of_a_folder(base: Path, tmp_path: Path) -> None:
         json.dumps({"weight_map": {"conv_in.weight": "../../secret.safetensors"}})
     )
     with pytest.raises(CheckpointError, match="no file beside it"):
-        opened_at(folder)
+        read_checkpoint(folder)
     path = tmp_path / "names.safetensors"
     save_file({"../../evil": torch.ones(1), "down_blocks/../../x": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="none of a Stable Diffusion"):
@@ -218,7 +217,8 @@ def test_the_published_unet_has_798_names() -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
     image = {
-        name.removeprefix("unet."): list(shape) for name, shape in shapes.shapes("unet", dict(unet.config)).items()
+        name.removeprefix("unet."): list(shape)
+        for name, shape in model_configs.shapes("unet", dict(unet.config)).items()
     }
     assert len(image) == 686
     temporal = {}
@@ -232,6 +232,10 @@ def test_the_published_unet_has_798_names() -> None:
             temporal[f"{block}attn_temp.to_out.0.bias"] = [width]
     assert len(temporal) == 112
     assert {**image, **temporal} == wanted
+    found = {f"unet.{name}": LazyTensor.of(torch.empty(shape, device="meta")) for name, shape in wanted.items()}
+    folder = model_configs.family_folder(found)
+    fit = model_configs.compare(found, {"unet": model_configs.read_json(folder / "unet/config.json")})
+    assert (folder.name, fit.used, fit.missing, fit.different) == ("sd1", 798, [], [])
 
 
 # From one program to another
@@ -245,8 +249,8 @@ def test_there_and_back_changes_no_bit(to: str, tuned: Path, base: Path, tmp_pat
     there = api.convert(tuned, tmp_path / TARGETS[to], to=to)
     assert (there.missing, there.different, there.kind) == ([], [], "adapter")
     api.convert(tmp_path / TARGETS[to], tmp_path / "back", to="diffusers", like=str(base))
-    before = opened_at(tuned).over(opened_at(base))
-    assert same(opened_at(tmp_path / "back").tensors, before.tensors)
+    before = read_checkpoint(tuned).over(read_checkpoint(base))
+    assert same(read_checkpoint(tmp_path / "back").tensors, before.tensors)
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "back", safety_checker=None)
     weight = pipe.unet.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
     assert torch.equal(
@@ -296,7 +300,7 @@ def test_training_state_is_dropped_and_said(tuned: Path, base: Path, tmp_path: P
     api.convert(tuned, tmp_path / "plain.ckpt", to="mindone")
     plain = mindspore.read(tmp_path / "plain.ckpt")
     state = {f"{kind}{name}": tensor for kind in ("adam_m.", "ema.") for name, tensor in list(plain.items())[:3]}
-    mindspore.write(tmp_path / "resume.ckpt", {**plain, **state, "global_step": Lazy.of(torch.tensor(9))})
+    mindspore.write(tmp_path / "resume.ckpt", {**plain, **state, "global_step": LazyTensor.of(torch.tensor(9))})
     report = api.convert(tmp_path / "resume.ckpt", tmp_path / "again", to="diffusers", like=str(base))
     assert set(report.unused) == {*state, "global_step"}
     assert {*report.unused.values()} == {"state of the optimiser or a moving average"}
@@ -304,21 +308,20 @@ def test_training_state_is_dropped_and_said(tuned: Path, base: Path, tmp_path: P
 
 
 def test_version_2_behaves_like_version_1(tmp_path: Path) -> None:
-    """Linear projections and 64 channels a head, as its checkpoints have; the shapes tell."""
+    """Linear projections and 64 channels a head, as its checkpoints have."""
     unet = image_unet(
         block_out_channels=(64, 128), attention_head_dim=(1, 2), use_linear_projection=True, norm_num_groups=32
     )
     unet.save_pretrained(tmp_path / "unet")
-    found = opened_at(tmp_path / "unet")
-    found.tensors |= {f"unet.{n}": Lazy.of(p) for n, p in _temporal(unet).items()}
-    theirs = names.renamed(names.closed(found.tensors, in_proj=True), names.MINDONE)
+    found = read_checkpoint(tmp_path / "unet")
+    found.tensors |= {f"unet.{n}": LazyTensor.of(p) for n, p in _temporal(unet).items()}
+    theirs = names.renamed(names.merged(found.tensors, in_proj=True), names.MINDONE)
     mindspore.write(tmp_path / "v2.ckpt", {theirs[name]: tensor for name, tensor in found.tensors.items()})
-    back = opened_at(tmp_path / "v2.ckpt")
+    back = read_checkpoint(tmp_path / "v2.ckpt")
     assert same(back.tensors, found.tensors)
-    config = shapes.configs(back.tensors)["unet"]
-    assert config["use_linear_projection"] is True
-    assert config["attention_head_dim"] == [1, 2]
-    api.convert(tmp_path / "v2.ckpt", tmp_path / "out", to="diffusers")
+    with pytest.raises(CheckpointError, match="--like"):
+        api.convert(tmp_path / "v2.ckpt", tmp_path / "out", to="diffusers")
+    api.convert(tmp_path / "v2.ckpt", tmp_path / "out", to="diffusers", like=str(tmp_path / "unet"))
     again = UNet2DConditionModel.from_pretrained(tmp_path / "out/unet").eval()
     x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
     with torch.no_grad():
@@ -328,7 +331,7 @@ def test_version_2_behaves_like_version_1(tmp_path: Path) -> None:
 def _temporal(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     copy = UNet2DConditionModel.from_config(unet.config)
     inflate(copy)
-    return {name: p.detach() for name, p in copy.named_parameters() if any(part in name for part in shapes.TEMPORAL)}
+    return {name: p.detach() for name, p in copy.named_parameters() if any(part in name for part in names.TEMPORAL)}
 
 
 def test_a_model_that_lacks_a_tensor_is_no_model(base: Path, tmp_path: Path) -> None:
@@ -373,5 +376,5 @@ def test_a_stock_pipeline_loads_the_lora(style: str, tuned: Path, base: Path, tm
 def test_a_lora_of_less_rank_says_how_far_it_is() -> None:
     name = "unet.x.attn1.to_q.weight"
     change = torch.diag(torch.tensor([4.0, 3.0]))
-    made = lora.factored({name: Lazy.of(change)}, {name: Lazy.of(torch.zeros(2, 2))}, rank=1)
+    made = lora.factorize({name: LazyTensor.of(change)}, {name: LazyTensor.of(torch.zeros(2, 2))}, rank=1)
     assert made.error == pytest.approx(3 / 5)

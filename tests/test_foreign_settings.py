@@ -17,7 +17,7 @@ from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.config import checked, layers
 from tuneavideo.errors import CheckpointError, SettingsError
-from tuneavideo.interop import flags, yamls
+from tuneavideo.interop import foreign_configs, mindone_flags
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 
@@ -118,14 +118,14 @@ def written(folder: Path, text: str, **changes: object) -> Path:
     return path
 
 
-def settings(config: yamls.Config, **more: object) -> TuneSettings:
+def settings(config: foreign_configs.Config, **more: object) -> TuneSettings:
     return checked(TuneSettings, layers(more, config.settings))
 
 
 def test_the_published_yaml_is_read_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "man-skiing.yaml"
     path.write_text(OFFICIAL)
-    config = yamls.read_config(path, TuneSettings)
+    config = foreign_configs.read_config(path, TuneSettings)
     found = settings(config)
     assert (found.video, found.prompt, found.base) == ("data/man-skiing.mp4", "a man is skiing", "sd1.4")
     assert (found.num_frames, found.width, found.height, found.start, found.stride) == (24, 512, 512, 0, 2)
@@ -134,17 +134,17 @@ def test_the_published_yaml_is_read_as_it_is(tmp_path: Path, caplog: pytest.LogC
     assert found.edit == ("mickey mouse is skiing on the snow", "spider man is skiing on the beach, cartoon style")
     assert (found.fresh_noise, found.guidance_scale, config.out) == (0.0, 12.5, "./outputs/man-skiing")
     assert len(caplog.records) == 1
-    told = caplog.messages[0]
-    assert "\n" not in told
-    for key in ("video_length", "resume_from_checkpoint", "enable_xformers", "sd1.4 is taken"):
-        assert key in told
+    message = caplog.messages[0]
+    assert "\n" not in message
+    for key in ("video_length", "resume_from_checkpoint", "enable_xformers", "sd1.4"):
+        assert key in message
 
 
 def test_every_key_of_the_published_yaml_means_something_or_is_said() -> None:
     """No key is dropped in silence: each has a setting of ours, or a reason."""
-    for table in (yamls.OFFICIAL, yamls.MINDONE):
+    for table in (foreign_configs.OFFICIAL, foreign_configs.MINDONE):
         for key, ours in table.items():
-            reason = ours.startswith(yamls.NOT) and len(ours) > len(yamls.NOT) + 5
+            reason = ours.startswith(foreign_configs.NOT) and len(ours) > len(foreign_configs.NOT) + 5
             assert reason or ours in {*TuneSettings.model_fields, "out", "scale_lr", "betas", "clip_grad"}, key
 
 
@@ -155,8 +155,8 @@ def test_the_benchmarks_variant_is_read(tmp_path: Path) -> None:
     prompts = {"style": "a, oil painting", "object": "b", "background": "c", "multiple": ["d"]}
     values["validation_data"] |= {"prompts": prompts, "use_inv_latent": False}
     values |= {"scale_lr": True, "gradient_accumulation_steps": 4, "use_8bit_adam": True}
-    config = yamls.official(values, "x.yaml")
-    found = settings(yamls.Config(config.settings))
+    config = foreign_configs.from_official(values, "x.yaml")
+    found = settings(foreign_configs.Config(config.settings))
     assert found.edit == ("a, oil painting", "b", "c", "d")
     assert (found.num_frames, found.stride, found.fresh_noise) == (24, 2, 1.0)
     assert (found.learning_rate, found.optimizer) == (pytest.approx(12e-5), "adamw8bit")
@@ -176,26 +176,26 @@ def test_the_benchmarks_variant_is_read(tmp_path: Path) -> None:
 )
 def test_a_mistake_in_their_yaml_is_one_line(text: str, change: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=words) as refusal:
-        yamls.read_config(written(tmp_path, text, **change), TuneSettings)
+        foreign_configs.read_config(written(tmp_path, text, **change), TuneSettings)
     assert "\n" not in str(refusal.value)
 
 
 def test_mindones_yaml_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = yamls.read_config(written(tmp_path, MINDONE), TuneSettings)
+    config = foreign_configs.read_config(written(tmp_path, MINDONE), TuneSettings)
     found = settings(config)
     assert (found.base, found.resolution, found.stride, found.fit) == ("sd2.1", 16, 2, "stretch")
     assert (found.adam_beta2, found.adam_epsilon, found.lr_scheduler) == (0.98, 1e-6, "cosine")
-    assert (found.optimizer, found.max_grad_norm) == (yamls.OPTIMIZERS["adamw"], yamls.NO_CLIPPING)
-    told = caplog.messages[0]
-    assert "here 0, 2, 4, ...; MindONE took 1, 3, 5, ... whatever the start" in told
+    assert (found.optimizer, found.max_grad_norm) == (foreign_configs.OPTIMIZERS["adamw"], foreign_configs.NO_CLIPPING)
+    message = caplog.messages[0]
+    assert "here 0, 2, 4, ...; MindONE used 1, 3, 5" in message
     for key in ("mode", "model_config", "init_loss_scale", "decay_steps", "end_learning_rate"):
-        assert key in told
+        assert key in message
 
 
 def test_mindones_training_flags_say_what_to_type(tmp_path: Path) -> None:
     path = written(tmp_path, MINDONE)
     words = ["--train_config", str(path), "--output", "runs/x", "--num_frames", "5", "--version", "1.5", "--dry_run"]
-    config = flags.train(words)
+    config = mindone_flags.train(words)
     assert config.out == "runs/x"
     assert config.notices[0].startswith("tuneavideo tune square.mp4 ")
     assert {"--num-frames 5", "--base sd1.5", "--out runs/x"} <= {
@@ -209,16 +209,18 @@ def test_mindones_inference_flags_say_what_to_type(capsys: pytest.CaptureFixture
         --W 512 --n_samples 2 --ddim --fixed_code --dry_run"""
     words = shlex.split(text)
     main.main(["mindone", "infer", *words])
-    told = capsys.readouterr().err
-    assert told.startswith("tuneavideo adopt v.mp4 ")
+    message = capsys.readouterr().err
+    assert message.startswith("tuneavideo adopt v.mp4 ")
     for part in ("--checkpoint sd-500.ckpt", "--base sd2.1-base", "--edit iron_man", "--sampler ddim", "--height 768",
                  "--guidance-scale 9.0", "--formats gif frames", "--num-inv-steps 40", "n_samples"):  # fmt: skip
-        assert part in told, part
+        assert part in message, part
 
 
 def test_the_command_it_says_is_one(tmp_path: Path, base: Path, clip: Path) -> None:
     """What is printed runs, to the same settings."""
-    config = flags.train(["--train_config", str(written(tmp_path, MINDONE)), "--video_path", str(clip), "--dry_run"])
+    config = mindone_flags.train(
+        ["--train_config", str(written(tmp_path, MINDONE)), "--video_path", str(clip), "--dry_run"]
+    )
     words = config.notices[0].split(" --")
     assert {word.split()[0].replace("-", "_") for word in words[1:]} - {"out"} <= {*TuneSettings.model_fields} | {
         f"no_{name}" for name in TuneSettings.model_fields
@@ -326,5 +328,5 @@ def test_the_convert_command_reports(base: Path, tmp_path: Path, capsys: pytest.
 
 
 @pytest.fixture(autouse=True)
-def heard(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "tuneavideo.interop.yamls")
+def logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "tuneavideo.interop.foreign_configs")

@@ -25,8 +25,8 @@ from benchmarks.parity.golden import Golden, Place, levels
 from tuneavideo import api
 from tuneavideo.errors import CheckpointError
 from tuneavideo.interop import mindspore
-from tuneavideo.interop.opening import opened_at
 from tuneavideo.interop.optimizer import UncorrectedAdamW
+from tuneavideo.interop.reading import read_checkpoint
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import Sampler
 from tuneavideo.method.sampling import generate
@@ -210,7 +210,7 @@ def optimizer(_: Place, golden: Golden) -> Iterator[Difference]:
 
 def _refusal(path: Path) -> str:
     try:
-        opened_at(path)
+        read_checkpoint(path)
     except CheckpointError as error:
         return "encrypted" if "encrypted" in str(error) else str(error)
     return "read"

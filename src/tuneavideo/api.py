@@ -33,7 +33,7 @@ from tuneavideo.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from tuneavideo.interop.convert import Report
-    from tuneavideo.interop.yamls import Config
+    from tuneavideo.interop.foreign_configs import Config
 
 # Settings that save memory and leave the result as it is.
 MEMORY_SAVING = {"gradient_checkpointing", "offload", "batch_guidance"}
@@ -287,9 +287,9 @@ def read_config(path: str | Path) -> Config:
 
     A relative `video` is one in the file's folder if it is there, otherwise one in the current folder.
     """
-    from tuneavideo.interop import yamls
+    from tuneavideo.interop import foreign_configs
 
-    config = yamls.read_config(path, TuneSettings)
+    config = foreign_configs.read_config(path, TuneSettings)
     beside = Path(path).parent / str(config.settings.get("video", ""))
     if "video" in config.settings and beside.exists():
         config.settings["video"] = str(beside)

@@ -155,7 +155,7 @@ def convert(argv: Sequence[str]) -> None:
 def mindone(argv: Sequence[str]) -> None:
     """MindONE's two commands (train, infer) with its flags; says what to type here, and does it."""
     from tuneavideo import api
-    from tuneavideo.interop import flags as theirs
+    from tuneavideo.interop import mindone_flags
 
     if argv[:1] in (["-h"], ["--help"], ["--help-all"]):
         more = "'tuneavideo mindone train --help' and 'tuneavideo mindone infer --help' list the flags."
@@ -165,9 +165,9 @@ def mindone(argv: Sequence[str]) -> None:
         raise SettingsError("mindone: say 'mindone train' or 'mindone infer', and MindONE's flags")
     checkpoint = ""
     if argv[0] == "train":
-        config = theirs.train(argv[1:])
+        config = mindone_flags.train(argv[1:])
     else:
-        config, checkpoint = theirs.infer(argv[1:])
+        config, checkpoint = mindone_flags.infer(argv[1:])
     print("\n".join(config.notices), file=sys.stderr)
     if config.dry_run:
         return

@@ -1,4 +1,4 @@
-"""From the files of one program to those of another, with a report. Tensors pass one by one."""
+"""Conversion of checkpoints between programs, one tensor at a time, with a report."""
 
 from __future__ import annotations
 
@@ -6,34 +6,39 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tuneavideo.bases import BASES
 from tuneavideo.errors import CheckpointError
-from tuneavideo.interop import lora, safe, shapes, writing
-from tuneavideo.interop.names import PARTS
-from tuneavideo.interop.opening import Checkpoint, opened_at
+from tuneavideo.interop import lora, model_configs, writing
+from tuneavideo.interop.names import PARTS, is_temporal
+from tuneavideo.interop.reading import Checkpoint, read_checkpoint
 from tuneavideo.storage import atomic
+from tuneavideo.storage.weight_files import write_safetensors
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TARGETS = ("diffusers", "official", "mindone", "ldm", "lora", "adapter")
-SUFFIX = {"mindone": ".ckpt", "ldm": ".safetensors", "lora": ".safetensors"}
+# Targets of one file.
+SUFFIXES = {"mindone": ".ckpt", "ldm": ".safetensors", "lora": ".safetensors"}
+_TEMPORAL = {
+    "diffusers": "its temporal layers are in {out}/adapter, for this program",
+    "ldm": "its temporal layers are in the file; image programs ignore them",
+}
 
 
 @dataclass
 class Report:
-    """What became of the tensors of a checkpoint.
+    """Tensors of a converted checkpoint.
 
     Attributes:
-        kind: Whose it was.
-        used: How many of its tensors are in the new files.
-        missing: Ours that a whole model would have and it did not.
-        unused: Names in it that were of no use, and why.
-        different: Tensors of another shape than the models want.
-        notices: What else to know.
-        error: Of a LoRA: its distance from the change it stands for, as a share of that.
+        kind: Program of the source (see `Checkpoint.kind`).
+        used: Number of its tensors in the new files.
+        missing: Names that a whole model has and the source does not.
+        unused: Names of the source that are not in the new files, and why.
+        different: Tensors of another shape than the models need.
+        notices: Further facts for the user.
+        error: Relative error of a LoRA.
     """
 
     kind: str
@@ -45,13 +50,13 @@ class Report:
     error: float | None = None
 
     def lines(self) -> list[str]:
-        """What a person wants to know."""
+        """Summarise the report for the terminal."""
         counts = Counter(self.unused.values())
-        told = [f"{self.kind}: {self.used} tensors used, {len(self.missing)} missing, {len(self.unused)} left over"]
-        told += [f"left over: {count}, {why}" for why, count in counts.items()]
+        lines = [f"{self.kind}: {self.used} tensors used, {len(self.missing)} missing, {len(self.unused)} left over"]
+        lines += [f"left over: {count}, {why}" for why, count in counts.items()]
         if self.error is not None:
-            told.append(f"the LoRA is {self.error:.2%} of the change's norm away from it")
-        return told + self.notices
+            lines.append(f"relative error of the LoRA: {self.error:.2%} of the change's norm")
+        return lines + self.notices
 
 
 def convert(
@@ -66,26 +71,28 @@ def convert(
     dtype: str | None = None,
     binary: bool = True,
 ) -> Report:
-    """See `api.convert`."""
+    """Convert a checkpoint; see `api.convert` for the arguments."""
     _check_target(out, to)
-    found = opened_at(source)
-    report = Report(found.kind, unused=dict(found.left))
+    found = read_checkpoint(source)
+    report = Report(found.kind, unused=dict(found.unused))
     found.tensors = {name: tensor.to(DTYPES[dtype] if dtype else None) for name, tensor in found.tensors.items()}
     if base is None and not found.is_whole and to != "adapter":
-        base = found.learned.get("base")
+        base = found.adapter.get("base")
         if base is None:
-            raise CheckpointError(f"{source} holds tuned layers only; say with --base which model they were tuned on")
-    below = opened_at(place(base)) if base else None
-    if to in ("lora", "adapter"):
-        _layers(found, below, out, to, base, rank, style, report)
+            raise CheckpointError(f"{source} holds tuned layers only; give the model they were tuned on with --base")
+    image = read_checkpoint(local_path(base)) if base else None
+    if to == "lora":
+        _write_lora(found, image, out, rank, style, report)
+    elif to == "adapter":
+        _write_adapter(found, image, out, base, report)
     else:
-        whole = found.over(below) if below and not found.is_whole else found
-        _models(_described(whole, like, report), out, to, binary, report)
+        whole = found.over(image) if image and not found.is_whole else found
+        _write_models(_with_configs(whole, like, report), out, to, binary, report)
     return report
 
 
-def place(base: str) -> Path:
-    """Where a base lies on this machine. Raises CheckpointError when it does not."""
+def local_path(base: str) -> Path:
+    """Return file or folder of a base on this computer. Raises CheckpointError if there is none."""
     source = BASES[base].source if base in BASES else base
     if os.path.exists(source):
         return Path(source)
@@ -93,10 +100,10 @@ def place(base: str) -> Path:
 
     try:
         return Path(snapshot_download(source, local_files_only=True))
-    except Exception as error:  # names that are no hub ids raise errors of their own
+    except Exception as error:  # of several types for names that are no hub ids
         raise CheckpointError(
-            f"{base!r} is not there: no such path, and not in the hub's cache; download it with 'hf download {source}' "
-            f"({str(error).splitlines()[0][:120]})"
+            f"{base!r} does not exist: no such path, and not in the hub's cache; download it with "
+            f"'hf download {source}' ({str(error).splitlines()[0][:120]})"
         ) from None
 
 
@@ -105,84 +112,68 @@ def _check_target(out: Path, to: str) -> None:
         raise CheckpointError(f"--to {to}: known are {', '.join(TARGETS)}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; give a new path")
-    if to in SUFFIX and out.suffix != SUFFIX[to]:
-        raise CheckpointError(f"{out}: --to {to} writes one file; give a path that ends with {SUFFIX[to]}")
+    if to in SUFFIXES and out.suffix != SUFFIXES[to]:
+        raise CheckpointError(f"{out}: --to {to} writes one file; give a path that ends with {SUFFIXES[to]}")
 
 
-def _described(found: Checkpoint, like: str | None, report: Report) -> Checkpoint:
-    """With configs, tokenizer and scheduler: its own, those of `like`, or what its shapes tell."""
+def _with_configs(found: Checkpoint, like: str | None, report: Report) -> Checkpoint:
+    """Add configs, tokenizer and scheduler of the model `like`, or else the configs of the family."""
     parts = {part.rstrip(".") for part in PARTS if any(name.startswith(part) for name in found.tensors)}
+    configs, folder = found.configs, found.folder
     if like:
-        model = opened_at(place(like))
-        found = replace(found, configs={**found.configs, **model.configs}, folder=model.folder)
-    if found.is_whole and parts - found.configs.keys():
-        found = replace(found, configs={**shapes.configs(found.tensors), **found.configs})
-        report.notices.append(
-            "configs were read from the shapes of the tensors; --like takes those of a model you name"
-        )
-    return replace(found, configs={part: config for part, config in found.configs.items() if part in parts})
+        model = read_checkpoint(local_path(like))
+        configs, folder = {**configs, **model.configs}, model.folder
+    if found.is_whole and (lacking := parts - configs.keys()):
+        family = model_configs.family_folder(found.tensors)
+        added = {part: model_configs.read_json(family / part / model_configs.CONFIG) for part in sorted(lacking)}
+        configs = {**added, **configs}
+        report.notices.append(f"configs are those of {family.name}; --like takes those of another model")
+    return replace(found, configs={part: configs[part] for part in configs if part in parts}, folder=folder)
 
 
-def _models(found: Checkpoint, out: Path, to: str, binary: bool, report: Report) -> None:
-    """Whole models."""
-    fit = shapes.fit(found.tensors, found.configs)
-    report.missing, report.different = fit.missing, fit.different
-    report.unused |= dict.fromkeys(fit.unused, "not wanted by the models of its config")
-    if fit.missing or fit.different:
-        wrong = fit.different[0] if fit.different else f"{fit.missing[0]} is missing"
-        more = len(fit.missing) + len(fit.different) - 1
-        raise CheckpointError(
-            f"no whole model: {wrong}" + (f", and {more} more" if more else "") + "; see --like and --base"
-        )
-    found = replace(found, tensors={name: t for name, t in found.tensors.items() if name not in set(fit.unused)})
-    report.used = fit.used
+def _write_models(found: Checkpoint, out: Path, to: str, binary: bool, report: Report) -> None:
+    fit = model_configs.compare(found.tensors, found.configs)
+    report.missing, report.different, report.used = fit.missing, fit.different, fit.used
+    report.unused |= dict.fromkeys(fit.unused, "not needed by the models of its config")
+    if wrong := [*fit.different, *(f"{name} is missing" for name in fit.missing)]:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(f"not a whole model: {wrong[0]}{more}; see --like and --base")
+    extra = set(fit.unused)
+    found = replace(found, tensors={name: t for name, t in found.tensors.items() if name not in extra})
     if found.folder is None and to in ("diffusers", "official"):
-        report.notices.append("there is no tokenizer in it: the folder has none; --like takes that of a model you name")
-    if to in SUFFIX:
-        unnamed = (writing.mindone if to == "mindone" else writing.ldm)(found, out)
+        report.notices.append("it has no tokenizer, nor has the new folder; --like takes that of another model")
+    if to in SUFFIXES:
+        unnamed = (writing.write_mindone if to == "mindone" else writing.write_ldm)(found, out)
         report.unused |= dict.fromkeys(unnamed, f"{to} has no name for it")
         report.used -= len(unnamed)
     else:
         with atomic.replacing(out) as draft:
-            writing.diffusers(found, draft, out) if to == "diffusers" else writing.published(
-                found, draft, binary=binary
-            )
-    if any(map(writing.is_temporal, found.tensors)) and to in _TEMPORAL:
+            if to == "diffusers":
+                writing.write_diffusers(found, draft, out)
+            else:
+                writing.write_official(found, draft, binary=binary)
+    if found.has_temporal and to in _TEMPORAL:
         report.notices.append(_TEMPORAL[to].format(out=out))
 
 
-_TEMPORAL = {
-    "diffusers": "its temporal layers are in {out}/adapter, for this program",
-    "ldm": "its temporal layers are in the file; programs for images pass over them",
-}
-
-
-def _layers(
-    found: Checkpoint,
-    below: Checkpoint | None,
-    out: Path,
-    to: str,
-    base: str | None,
-    rank: int,
-    style: Any,
-    report: Report,
+def _write_lora(
+    found: Checkpoint, image: Checkpoint | None, out: Path, rank: int, style: lora.Style, report: Report
 ) -> None:
-    """Tuned layers only."""
-    if to == "lora":
-        if below is None:
-            raise CheckpointError("a LoRA is a difference: say with --base which model the layers were tuned on")
-        made = lora.factored(found.tensors, below.tensors, rank, style)
-        safe.write(out, made.tensors, {"format": "pt"})
-        report.used, report.error = sum(name.endswith(writing.TUNED) for name in found.tensors), made.error
-        report.notices.append("a LoRA holds the tuned query projections only; the temporal layers have no place in it")
-        return
-    tensors = writing.tuned(found)
-    if not any(map(writing.is_temporal, tensors)):
+    if image is None:
+        raise CheckpointError("a LoRA is a difference: give the model that the layers were tuned on with --base")
+    made = lora.factorize(found.tensors, image.tensors, rank, style)
+    write_safetensors(out, made.tensors)
+    report.used, report.error = sum(name.endswith(lora.TUNED) for name in found.tensors), made.error
+    report.notices.append("a LoRA holds the tuned query projections only; the temporal layers are left out")
+
+
+def _write_adapter(found: Checkpoint, image: Checkpoint | None, out: Path, base: str | None, report: Report) -> None:
+    tensors = writing.tuned_layers(found)
+    if not any(map(is_temporal, tensors)):
         raise CheckpointError("it has no temporal layers: an adapter is made of a tuned model")
-    norms = writing.fingerprint(below.tensors) if below else found.learned.get("fingerprint", {})
-    name = base or found.learned.get("base", "")
+    fingerprint = writing.fingerprint(image.tensors) if image else found.adapter.get("fingerprint", {})
     with atomic.replacing(out) as draft:
-        writing.write_adapter(tensors, draft, name, norms, found.learned)
+        writing.write_adapter(tensors, draft, base or found.adapter.get("base", ""), fingerprint, found.adapter)
     report.used = len(tensors)
-    if not norms:
-        report.notices.append("without --base the adapter does not know its model, and fits any of the same shapes")
+    if not fingerprint:
+        report.notices.append("without --base the adapter does not name its model, and fits any of the same shapes")

@@ -1,4 +1,4 @@
-"""Tuned query projections as a LoRA, for programs that know nothing of videos."""
+"""A LoRA of the tuned query projections, for programs without video layers."""
 
 from __future__ import annotations
 
@@ -11,50 +11,58 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tuneavideo.errors import CheckpointError
-from tuneavideo.interop.lazy import Lazy, Tensors
 from tuneavideo.interop.names import UNET
+from tuneavideo.models.adapter import FINGERPRINTED as TUNED
+from tuneavideo.storage.tensors import LazyTensor, Tensors
 
-TUNED = ("attn1.to_q.weight", "attn2.to_q.weight")
 Style = Literal["diffusers", "kohya"]
 
 
 @dataclass(frozen=True)
-class Factored:
-    """LoRA tensors, and how far they are from the change they stand for, as a share of its norm."""
+class Factorization:
+    """Tensors of a LoRA, and its relative error: the norm of what it lacks over the norm of the change."""
 
     tensors: Tensors
     error: float
 
 
-def factored(tuned: Mapping[str, Lazy], base: Mapping[str, Lazy], rank: int, style: Style = "diffusers") -> Factored:
-    """The change of the query projections from `base` to `tuned`, in the best product of `rank` (Eckart-Young).
+def factorize(
+    tuned: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor], rank: int, style: Style = "diffusers"
+) -> Factorization:
+    """Approximate the change of the query projections by products of `rank` (Eckart-Young theorem).
+
+    Args:
+        tuned: Tuned layers.
+        base: UNet they were tuned on.
+        rank: Rank of each product.
+        style: Names of diffusers or of kohya's scripts.
 
     Raises:
-        CheckpointError: Nothing was tuned, or on a base of another shape.
+        CheckpointError: No layer was tuned, or the base has other shapes.
     """
     out: dict[str, Tensor] = {}
-    missed = whole = 0.0
+    lost = total = 0.0
     for name in sorted(name for name in tuned if name.startswith(UNET) and name.endswith(TUNED)):
         if name not in base or base[name].shape != tuned[name].shape:
             raise CheckpointError(
-                f"{name.removeprefix(UNET)} is not in the base, or of another shape; give its own --base"
+                f"{name.removeprefix(UNET)} is not in the base, or has another shape; give its own --base"
             )
         change = tuned[name].read().float() - base[name].read().float()
         if not change.any():
             continue
         down, up = _product(change, rank)
-        missed += float((up @ down - change).double().square().sum())
-        whole += float(change.double().square().sum())
+        lost += float((up @ down - change).double().square().sum())
+        total += float(change.double().square().sum())
         out |= _named(name.removeprefix(UNET).removesuffix(".weight"), down, up, style)
     if not out:
         raise CheckpointError("no query projection differs from the base: there is nothing to make a LoRA of")
-    return Factored({name: Lazy.of(tensor) for name, tensor in out.items()}, (missed / whole) ** 0.5)
+    return Factorization({name: LazyTensor.of(tensor) for name, tensor in out.items()}, (lost / total) ** 0.5)
 
 
 def _product(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`down` (rank x in) and `up` (out x rank) whose product is nearest to `change`.
+    """Return `down` (rank x in) and `up` (out x rank) whose product is nearest to `change`.
 
-    A layer narrower than `rank` is filled up with zeros: programs read alphas wrongly when ranks differ.
+    A layer narrower than `rank` is padded with zeros: programs misread alphas when ranks differ.
     """
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     root = s[:rank].sqrt()
@@ -65,6 +73,6 @@ def _product(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _named(layer: str, down: Tensor, up: Tensor, style: Style) -> dict[str, Tensor]:
     if style == "diffusers":
         return {f"{UNET}{layer}.lora_A.weight": down, f"{UNET}{layer}.lora_B.weight": up}
-    place = f"lora_unet_{layer.replace('.', '_')}"
-    alpha = torch.tensor(float(len(down)))  # so that it counts once
-    return {f"{place}.lora_down.weight": down, f"{place}.lora_up.weight": up, f"{place}.alpha": alpha}
+    prefix = f"lora_unet_{layer.replace('.', '_')}"
+    alpha = torch.tensor(float(len(down)))  # alpha / rank = 1
+    return {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up, f"{prefix}.alpha": alpha}

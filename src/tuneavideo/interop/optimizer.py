@@ -1,4 +1,4 @@
-"""MindONE's AdamW: `optimizer: tuneavideo.interop.optimizer.UncorrectedAdamW` tunes as it does."""
+"""MindONE's AdamW, for the setting `optimizer: tuneavideo.interop.optimizer.UncorrectedAdamW`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 class UncorrectedAdamW(torch.optim.Optimizer):
-    """AdamW without bias correction: its first steps are larger. Biases and norms do not decay.
+    """AdamW without bias correction and without weight decay of biases and norms, as in MindONE.
 
-    Moments are kept in float32 whatever the parameters' precision.
+    Moments are float32 whatever the parameters' precision.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class UncorrectedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; returns what `closure` returns."""
+        """Update the parameters. Returns the loss that `closure` returns, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -34,10 +34,10 @@ class UncorrectedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, group)
+                    self._update(parameter, group)
         return loss
 
-    def _move(self, parameter: Any, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Any, group: dict[str, Any]) -> None:
         state, gradient, value = self.state[parameter], parameter.grad.float(), parameter.float()
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(value), torch.zeros_like(value)
@@ -45,5 +45,5 @@ class UncorrectedAdamW(torch.optim.Optimizer):
         state["exp_avg"].lerp_(gradient, 1 - first)
         state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         decay = group["weight_decay"] if value.ndim > 1 else 0.0
-        move = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"]) + decay * value
-        parameter.copy_(value - group["lr"] * move)
+        update = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"]) + decay * value
+        parameter.copy_(value - group["lr"] * update)

@@ -1,40 +1,132 @@
-"""Tensors in our names to the files of another program."""
+"""Writers of the files of other programs, from tensors under our names."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tuneavideo.errors import CheckpointError
-from tuneavideo.interop import mindspore, official, pickled, safe, shapes
-from tuneavideo.interop.lazy import Tensors
-from tuneavideo.interop.names import LDM, LDM_V2, MINDONE, UNET, VAE, closed, renamed
-from tuneavideo.interop.opening import CONFIG, MODEL_INDEX, Checkpoint
+from tuneavideo.interop import mindspore
+from tuneavideo.interop.model_configs import CONFIG, MODEL_INDEX, OFFICIAL_UNET, read_json, to_official
+from tuneavideo.interop.names import LDM, LDM_V2, MINDONE, UNET, is_temporal, merged, old_vae, renamed
+from tuneavideo.interop.reading import Checkpoint
 from tuneavideo.models import adapter
+from tuneavideo.models.loading import CONFIGS
 from tuneavideo.settings import Inflation
 from tuneavideo.storage import atomic
+from tuneavideo.storage.tensors import Tensors
+from tuneavideo.storage.weight_files import write_safetensors, write_torch
 
-TUNED = ("attn1.to_q.weight", "attn2.to_q.weight")
-# Parts of a pipeline that are files to copy, with what model_index.json says of them.
-COPIED = {"tokenizer": ["transformers", "CLIPTokenizer"], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
 CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
 }
-_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-_OFFICIAL = {"text_encoder": "pytorch_model"}
+# Parts of a pipeline without weights, which are copied.
+COPIED = {"tokenizer": ["transformers", "CLIPTokenizer"], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
-def is_temporal(name: str) -> bool:
-    return name.startswith(UNET) and any(part in name for part in shapes.TEMPORAL)
+def write_mindone(found: Checkpoint, out: Path) -> list[str]:
+    """Write one `.ckpt` file with MindONE's names. Returns our names that MindONE does not have."""
+    tensors = merged(_ordered(found.tensors), in_proj=True)
+    names = renamed(tensors, MINDONE)
+    mindspore.write(out, {names[name]: tensor for name, tensor in tensors.items() if name in names})
+    return [name for name in tensors if name not in names]
 
 
-def in_order(tensors: Tensors) -> Tensors:
-    """Temporal layers behind the block they belong to, as programs write them that have them in one model."""
+def write_ldm(found: Checkpoint, out: Path) -> list[str]:
+    """Write one `.safetensors` file with the original names. Returns our names that the original does not have."""
+    scheme = LDM_V2 if found.configs.get("text_encoder", {}).get("hidden_act") == "gelu" else LDM
+    tensors = merged(found.tensors, in_proj=scheme is LDM_V2)
+    names = renamed(tensors, scheme)
+    write_safetensors(out, {names[name]: tensor for name, tensor in tensors.items() if name in names})
+    return [name for name in tensors if name not in names]
+
+
+def write_diffusers(found: Checkpoint, out: Path, place: Path) -> None:
+    """Write a folder of the image model for diffusers; the temporal layers become `adapter/` inside it.
+
+    Args:
+        found: Whole models.
+        out: Folder to write.
+        place: Path that `out` will have, for the adapter's config.
+    """
+    image = {name: tensor for name, tensor in found.tensors.items() if not is_temporal(name)}
+    for part, config in found.configs.items():
+        atomic.write(out / part / CONFIG, json.dumps(config, indent=2))
+        write_safetensors(out / part / f"{_STEMS[part]}.safetensors", _part(image, part))
+    _write_index(found, out, {part: CLASSES[part] for part in found.configs}, "StableDiffusionPipeline")
+    if temporal := {name: tensor for name, tensor in found.tensors.items() if is_temporal(name)}:
+        write_adapter(temporal, out / "adapter", str(place.absolute()), fingerprint(image), found.adapter)
+
+
+def write_official(found: Checkpoint, out: Path, *, binary: bool) -> None:
+    """Write a folder for the published code, with the temporal layers (798 tensors of Stable Diffusion 1) in `unet/`.
+
+    Args:
+        found: Whole models.
+        out: Folder to write.
+        binary: Write `.bin` files, which the published code reads, or safetensors.
+
+    Raises:
+        CheckpointError: There are no temporal layers.
+    """
+    if not found.has_temporal:
+        raise CheckpointError("it has no temporal layers, which the published code needs; tune the model first")
+    for part, config in found.configs.items():
+        config = to_official(config) if part == "unet" else config
+        atomic.write(out / part / CONFIG, json.dumps(config, indent=2))
+        tensors = {
+            old_vae(f"{part}.{name}").removeprefix(f"{part}."): t for name, t in _part(found.tensors, part).items()
+        }
+        if binary:
+            write_torch(out / part / f"{'pytorch_model' if part == 'text_encoder' else _STEMS[part]}.bin", tensors)
+        else:
+            write_safetensors(out / part / f"{_STEMS[part]}.safetensors", tensors)
+    classes = {part: CLASSES[part] for part in found.configs} | {"unet": ["tuneavideo.models.unet", OFFICIAL_UNET]}
+    _write_index(found, out, classes, "TuneAVideoPipeline")
+
+
+def write_adapter(
+    tensors: Tensors, out: Path, base: str, fingerprint: Mapping[str, float], config: Mapping[str, Any]
+) -> None:
+    """Write a folder that `Adapter.load` reads.
+
+    Args:
+        tensors: Temporal and tuned layers.
+        out: Folder to write.
+        base: Name or path of the base.
+        fingerprint: Fingerprint of the base; empty if it is unknown.
+        config: Config of the adapter that the tensors come from. Without one, the inflation is the published code's.
+    """
+    write_safetensors(out / adapter.WEIGHTS, {name.removeprefix(UNET): tensor for name, tensor in tensors.items()})
+    inflation = config.get("inflation") or Inflation()._asdict()
+    adapter.write_config(out, base, inflation, config.get("about") or {}, fingerprint)
+
+
+def fingerprint(tensors: Tensors) -> dict[str, float]:
+    """Compute `adapter.fingerprint` of the UNet among the tensors, one layer at a time."""
+    own = ((name.removeprefix(UNET), tensor) for name, tensor in tensors.items() if name.startswith(UNET))
+    return adapter.norms((name, tensor.read()) for name, tensor in own if name.endswith(adapter.FINGERPRINTED))
+
+
+def tuned_layers(found: Checkpoint, trainable: tuple[str, ...] = adapter.FINGERPRINTED) -> Tensors:
+    """Return the temporal and the `trainable` layers of a whole model, or all tensors of tuned layers alone."""
+    if not found.is_whole:
+        return found.tensors
+    return {
+        name: tensor
+        for name, tensor in found.tensors.items()
+        if is_temporal(name) or (name.startswith(UNET) and name.endswith(trainable))
+    }
+
+
+def _ordered(tensors: Tensors) -> Tensors:
+    """Move temporal layers behind the block they belong to, the order of programs with one video model."""
     added: dict[str, Tensors] = {}
     for name in filter(is_temporal, tensors):
         added.setdefault(_block(name), {})[name] = tensors[name]
@@ -50,119 +142,29 @@ def in_order(tensors: Tensors) -> Tensors:
 
 
 def _block(name: str) -> str:
-    place, found, rest = name.partition(".transformer_blocks.")
-    return f"{place}{found}{rest.split('.')[0]}"
+    prefix, separator, rest = name.partition(".transformer_blocks.")
+    return f"{prefix}{separator}{rest.split('.')[0]}"
 
 
-def mindone(found: Checkpoint, out: Path) -> list[str]:
-    """One `.ckpt` of MindONE's names; returns our names that have none there."""
-    tensors = closed(in_order(found.tensors), in_proj=True)
-    names = renamed(tensors, MINDONE)
-    mindspore.write(out, {names[name]: tensor for name, tensor in tensors.items() if name in names})
-    return [name for name in tensors if name not in names]
-
-
-def ldm(found: Checkpoint, out: Path) -> list[str]:
-    """One `.safetensors` file of the first code's names; returns our names that have none there."""
-    dialect = LDM_V2 if found.configs.get("text_encoder", {}).get("hidden_act") == "gelu" else LDM
-    tensors = closed(found.tensors, in_proj=dialect is LDM_V2)
-    names = renamed(tensors, dialect)
-    safe.write(out, {names[name]: tensor for name, tensor in tensors.items() if name in names})
-    return [name for name in tensors if name not in names]
-
-
-def diffusers(found: Checkpoint, out: Path, at: Path) -> None:
-    """A diffusers folder of the image model in `out`, to be found `at`; temporal layers become `adapter/` inside."""
-    image = {name: tensor for name, tensor in found.tensors.items() if not is_temporal(name)}
-    for part, config in found.configs.items():
-        own = _of(image, part)
-        atomic.write(out / part / CONFIG, json.dumps(config, indent=2))
-        safe.write(out / part / f"{_WEIGHTS[part]}.safetensors", own)
-    _rest(found, out, {part: CLASSES[part] for part in found.configs}, "StableDiffusionPipeline")
-    temporal = {name: tensor for name, tensor in found.tensors.items() if is_temporal(name)}
-    if temporal:
-        write_adapter(temporal, out / "adapter", str(at.absolute()), fingerprint(image), found.learned)
-
-
-def published(found: Checkpoint, out: Path, *, binary: bool) -> None:
-    """The published code's output folder, with all 798 tensors of Stable Diffusion 1 in `unet/`.
-
-    Raises:
-        CheckpointError: There are no temporal layers.
-    """
-    if not any(is_temporal(name) for name in found.tensors):
-        raise CheckpointError("there are no temporal layers in it, which the published code asks for; tune it first")
-    write, suffix = (pickled.write, ".bin") if binary else (safe.write, ".safetensors")
-    for part, config in found.configs.items():
-        own = (
-            {official.old_vae(f"{VAE}{name}").removeprefix(VAE): t for name, t in _of(found.tensors, part).items()}
-            if part == "vae"
-            else _of(found.tensors, part)
-        )
-        told = official.video_config(config) if part == "unet" else config
-        atomic.write(out / part / CONFIG, json.dumps(told, indent=2))
-        stem = _WEIGHTS[part] if suffix == ".safetensors" else _OFFICIAL.get(part, _WEIGHTS[part])
-        write(out / part / f"{stem}{suffix}", own)
-    classes = {part: CLASSES[part] for part in found.configs}
-    classes["unet"] = ["tuneavideo.models.unet", official.UNET_CLASS]
-    _rest(found, out, classes, "TuneAVideoPipeline")
-
-
-def write_adapter(
-    tensors: Tensors, out: Path, base: str, norms: Mapping[str, float], learned: Mapping[str, Any] | None = None
-) -> None:
-    """An adapter as `Adapter.load` reads it; what was trained elsewhere was trained with the published inflation."""
-    learned = learned or {}
-    config = {
-        "format": adapter.FORMAT,
-        "base": base,
-        "inflation": learned.get("inflation") or Inflation()._asdict(),
-        "about": learned.get("about") or {},
-        "fingerprint": dict(norms),
-    }
-    safe.write(out / adapter.WEIGHTS, {name.removeprefix(UNET): tensor for name, tensor in tensors.items()})
-    atomic.write(out / adapter.CONFIG, json.dumps(config, indent=1))
-
-
-def fingerprint(tensors: Tensors) -> dict[str, float]:
-    """As `adapter.fingerprint`, of a UNet on the disk."""
-    return {
-        name.removeprefix(UNET).removesuffix(".weight"): float(tensor.read().double().norm())
-        for name, tensor in tensors.items()
-        if name.startswith(UNET) and name.endswith(TUNED)
-    }
-
-
-def tuned(found: Checkpoint, trainable: Iterable[str] = TUNED) -> Tensors:
-    """The temporal layers of a checkpoint and its tuned ones; all of them if it has no others."""
-    if not found.is_whole:
-        return found.tensors
-    ends = tuple(trainable)
-    return {
-        name: t
-        for name, t in found.tensors.items()
-        if is_temporal(name) or (name.startswith(UNET) and name.endswith(ends))
-    }
-
-
-def _of(tensors: Tensors, part: str) -> Tensors:
+def _part(tensors: Tensors, part: str) -> Tensors:
     return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
 
 
-def _rest(found: Checkpoint, out: Path, classes: Mapping[str, list[str]], pipeline: str) -> None:
-    """Tokenizer and scheduler, copied or made, and the index of all."""
+def _write_index(found: Checkpoint, out: Path, classes: Mapping[str, list[str]], pipeline: str) -> None:
+    """Copy tokenizer and scheduler, and write the index of the pipeline."""
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.11.1", **classes}
     for part, kind in COPIED.items():
-        index[part] = kind if _copied(found.folder, part, out) else [None, None]
-    if not _copied(found.folder, "scheduler", out):
-        atomic.write(out / "scheduler" / "scheduler_config.json", json.dumps(shapes.SCHEDULER, indent=2))
-    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        index[part] = kind if _copy(found.folder, part, out) else [None, None]
+    if not _copy(found.folder, "scheduler", out):
+        _copy(CONFIGS / "sd1", "scheduler", out)  # those of Stable Diffusion 1 and 2 are equal
+    scheduler = read_json(out / "scheduler" / "scheduler_config.json")
     index["scheduler"] = ["diffusers", scheduler.get("_class_name", "PNDMScheduler")]
     index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     atomic.write(out / MODEL_INDEX, json.dumps(index, indent=2))
 
 
-def _copied(folder: Path | None, part: str, out: Path) -> bool:
+def _copy(folder: Path | None, part: str, out: Path) -> bool:
+    """Copy the files of a part; return whether the folder has it."""
     if folder is None or not (folder / part).is_dir():
         return False
     (out / part).mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from tuneavideo import video as videos
 from tuneavideo.errors import CheckpointError
 from tuneavideo.interop.convert import convert
-from tuneavideo.interop.names import UNET
-from tuneavideo.interop.opening import Checkpoint, opened_at
-from tuneavideo.interop.writing import is_temporal, tuned
+from tuneavideo.interop.names import UNET, is_temporal
+from tuneavideo.interop.reading import Checkpoint, read_checkpoint
+from tuneavideo.interop.writing import tuned_layers
 from tuneavideo.jobs import edit, plan, prepare
 from tuneavideo.models import pipelines
 from tuneavideo.models.adapter import Adapter, fingerprint
@@ -22,8 +22,8 @@ from tuneavideo.video import Span
 
 def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = None, own_base: bool = False) -> Job:
     """See `api.adopting`."""
-    found = opened_at(checkpoint)
-    layers = tuned(found)
+    found = read_checkpoint(checkpoint)
+    layers = tuned_layers(found)
     if not any(map(is_temporal, layers)):
         raise CheckpointError(f"{checkpoint} has no temporal layers: it was not tuned on a clip")
     run = RunFolder.create(settings.video, out)
@@ -55,9 +55,9 @@ def _fill(run: RunFolder, settings: TuneSettings, span: Span, found: Checkpoint)
     clip = prepare.read_clip(settings, span, pipe, run.path)
     videos.write(clip, run.source)
     cache.write(run.latents, prepare.encode_clip(pipe, clip, run.latents))
-    inflation = found.learned.get("inflation")
+    inflation = found.adapter.get("inflation")
     adapter = Adapter(
-        {name.removeprefix(UNET): tensor.read() for name, tensor in tuned(found).items()},
+        {name.removeprefix(UNET): tensor.read() for name, tensor in tuned_layers(found).items()},
         Inflation(**{**inflation, "references": tuple(inflation["references"])}) if inflation else Inflation(),
         settings.base,
         fingerprint(pipe.unet),

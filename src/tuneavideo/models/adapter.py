@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
 FORMAT = 1
 # Copies of one base in fp16, bf16 or fp32 have norms that agree to 1e-4.
 SAME_BASE = 5e-4
-_FINGERPRINTED = ("attn1.to_q.weight", "attn2.to_q.weight")
+FINGERPRINTED = ("attn1.to_q.weight", "attn2.to_q.weight")
 
 
 def tuned_parameters(
@@ -53,11 +53,32 @@ def tuned_parameters(
 
 def fingerprint(unet: UNet2DConditionModel) -> dict[str, float]:
     """Norms of the query projections of an *untuned* UNet: equal for copies of one base in any precision."""
-    return {
-        name.removesuffix(".weight"): float(weight.detach().cpu().double().norm())
-        for name, weight in _parameters(unet).items()
-        if name.endswith(_FINGERPRINTED)
-    }
+    return norms((name, weight) for name, weight in _parameters(unet).items() if name.endswith(FINGERPRINTED))
+
+
+def norms(weights: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    """Compute the norm of each layer's weight."""
+    return {name.removesuffix(".weight"): float(weight.detach().cpu().double().norm()) for name, weight in weights}
+
+
+def write_config(
+    folder: Path, base: str, inflation: Mapping[str, Any], about: Mapping[str, Any], fingerprint: Mapping[str, float]
+) -> None:
+    """Write `adapter_config.json`. Raises DiskError."""
+    config = {"format": FORMAT, "base": base, "inflation": inflation, "about": about, "fingerprint": fingerprint}
+    atomic.write(folder / CONFIG, json.dumps(config, indent=1))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json`. Raises AdapterError when it is damaged or of another format."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found = config["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{folder / CONFIG} is damaged ({error}); make the adapter again or copy it again") from None
+    if found != FORMAT:
+        raise AdapterError(f"{folder}: adapter format {found}, this version reads {FORMAT}; upgrade")
+    return config
 
 
 @dataclass(frozen=True)
@@ -92,16 +113,9 @@ class Adapter:
         """
         folder = Path(folder)
         tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in self.tensors.items()}
-        config = {
-            "format": FORMAT,
-            "base": self.base,
-            "inflation": self.inflation._asdict(),
-            "about": self.about,
-            "fingerprint": self.fingerprint,
-        }
         metadata = {"format": "pt", "digest": cache.checksum(tensors), "about": json.dumps(self.about)}
         atomic.write(folder / WEIGHTS, _with_metadata(save(tensors), metadata))
-        atomic.write(folder / CONFIG, json.dumps(config, indent=1))
+        write_config(folder, self.base, self.inflation._asdict(), self.about, self.fingerprint)
         return folder
 
     @classmethod
@@ -113,12 +127,8 @@ class Adapter:
             raise AdapterError(
                 f"{folder} holds no adapter: {missing[0]} is missing; give the 'adapter' folder of a finished run"
             )
+        config = read_config(folder)
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            if "format" not in config:
-                raise ValueError(f"{CONFIG} does not name its format")
-            if config["format"] != FORMAT:
-                raise AdapterError(f"{folder}: adapter format {config['format']}, this version reads {FORMAT}; upgrade")
             inflation = config["inflation"]
             inflation["references"] = tuple(inflation["references"])
             with safe_open(folder / WEIGHTS, "pt") as file:

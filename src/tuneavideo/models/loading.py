@@ -13,24 +13,21 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.nn.functional import cosine_similarity
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import CLIPTokenizer
 
 from tuneavideo.bases import BASES, refuse_unknown
-from tuneavideo.errors import ModelError
+from tuneavideo.errors import CheckpointError, ModelError
 from tuneavideo.models.quiet import local_only, unreachable
+from tuneavideo.storage.weight_files import read_safetensors, read_torch
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 CONFIGS = Path(__file__).parent / "configs"
-
-
-# A single file does not say what it is; the width of the text it looks at does.
+# Family by the width of the text embeddings that the UNet attends to: a single file does not name it.
 FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-
-
 # All of them were trained with CLIP's own vocabulary; they differ in what they pad with.
 VOCABULARY = "openai/clip-vit-large-patch14"
 
@@ -38,9 +35,10 @@ VOCABULARY = "openai/clip-vit-large-patch14"
 PADDING = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}
 
 _UNET = re.compile(r"diffusion_pytorch_model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
-
-
-FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError, pickle.PickleError)
+FAULTS = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError, pickle.PickleError,
+    CheckpointError,
+)  # fmt: skip
 
 
 def opened(base: str, kind: Any = None, **options: Any) -> Any:
@@ -89,7 +87,8 @@ def from_file(file: Path, kind: Any = None, **options: Any) -> Any:
     Configs are those of the diffusers folder the file lies in, as on the hub, or our own of its family. Whether a
     Stable Diffusion 2.x predicts the velocity is found by asking it.
     """
-    shapes = _shapes(file)
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)[0]
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if (file.parent / "model_index.json").is_file():
         config, family, words = file.parent, None, {}
     else:
@@ -148,16 +147,6 @@ def missing(base: str, error: Exception) -> str:
 
 def _pickles(root: Path) -> Iterable[Path]:
     return (file for file in sorted(root.rglob("*")) if file.suffix in (".bin", ".ckpt", ".pt", ".pth"))
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a file, by name; their contents are not read."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    tensors: Any = torch.load(file, map_location="meta", weights_only=True)
-    tensors = tensors.get("state_dict", tensors)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _family(file: Path, shapes: dict[str, tuple[int, ...]]) -> str:
