@@ -9,6 +9,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make check      format, lint, types, layers and tests: what every commit passes"
 	@echo "make format     format the code"
+	@echo "make reference  write docs/cli.md, the options of all commands, from their help"
 	@echo "make bench      time, memory and operations, held against the last figures and the published work"
 	@echo "make miniature  draw the world and train the bundled model anew (hours)"
 
@@ -49,7 +50,10 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -W ignore -m benchmarks
 
+reference: $(READY)
+	$(BIN)/python -m tools.cli_reference --write
+
 miniature: $(READY)
 	$(BIN)/python -m tools.miniature
 
-.PHONY: help setup demo test optimised check lint types layers format bench miniature
+.PHONY: help setup demo test optimised check lint types layers format reference bench miniature

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tools import cli_reference
 
 from tests.conftest import Said
 from tuneavideo import __version__, api
@@ -264,6 +265,12 @@ def test_every_option_is_in_one_group() -> None:
     assert len(grouped) == len({*grouped})
     assert {*grouped} == settings | {"out", "resume", "checkpoint", "config", "json", "debug"}
     assert {*grouped} >= {name for names in COMMON.values() for name in names}
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="argparse lays out help differently")
+def test_the_reference_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    cli_reference.run(["--check"])
 
 
 def test_help_of_an_edit_shows_the_values_of_its_run(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
