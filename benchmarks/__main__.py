@@ -3,8 +3,8 @@
     python -m benchmarks [ROW ...] [--all] [--rounds 3] [--tiny] [--list] [--device cuda] [--name h100]
     python -m benchmarks --commands man-skiing.mp4 [NAME ...]      whole commands, as the README names them
 
-Each row runs in a process of its own. What was measured before and is not measured now keeps its figures; ratios
-against the last figures are printed. Of several rounds, in each of which every row is run, the median is kept.
+Each row runs in its own process. Rows that are not measured now keep their figures; ratios to the previous figures are
+printed. Of several rounds, in each of which every row is run, the median is kept.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def main() -> None:
     result: dict[str, Any] = {"machine": _machine(options.device), "rows": dict(before["rows"])}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     for name in rows * options.rounds:
-        row = _elsewhere(name, options.device, options.tiny)
+        row = _in_own_process(name, options.device, options.tiny)
         found[name].append(row)
-        result["rows"][name] = _middle(found[name])
-        print(f"{name:48} {_told(row)}{_against(row, before['rows'].get(name))}", flush=True)
+        result["rows"][name] = _median(found[name])
+        print(f"{name:48} {_summary(row)}{_ratio_to(row, before['rows'].get(name))}", flush=True)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
         path.with_suffix(".md").write_text(machine_page(result))
@@ -73,7 +73,7 @@ def _chosen(options: argparse.Namespace) -> list[str]:
         return [name for name, row in known.items() if options.all or row.default]
     for name in options.rows:
         if name not in known:
-            raise SystemExit(f"no row is called {name!r}; --list tells the names")
+            raise SystemExit(f"no row is named {name!r}; --list names them")
     return options.rows
 
 
@@ -98,7 +98,7 @@ def _in_this_process(name: str, device: str, tiny: bool) -> None:
     )
 
 
-def _elsewhere(name: str, device: str, tiny: bool) -> dict[str, Any]:
+def _in_own_process(name: str, device: str, tiny: bool) -> dict[str, Any]:
     words = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--here", name, "--device", device]
     done = subprocess.run([*words, *(["--tiny"] if tiny else [])], capture_output=True, text=True)
     if done.returncode:
@@ -108,31 +108,31 @@ def _elsewhere(name: str, device: str, tiny: bool) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"load": round(load, 1)}
 
 
-def _middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The round with the median of the busy seconds, with those of all; the last one if any failed."""
+def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the round with the median time, with the times of all rounds; the last round if any failed."""
     if any("failed" in row for row in rounds):
         return rounds[-1]
     ordered = sorted(rounds, key=lambda row: row["busy_seconds"])
     return ordered[len(ordered) // 2] | {"rounds": [row["busy_seconds"] for row in rounds]}
 
 
-def _told(row: dict[str, Any]) -> str:
+def _summary(row: dict[str, Any]) -> str:
     if "failed" in row:
         return row["failed"]
     return (
-        f"{row['seconds']:8.3f} s ({row['busy_seconds']:.3f} busy)  {row['peak_mb']:6d} MB  {row['tflop']:8.3f} TFLOP  "
-        f"{row['gflop_per_second']:8.1f} GFLOP/s  {row['share']:4.0%} of a matrix product"
+        f"{row['seconds']:8.3f} s ({row['busy_seconds']:.3f} s of CPU time per core)  {row['peak_mb']:6d} MB  "
+        f"{row['tflop']:8.3f} TFLOP  {row['gflop_per_second']:8.1f} GFLOP/s  {row['share']:4.0%} of peak matmul throughput"
     )
 
 
-def _against(row: dict[str, Any], last: dict[str, Any] | None) -> str:
+def _ratio_to(row: dict[str, Any], last: dict[str, Any] | None) -> str:
     if not last or "failed" in row or "failed" in last:
         return ""
-    return f"  x{row['busy_seconds'] / last['busy_seconds']:.2f} of the last time"
+    return f"  x{row['busy_seconds'] / last['busy_seconds']:.2f} of the previous time"
 
 
 def comparisons(rows: dict[str, Any]) -> list[str]:
-    """Ours against the reference in the same precision and in full precision, wherever both were measured."""
+    """Return the speedups over the baseline in the same and in full precision, wherever both were measured."""
     lines = []
     for name, ours in rows.items():
         for precision in dict.fromkeys((ours.get("precision", "fp32"), "fp32")):
@@ -159,7 +159,7 @@ def _machine_name(device: str) -> str:
 
 
 def _bf16() -> str:
-    """By which instructions this CPU computes bf16."""
+    """Return the name of the instructions by which this CPU computes bf16; empty if it has none."""
     import torch
 
     has = getattr(torch.cpu, "get_capabilities", dict)()

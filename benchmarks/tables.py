@@ -96,7 +96,10 @@ def row_table(rows: Mapping[str, Row], tasks: Sequence[str] = ()) -> list[str]:
 def description(row: Row) -> str:
     """Return what a row measured, in words."""
     task = row["task"].removeprefix("reference-")
-    words = [f"{TASKS[task]}, {BASES[row['base']]}, {row['frames']} x {row['pixels']}²", row["precision"]]
+    words = [
+        f"{TASKS[task]}, {BASES.get(row['base'], row['base'])}, {row['frames']} x {row['pixels']}²",
+        row["precision"],
+    ]
     variants = {"checkpointing": "gradient checkpointing", "compiled": "compiled", "channels_last": "channels-last"}
     variants |= {"frozen": "down blocks frozen", "reused": "feature reuse", "fast": "preset `fast`"}
     words += [text for variant, text in variants.items() if row.get(variant)]
