@@ -121,7 +121,7 @@ def _summary(row: dict[str, Any]) -> str:
         return row["failed"]
     return (
         f"{row['seconds']:8.3f} s ({row['busy_seconds']:.3f} s of CPU time per core)  {row['peak_mb']:6d} MB  "
-        f"{row['tflop']:8.3f} TFLOP  {row['gflop_per_second']:8.1f} GFLOP/s  {row['share']:4.0%} of peak matmul throughput"
+        f"{row['tflop']:8.3f} TFLOP  {row['gflop_per_second']:8.1f} GFLOP/s  {row['share']:4.0%} of peak matmul rate"
     )
 
 

@@ -51,7 +51,8 @@ def outdated() -> dict[Path, str]:
     """Return the pages whose tables differ from the JSON files, each with its new text."""
     current = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES if page.is_file()}
     for path in sorted(RESULTS.glob("*.json")):
-        if "rows" in (result := json.loads(path.read_text())) and "machine" in result:
+        result = json.loads(path.read_text())
+        if "machine" in result and isinstance(result.get("rows"), dict):
             current[path.with_suffix(".md")] = machine_page(result)
     return {page: text for page, text in current.items() if not page.is_file() or page.read_text("utf-8") != text}
 
