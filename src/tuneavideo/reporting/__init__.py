@@ -1,10 +1,10 @@
-"""One page that shows runs and needs nothing else: no network, no other file. No torch here.
+"""The report: one self-contained HTML page of one or more runs. Imports no torch.
 
-contents.py    what a run folder holds, as far as it can be read
-comparison.py  runs beside each other: edits, scores, settings
-curve.py       the loss over the steps
-words.py       values as people read them
-report.html    the page, a Jinja template
+contents.py    contents of a run folder
+comparison.py  edits, scores and settings of several runs side by side
+curve.py       loss curve
+formatting.py  durations, settings, paths
+report.html    Jinja template of the page
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tuneavideo.reporting.comparison import differences, meters, pieces, rows
-from tuneavideo.reporting.contents import Run, opened
+from tuneavideo.reporting.contents import Run, read_run
 from tuneavideo.reporting.curve import curve
 from tuneavideo.reporting.formatting import plain
 from tuneavideo.settings import TuneSettings
@@ -28,7 +28,7 @@ from tuneavideo.version import __version__
 
 
 def write(runs: Sequence[RunFolder], path: Path) -> None:
-    """Make the page of some runs; of several, the first is what the others are measured by.
+    """Write the page of some runs; scores are compared with those of the first.
 
     Raises:
         DiskError: `path` is a file that is no report, or cannot be written.
@@ -37,11 +37,11 @@ def write(runs: Sequence[RunFolder], path: Path) -> None:
     names = [run.path.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
-    atomic.write(path, page([opened(run, name) for run, name in zip(runs, names, strict=True)]))
+    atomic.write(path, page([read_run(run, name) for run, name in zip(runs, names, strict=True)]))
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The HTML of the page."""
+    """Render the HTML of the page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -63,10 +63,10 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _columns(clips: int, most: int = 5) -> int:
-    """Columns that fill all rows as evenly as can be."""
+    """Return the number of columns, at most `most`, that fills the rows most evenly."""
     return math.ceil(clips / math.ceil(clips / most))
 
 
 def _digest(script: str) -> str:
-    """What the page's own policy knows its script by; no other runs."""
+    """Return the SHA-256 digest by which the page's content security policy allows its only script."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

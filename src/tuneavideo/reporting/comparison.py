@@ -1,4 +1,4 @@
-"""Runs beside each other: edits of the same prompt, their scores as bars, settings that differ."""
+"""Comparison of runs: edits of the same prompt, their scores as bars, different settings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from tuneavideo.reporting.contents import Edit, Metric, Run, Score
 from tuneavideo.reporting.formatting import basename, plain
 from tuneavideo.settings import TuneSettings
 
-TASK = {"video", "prompt", "edit", "preset"}  # settings that say what a run is of, not how it was made
+INPUTS = {"video", "prompt", "edit", "preset"}  # shown elsewhere on the page
 
 
 class Row(NamedTuple):
-    """Edits of one prompt, by run; None where a run has none. `which` tells rows of the same prompt apart."""
+    """Edits of one prompt.
+
+    Attributes:
+        prompt: The prompt.
+        edits: An edit per run; None for a run without one.
+        which: Label that distinguishes rows of the same prompt; empty if there is only one.
+    """
 
     prompt: str
     edits: list[Edit | None]
@@ -25,39 +31,50 @@ class Row(NamedTuple):
 
     @property
     def label(self) -> str:
+        """The prompt and what distinguishes the row."""
         return f"{self.prompt} ({self.which})" if self.which else self.prompt
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """Edits of the same prompt beside each other; the second of a run with the second of another, and so on."""
+    """Align the edits of runs by prompt; the nth edit of a prompt is aligned with the nth of the other runs."""
     table: dict[tuple[str, int], list[Edit | None]] = {}
     for column, run in enumerate(runs):
-        seen: dict[str, int] = {}
+        counts = Counter[str]()
         for edit in run.edits:
-            turn = seen[edit.prompt] = seen.get(edit.prompt, -1) + 1
-            table.setdefault((edit.prompt, turn), [None] * len(runs))[column] = edit
-    turns = Counter(prompt for prompt, _ in table)
+            table.setdefault((edit.prompt, counts[edit.prompt]), [None] * len(runs))[column] = edit
+            counts[edit.prompt] += 1
+    rows_of = Counter(prompt for prompt, _ in table)
     return [
-        Row(prompt, edits, _which(turn, edits) if turns[prompt] > 1 else "") for (prompt, turn), edits in table.items()
+        Row(prompt, edits, _which(index, edits) if rows_of[prompt] > 1 else "")
+        for (prompt, index), edits in table.items()
     ]
 
 
-def _which(turn: int, edits: Sequence[Edit | None]) -> str:
-    """Number, and seed and settings if they are the same in all runs; of one run, the number of the edit's folder."""
-    abouts = {edit.about for edit in edits if edit}
-    number = edits[0].number if len(edits) == 1 and edits[0] else f"number {turn + 1}"
-    return ", ".join(filter(None, [number, abouts.pop() if len(abouts) == 1 else ""]))
+def _which(index: int, edits: Sequence[Edit | None]) -> str:
+    """Label with the number (of one run, that of the edit's folder), and seed and settings if all runs share them."""
+    shared = {edit.about for edit in edits if edit}
+    number = edits[0].number if len(edits) == 1 and edits[0] else f"number {index + 1}"
+    return ", ".join(filter(None, [number, shared.pop() if len(shared) == 1 else ""]))
 
 
 class Value(NamedTuple):
-    """A score, None where it was not measured, and what it was measured with."""
+    """A score, None if it was not measured, and a description of the model and frames."""
 
     number: float | None
     how: str = ""
 
 
 class Bar(NamedTuple):
-    """A score as a bar: its value in words, left end and width in percent, and how it compares."""
+    """A score as a bar.
+
+    Attributes:
+        value: Formatted score.
+        left: Left end in percent.
+        width: Width in percent.
+        change: Formatted difference from the reference; empty without one.
+        verdict: `better`, `worse`, `same` or empty.
+        how: Description of the model and frames.
+    """
 
     value: str
     left: float
@@ -68,7 +85,14 @@ class Bar(NamedTuple):
 
 
 class Meter(NamedTuple):
-    """One metric: a label and a bar per run for every edit; `mark` is where the baseline lies, in percent."""
+    """The bars of one metric.
+
+    Attributes:
+        name: Name of the metric.
+        metric: Its unit, direction and baseline.
+        mark: Position of the baseline in percent; None without one.
+        rows: For every edit its label and a bar per run.
+    """
 
     name: str
     metric: Metric
@@ -77,12 +101,12 @@ class Meter(NamedTuple):
 
     @property
     def hows(self) -> list[str]:
-        """With what it was measured, each way once."""
+        """Distinct descriptions of models and frames."""
         return list(dict.fromkeys(bar.how for _, bars in self.rows for bar in bars if bar.width and bar.how))
 
 
 def meters(runs: Sequence[Run], aligned: Sequence[Row]) -> list[Meter]:
-    """Every metric that any run has scores of, against the first run or, of a single run, the baseline."""
+    """Build the bars of every metric, compared with the first run or, of a single run, with the baseline."""
     metrics = {name: each for run in reversed(runs) if run.scores for name, each in run.scores.metrics.items()}
     return [_meter(name, metric, runs, aligned) for name, metric in metrics.items()]
 
@@ -96,9 +120,9 @@ def _meter(name: str, metric: Metric, runs: Sequence[Run], aligned: Sequence[Row
     ends = min(0.0, baseline or 0, *known), max(0.0, baseline or 0, *known)
     bars = []
     for label, values in table:
-        standards = [baseline] if len(runs) == 1 else [None, *[values[0].number] * (len(runs) - 1)]
-        pairs = zip(values, standards, strict=True)
-        bars.append((label, [_bar(value, standard, metric.better, *ends) for value, standard in pairs]))
+        references = [baseline] if len(runs) == 1 else [None, *[values[0].number] * (len(runs) - 1)]
+        pairs = zip(values, references, strict=True)
+        bars.append((label, [_bar(value, reference, metric.better, *ends) for value, reference in pairs]))
     return Meter(name, metric, None if baseline is None else _percent(baseline, *ends), bars)
 
 
@@ -109,7 +133,7 @@ def _values(name: str, runs: Sequence[Run], row: Row) -> list[Value]:
 
 
 def _means(table: Sequence[Sequence[Value]]) -> tuple[str, list[Value]]:
-    """A row of means, over those edits that every run has a value of which has any."""
+    """Build the row of means, over the edits that all measured runs have a value of."""
     measured = [run for run in range(len(table[0])) if any(row[run].number is not None for row in table)]
     shared = [row for row in table if all(row[run].number is not None for run in measured)]
     means = [Value(None) for _ in table[0]]
@@ -118,11 +142,11 @@ def _means(table: Sequence[Sequence[Value]]) -> tuple[str, list[Value]]:
     return f"mean of {len(shared)} edits", means
 
 
-def _bar(value: Value, standard: float | None, better: str, low: float, high: float) -> Bar:
+def _bar(value: Value, reference: float | None, better: str, low: float, high: float) -> Bar:
     if value.number is None:
         return Bar("–", 0, 0, "", "", "not measured")
     left, right = sorted((_percent(value.number, low, high), _percent(0, low, high)))
-    change, verdict = _compared(value.number, standard, better)
+    change, verdict = _compare(value.number, reference, better)
     return Bar(f"{value.number:.4g}".replace("-", "−"), left, right - left, change, verdict, value.how)
 
 
@@ -130,12 +154,12 @@ def _percent(value: float, low: float, high: float) -> float:
     return 100 * (value - low) / (high - low or 1)
 
 
-def _compared(value: float, standard: float | None, better: str) -> tuple[str, str]:
-    """The difference from a standard, and whether it is better or worse."""
-    if standard is None:
+def _compare(value: float, reference: float | None, better: str) -> tuple[str, str]:
+    """Format the difference from a reference, and whether it is better or worse."""
+    if reference is None:
         return "", ""
-    change = value - standard
-    if f"{value:.4g}" == f"{standard:.4g}":
+    change = value - reference
+    if f"{value:.4g}" == f"{reference:.4g}":
         return "±0", "same"
     return f"{change:+.2g}".replace("-", "−"), "better" if (change > 0) == (better == "higher") else "worse"
 
@@ -145,7 +169,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _how(score: Score) -> str:
-    """What a score was measured with, in words."""
+    """Describe the model and frames of a score."""
     model = " ".join(filter(None, [basename(score.model), score.revision and f"at {score.revision[:12]}"]))
     frames = f"{score.frames} frames" if score.frames else ""
     size = f"{score.width} × {score.height}" if score.width and score.height else ""
@@ -153,7 +177,13 @@ def _how(score: Score) -> str:
 
 
 class Difference(NamedTuple):
-    """A setting that is not the preset's in some run, or not the same in all: its values, and the preset's, by run."""
+    """A setting that differs between runs or from a preset.
+
+    Attributes:
+        name: Name of the setting.
+        values: Its formatted value in every run.
+        standard: The formatted value of every run's preset.
+    """
 
     name: str
     values: list[str]
@@ -161,19 +191,19 @@ class Difference(NamedTuple):
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Where runs differ from their presets (on their bases), or from each other."""
+    """List the settings that differ from the presets on the runs' bases, or between runs."""
     found = []
     for name in TuneSettings.model_fields:
         values = [plain(run.settings.model_dump()[name]) if run.settings else "–" for run in runs]
         standard = [plain(run.preset[name]) if run.settings else "–" for run in runs]
         known = {value for run, value in zip(runs, values, strict=True) if run.settings}
-        if name not in TASK and (values != standard or len(known) > 1):
+        if name not in INPUTS and (values != standard or len(known) > 1):
             found.append(Difference(name, values, standard))
     return found
 
 
 def pieces(prompt: str, source: str | None) -> list[tuple[str, bool]]:
-    """A prompt in pieces, and whether each is new to the source's prompt."""
+    """Split a prompt into pieces, and mark those that are not in the source's prompt."""
     if source is None:
         return [(prompt, False)]
     old, new = (re.findall(r"\w+|\s+|[^\w\s]+", text) for text in (source, prompt))

@@ -1,4 +1,4 @@
-"""What a run folder holds, as far as it can be read; what is damaged or missing is said in notes."""
+"""Contents of a run folder for the report; damaged and missing files become notes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import Video
 
-Thing = TypeVar("Thing")
+Contents = TypeVar("Contents")
 
 
 class Score(BaseModel):
-    """A metric of an edit, and what it was measured with."""
+    """The value of a metric for an edit, with model, number of frames and their size in pixels."""
 
     value: float | None
     model: str | None = None
@@ -37,7 +37,7 @@ class Score(BaseModel):
 
 
 class Metric(BaseModel):
-    """What a score means."""
+    """The unit, direction and published baseline of a metric."""
 
     unit: str = ""
     better: Literal["higher", "lower"]
@@ -54,15 +54,15 @@ class Scored(BaseModel):
 
 
 class Missing(BaseModel):
-    """A metric that could not be computed."""
+    """A metric without a value."""
 
     metric: str
     why: str
     edits: list[str] = []
-    """Folder names of the edits it is true of; empty if of all."""
+    """Folder names of the edits without a value; empty for all."""
 
     @property
-    def what(self) -> str:
+    def label(self) -> str:
         """The metric, and the numbers of the edits."""
         numbers = ", ".join(folder.split("-")[0] for folder in self.edits)
         return self.metric.replace("_", " ") + (f" (edits {numbers})" if numbers else "")
@@ -77,11 +77,12 @@ class Scores(BaseModel):
     missing: list[Missing] = []
 
     def of(self, folder: str, metric: str) -> Score | None:
+        """Return the score of an edit; None if it was not measured."""
         return next((edit.scores.get(metric) for edit in self.edits if edit.folder == folder), None)
 
 
 class Note(NamedTuple):
-    """Something a reader should know of a run, and the command that changes it."""
+    """A remark on a run, and the command that helps."""
 
     text: str
     command: str = ""
@@ -89,18 +90,27 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of the page: an mp4 as a data URI; empty where `trouble` says why there is none."""
+    """A video of the page.
+
+    Attributes:
+        uri: The mp4 file as a data URI; empty if there is none.
+        frames: Number of frames.
+        fps: Frames a second.
+        width: Width in pixels.
+        height: Height in pixels.
+        problem: The reason why there is no video.
+    """
 
     uri: str = ""
     frames: int = 0
     fps: float = 0
     width: int = 1
     height: int = 1
-    trouble: str = ""
+    problem: str = ""
 
 
-class Made(BaseModel, extra="allow"):
-    """The file `edit.json` of an edit; its other settings are extra."""
+class EditRecord(BaseModel, extra="allow"):
+    """The file `edit.json` of an edit; its settings are extra fields."""
 
     prompt: str
     seed: int
@@ -108,7 +118,7 @@ class Made(BaseModel, extra="allow"):
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit of a run; `changed` are its settings that are not the run's own."""
+    """An edit of a run; `changed` are the settings that differ from the run's."""
 
     folder: str
     prompt: str
@@ -123,14 +133,14 @@ class Edit:
 
     @property
     def about(self) -> str:
-        """Its seed and what was set for it alone, in words."""
+        """Its seed, unless 0, and its changed settings."""
         seed = [f"seed {self.seed}"] if self.seed else []
         return ", ".join(seed + [f"{name.replace('_', ' ')} {plain(value)}" for name, value in self.changed.items()])
 
 
 @dataclass
 class Run:
-    """What a run folder holds, as far as it can be read."""
+    """The readable contents of a run folder."""
 
     name: str
     path: Path
@@ -145,19 +155,20 @@ class Run:
 
     @property
     def caption(self) -> str:
+        """The prompt of the source; without settings the run's name."""
         return self.settings.prompt if self.settings else self.name
 
     @property
     def not_measured(self) -> list[str]:
-        """What has no score, by reason."""
+        """Metrics without a value, grouped by reason."""
         found: dict[str, list[str]] = {}
         for each in self.scores.missing if self.scores else ():
-            found.setdefault(each.why, []).append(each.what)
+            found.setdefault(each.why, []).append(each.label)
         return [f"{', '.join(names)}: {why}" for why, names in found.items()]
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """What the run is, in a few names and words."""
+        """Names and values of the summary."""
         facts = []
         if self.settings:
             facts += [("base", plain(self.settings.base)), ("preset", self.settings.preset)]
@@ -170,17 +181,17 @@ class Run:
         return facts
 
 
-def opened(folder: RunFolder, name: str) -> Run:
-    """Read a run folder; what cannot be read is left out, with a note."""
+def read_run(folder: RunFolder, name: str) -> Run:
+    """Read a run folder; files that cannot be read are left out with a note."""
     run = Run(name, folder.path)
-    run.settings = _tried(run, folder.read_settings)
+    run.settings = _try_read(run, folder.read_settings)
     if run.settings:
         standard = layers({"base": run.settings.base, "preset": run.settings.preset, "video": "-", "prompt": "-"}, {})
         run.preset = checked(TuneSettings, standard).model_dump()
-    run.versions = _tried(run, folder.written_with) or {}
-    run.steps = _steps(_tried(run, folder.steps) or [])
-    source = _tried(run, lambda: videos.read(folder.source)) if folder.source.is_file() else None
-    run.source = _clip(source) if source else Clip(trouble=f"{folder.source.name} is missing or damaged")
+    run.versions = _try_read(run, folder.written_with) or {}
+    run.steps = _steps(_try_read(run, folder.steps) or [])
+    source = _try_read(run, lambda: videos.read(folder.source)) if folder.source.is_file() else None
+    run.source = _clip(source) if source else Clip(problem=f"{folder.source.name} is missing or damaged")
     for path in folder.edits():
         _add_edit(run, path, source)
     _add_notes(run, folder)
@@ -191,22 +202,22 @@ def _add_edit(run: Run, folder: Path, source: Video | None) -> None:
     if not (folder / "edit.json").is_file():
         run.notes.append(Note(f"edits/{folder.name} has no edit.json and is left out."))
         return
-    made = _tried(
-        run, lambda: Made.model_validate_json((folder / "edit.json").read_bytes()), f"{folder.name}/edit.json"
+    record = _try_read(
+        run, lambda: EditRecord.model_validate_json((folder / "edit.json").read_bytes()), f"{folder.name}/edit.json"
     )
-    if not made:
+    if not record:
         return
     own = run.settings.model_dump(mode="json", include=set(Sampling.model_fields)) if run.settings else {}
-    changed = {key: value for key, value in (made.model_extra or {}).items() if own.get(key, value) != value}
-    run.edits.append(Edit(folder.name, made.prompt, made.seed, changed, _edit_clip(run, folder, source)))
+    changed = {key: value for key, value in (record.model_extra or {}).items() if own.get(key, value) != value}
+    run.edits.append(Edit(folder.name, record.prompt, record.seed, changed, _edit_clip(run, folder, source)))
 
 
 def _edit_clip(run: Run, folder: Path, source: Video | None) -> Clip:
-    """An edit's video in the form it was kept in, in time with its source however fast it plays."""
+    """Read an edit's video, at the frame rate of its source so that both play in step."""
     kept = [path for name in ("edit.mp4", "edit.gif", "frames") if (path := folder / name).exists()]
-    video = _tried(run, lambda: videos.read(kept[0])) if kept else None
+    video = _try_read(run, lambda: videos.read(kept[0])) if kept else None
     if not video:
-        return Clip(trouble=f"{kept[0].name} is damaged" if kept else "its video is missing")
+        return Clip(problem=f"{kept[0].name} is damaged" if kept else "its video is missing")
     return _clip(replace(video, fps=source.fps) if source and source.frames == video.frames else video)
 
 
@@ -217,7 +228,7 @@ def _clip(video: Video) -> Clip:
 
 
 def _steps(lines: Iterable[Any]) -> list[Step]:
-    """Logged steps, without lines that are none."""
+    """Parse logged steps; invalid lines are left out."""
     kind, steps = TypeAdapter(Step), []
     for line in lines:
         try:
@@ -236,13 +247,13 @@ def _add_notes(run: Run, folder: RunFolder) -> None:
     elif not run.edits:
         run.notes.append(Note("There are no edits yet. Make one with", f'tuneavideo edit {where} --prompt "…"'))
     if folder.scores.is_file():
-        run.scores = _tried(run, lambda: Scores.model_validate_json(folder.scores.read_bytes()), folder.scores.name)
+        run.scores = _try_read(run, lambda: Scores.model_validate_json(folder.scores.read_bytes()), folder.scores.name)
     elif run.edits:
         run.notes.append(Note("The edits are not measured yet. Measure them with", f"tuneavideo evaluate {where}"))
 
 
-def _tried(run: Run, read: Callable[[], Thing], name: str = "") -> Thing | None:
-    """What a file holds; None with a note in the run if it cannot be read."""
+def _try_read(run: Run, read: Callable[[], Contents], name: str = "") -> Contents | None:
+    """Return the contents of a file; None with a note in the run if it cannot be read."""
     try:
         return read()
     except ValidationError as error:

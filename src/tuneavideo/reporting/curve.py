@@ -1,4 +1,4 @@
-"""The loss over the steps, as SVG paths."""
+"""Loss curve as SVG paths."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import numpy as np
 
 from tuneavideo.reporting.contents import Run
 
-POINTS = 500  # of a loss curve; more would lie upon each other
+MAX_POINTS = 500  # more would overlap
 
 
 class Line(NamedTuple):
-    """A run's loss: SVG paths of its points and of the smoothed line, over 100 x 100."""
+    """The loss of a run.
+
+    Attributes:
+        points: SVG path of its points, in a view box of 100 x 100.
+        smooth: SVG path of the smoothed line.
+        last: Last value of the smoothed loss.
+    """
 
     points: str
     smooth: str
@@ -22,9 +28,13 @@ class Line(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Losses of runs over steps; ticks are positions in percent, from the left and from the top, with labels.
+    """The losses of several runs.
 
-    If they are `relative`, they are divided by the untuned model's at the same timesteps.
+    Attributes:
+        relative: Whether losses are divided by the untuned model's at the same timesteps.
+        lines: A line per run; None for a run without logged steps.
+        across: Ticks of the step axis: position from the left in percent, and label.
+        up: Ticks of the loss axis: position from the top in percent, and label.
     """
 
     relative: bool
@@ -34,10 +44,12 @@ class Curve(NamedTuple):
 
 
 def curve(runs: Sequence[Run]) -> Curve | None:
-    """The losses, on a logarithmic scale; None when nothing was logged."""
+    """Compute the curve on a logarithmic scale; None when nothing was logged."""
     relative = all(step.relative_loss is not None for run in runs for step in run.steps)
-    shown = [[(s.number, max((s.relative_loss if relative else s.loss) or 0, 1e-9)) for s in run.steps] for run in runs]
-    series = [np.array(each).reshape(-1, 2) for each in shown]
+    points = [
+        [(s.number, max((s.relative_loss if relative else s.loss) or 0, 1e-9)) for s in run.steps] for run in runs
+    ]
+    series = [np.array(each).reshape(-1, 2) for each in points]
     losses = np.concatenate([each[:, 1] for each in series])
     if not len(losses):
         return None
@@ -49,7 +61,7 @@ def curve(runs: Sequence[Run]) -> Curve | None:
             return None
         x, smooth = 100 * steps_N2[:, 0] / last, smoothed(steps_N2[:, 1])
         y, z = (100 * (high - np.log10(loss)) / (high - low) for loss in (steps_N2[:, 1], smooth))
-        some = slice(None, None, math.ceil(len(x) / POINTS))
+        some = slice(None, None, math.ceil(len(x) / MAX_POINTS))
         points = "".join(f"M{a:.2f} {b:.2f}h0" for a, b in zip(x[some], y[some], strict=True))
         return Line(
             points, "M" + "L".join(f"{a:.2f} {b:.2f}" for a, b in zip(x[some], z[some], strict=True)), smooth[-1]
@@ -66,7 +78,7 @@ def curve(runs: Sequence[Run]) -> Curve | None:
 
 
 def smoothed(losses_N: np.ndarray) -> np.ndarray:
-    """Means of neighbouring losses, by a Gaussian whose spread is a thirtieth of them all."""
+    """Smooth losses with a Gaussian whose standard deviation is a thirtieth of their number, at least 1."""
     spread = max(1.0, len(losses_N) / 30)
     reach = math.ceil(3 * spread)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / spread) ** 2)
@@ -75,7 +87,7 @@ def smoothed(losses_N: np.ndarray) -> np.ndarray:
 
 
 def _round_numbers(last: float) -> list[int]:
-    """0 and at most five round numbers up to `last`."""
+    """Return 0 and at most five round numbers up to `last`."""
     steps = (factor * 10**power for power in range(12) for factor in (1, 2, 5))
     step = next(step for step in steps if last / step <= 5)
     return list(range(0, int(last) + 1, step))

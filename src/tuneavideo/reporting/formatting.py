@@ -1,4 +1,4 @@
-"""Values as people read them."""
+"""Formatting of durations, settings and paths for the report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Format seconds with a unit."""
     if seconds < 100:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
@@ -15,7 +15,7 @@ def duration(seconds: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """A setting or name as people write it; of a path on this machine, only the name."""
+    """Format the value of a setting; of an absolute path only the last part."""
     if value is None or value == () or value == "":
         return "none"
     if isinstance(value, bool):
@@ -28,4 +28,5 @@ def plain(value: Any) -> str:
 
 
 def basename(text: str | None) -> str:
+    """Return the last part of an absolute path, and any other text as it is."""
     return os.path.basename(text.rstrip("/")) if text and os.path.isabs(text) else text or ""
