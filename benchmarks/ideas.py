@@ -49,17 +49,8 @@ IDEAS = {
     "references first + own": Idea(
         {"references": ("first", "own")}, "every frame sees itself: sharper", "not taken: measured on one clip only"
     ),
-    "stratified noise levels": Idea(
-        {"timestep_sampling": "stratified"}, "less noise in few steps", "not taken: nothing gained"
-    ),
     "min-SNR 5": Idea(
         {"snr_gamma": 5.0}, "timesteps count more evenly", "not taken: nothing gained, measured on one clip only"
-    ),
-    "debiased loss": Idea(
-        {"debias_weight": 1.0}, "motion is learned more, appearance less", "not taken: nothing gained"
-    ),
-    "LoRA, rank 8": Idea(
-        {"lora_rank": 8}, "remembers less of the clip's look", "not taken: nothing gained, measured on one clip only"
     ),
     "attention injected, 0.4": Idea(
         {"attention_injection": 0.4}, "layout and motion of the clip are kept", "see 0.6; measured on one clip only"

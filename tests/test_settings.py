@@ -200,3 +200,32 @@ def test_every_value_comes_from_the_strongest_layer_that_has_one(
         assert repr(merged.get(name, built_in.get(name))) == repr(
             (strongest or [built_in])[0].get(name)
         )  # nan is not nan
+
+
+REMOVED_AND_OFF = """\
+timestep_sampling: uniform
+noise_shared: 0.0
+debias_weight: 0.0
+prior_weight: 0.0
+lora_rank: null
+early_stopping: null
+early_stopping_steps: 25
+early_stopping_patience: 3
+"""
+
+
+def test_a_file_with_removed_settings_that_were_off_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(as_yaml(made()) + REMOVED_AND_OFF)
+    assert checked(TuneSettings, read_yaml(path, TuneSettings)) == made()
+    assert checked(TuneSettings, {**NEEDED, "lora_rank": None}) == TuneSettings(**NEEDED)
+
+
+@pytest.mark.parametrize(
+    "line", ["lora_rank: 4", "prior_weight: 0.5", "timestep_sampling: stratified", "early_stopping: 0.01"]
+)
+def test_a_removed_setting_that_would_have_an_effect_is_an_error(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(line)
+    with pytest.raises(SettingsError, match=rf"settings.yaml: .*{line.partition(':')[0]} was removed"):
+        read_yaml(path, TuneSettings)

@@ -31,9 +31,9 @@ def tuning(
     settings = TuneSettings(**({"video": "-", "prompt": "-", "learning_rate": 1e-2, "max_train_steps": 4} | changes))
     moments = {"mean": torch.randn(1, 4, frames, 8, 8), "std": torch.full((1, 4, frames, 8, 8), 0.1)}
     video = inflate(image_unet(), settings.inflation)
-    text, empty = torch.randn(1, 5, 24), torch.randn(1, 5, 24)
+    text = torch.randn(1, 5, 24)
     levels = Levels.of(DDIMScheduler(**STABLE, prediction_type=prediction))
-    return Tuning(video, levels, moments, text, settings, accelerator or Accelerator(cpu=True), empty)
+    return Tuning(video, levels, moments, text, settings, accelerator or Accelerator(cpu=True))
 
 
 def weights(work: Tuning) -> dict[str, torch.Tensor]:
@@ -84,13 +84,8 @@ VARIANTS = {
     "average": {"use_ema": True},
     "adafactor": {"optimizer": "adafactor"},
     "other": {"optimizer": "torch.optim.RMSprop"},
-    "stratified": {"timestep_sampling": "stratified", "noise_shared": 0.5},
-    "antithetic": {"timestep_sampling": "antithetic", "snr_gamma": 5.0, "gradient_accumulation_steps": 2},
-    "debiased": {"debias_weight": 1.0, "references": ("first", "middle")},
-    "prior": {"prior_weight": 1.0, "gradient_accumulation_steps": 2},
-    "low rank": {"lora_rank": 2},
-    "low rank, average": {"lora_rank": 2, "use_ema": True, "prior_weight": 1.0},
-    "stopping": {"early_stopping": 1.0, "early_stopping_steps": 1, "use_ema": True},
+    "weighted": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2, "use_ema": True},
+    "references": {"references": ("first", "own")},
 }
 
 
@@ -229,8 +224,7 @@ ENOUGH = {"max_train_steps": 200}
 TAKEN = {
     "plain": {},
     "velocity in windows": {"window": 4, "prediction": "v_prediction"},
-    "weighted": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2, "debias_weight": 1.0},
-    "prior, low rank": {"prior_weight": 1.0, "lora_rank": 2},
+    "weighted": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2},
 }
 
 
@@ -276,7 +270,8 @@ def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_average() -> No
     accelerator = Accelerator(cpu=True)
     scaler: Any = torch.amp.GradScaler("cpu", init_scale=3e38)
     accelerator.scaler = scaler
-    work = tuning(lr_scheduler="linear", use_ema=True, debias_weight=30.0, accelerator=accelerator)
+    work = tuning(prediction="v_prediction", lr_scheduler="linear", use_ema=True, accelerator=accelerator)
+    work.mean.mul_(1000)  # for a loss whose scaled value overflows
     before, steps = weights(work), iter(work)
     step = next(steps)
     assert all(torch.equal(value, before[name]) for name, value in weights(work).items())

@@ -33,6 +33,18 @@ ON_THE_LINE = {"out", "config", "resume", "checkpoint", "json", "debug"}
 
 SHOWN = 8
 
+# Settings of earlier versions, with the values at which they had no effect; None: any value.
+REMOVED: dict[str, tuple[Any, ...] | None] = {
+    "timestep_sampling": ("uniform",),
+    "noise_shared": (0,),
+    "debias_weight": (0,),
+    "prior_weight": (0,),
+    "lora_rank": (None,),
+    "early_stopping": (None,),
+    "early_stopping_steps": None,
+    "early_stopping_patience": None,
+}
+
 Kind = TypeVar("Kind", bound=Settings)
 
 
@@ -116,15 +128,14 @@ def parse_yaml(path: Path | str) -> dict[str, Any]:
 
 def stated_values(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Values as the settings of `kind` want them, each by itself. Raises SettingsError for unknown names and values."""
-    _refuse_unknown(kind, values, where)
+    values = _known_values(kind, values, where)
     return {name: _read_value(kind, name, value, where) for name, value in values.items()}
 
 
 def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings") -> Kind:
     """Make settings of `values`, or say in one line which value is wrong, what was expected and what to do."""
-    _refuse_unknown(kind, values, where)
     try:
-        return kind.model_validate(dict(values))
+        return kind.model_validate(_known_values(kind, values, where))
     except ValidationError as error:
         raise SettingsError(f"{where}: {_all_told(error)}") from None
 
@@ -175,12 +186,23 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
         raise SettingsError(f"{where}: {_all_told(error, name)}") from None
 
 
-def _refuse_unknown(kind: type[Settings], values: Iterable[str], where: str) -> None:
-    for name in values:
-        if name not in kind.model_fields:
-            if name in ON_THE_LINE:
-                raise SettingsError(f"{where}: {name!r} is no setting; give --{name} on the command line")
+def _known_values(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the values of settings of `kind`, without removed settings that have no effect.
+
+    Raises:
+        SettingsError: A setting is unknown, or was removed and would have an effect.
+    """
+    for name, value in values.items():
+        if name in kind.model_fields:
+            continue
+        if name in ON_THE_LINE:
+            raise SettingsError(f"{where}: {name!r} is no setting; give --{name} on the command line")
+        if name not in REMOVED:
             raise SettingsError(f"{where}: unknown setting {reprlib.repr(name)}{_suggestion(name, kind.model_fields)}")
+        neutral = REMOVED[name]
+        if neutral is not None and value not in neutral:
+            raise SettingsError(f"{where}: the setting {name} was removed (found {reprlib.repr(value)}); leave it out")
+    return {name: value for name, value in values.items() if name in kind.model_fields}
 
 
 def as_yaml(settings: Settings) -> str:

@@ -80,7 +80,7 @@ class TimeLeft:
             steps = 1 if not begun else each.number - begun
             self.ahead[each.stage] = max(0, self.ahead.get(each.stage, each.total - each.number + steps) - steps)
             for earlier in ORDER[: ORDER.index(each.stage)] if each.stage in ORDER else ():
-                self.ahead[earlier] = 0  # an inversion may have been kept, and tuning may stop early
+                self.ahead[earlier] = 0  # an inversion may have been kept
             if self.at[0] == each.stage and self.at[1]:  # other things are done before the first step of a stage
                 before, seconds = self.made.get(each.stage, (0, 0.0))
                 self.made[each.stage] = before + steps, seconds + now - self.since

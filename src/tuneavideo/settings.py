@@ -219,7 +219,7 @@ class TuneSettings(Sampling):
     """Fit of the frames to the target size. `crop` keeps the aspect ratio and cuts the edges. `pad` adds black bars.
     `stretch` distorts; without a width and height, to a square."""
 
-    references: tuple[Literal["first", "middle", "previous", "own"], ...] = ("first", "previous")
+    references: tuple[Literal["first", "previous", "own"], ...] = ("first", "previous")
     """Frames whose keys and values each frame attends to in sparse-causal attention."""
     clip_norm: bool = True
     """Compute the group norms of the residual blocks over all frames, as the published code does."""
@@ -248,24 +248,8 @@ class TuneSettings(Sampling):
     max_grad_norm: PositiveFloat = 1.0
     """Maximum norm of the gradients, above which they are clipped."""
 
-    timestep_sampling: Literal["uniform", "stratified", "antithetic"] = "uniform"
-    """`stratified`: any stretch of steps covers all noise levels evenly; `antithetic`: each second one mirrored."""
-    noise_shared: Fraction = 0.0
-    """Share of the noise's variance that all frames have in common."""
     snr_gamma: PositiveFloat | None = None
     """Gamma of the min-SNR loss weighting; 5 is recommended. None disables the weighting."""
-    debias_weight: NonNegativeFloat = 0.0
-    """Weight of the loss on differences to one frame, which looks at motion more than at appearance (1 is usual)."""
-    prior_weight: NonNegativeFloat = 0.0
-    """Weight of staying with the image model's predictions for single frames without a prompt."""
-    lora_rank: PositiveInt | None = None
-    """Rank of what is added to each tuned matrix; none: the matrices themselves are tuned."""
-    early_stopping: Fraction | None = None
-    """Stop when a fixed measure of the loss falls by less than this share; none: make all steps."""
-    early_stopping_steps: PositiveInt = 25
-    """Steps from one such measurement to the next."""
-    early_stopping_patience: PositiveInt = 2
-    """Measurements that may bring too little before tuning stops."""
 
     optimizer: str = "adamw"
     """Optimiser: `adamw`, `adamw8bit`, `adafactor`, a name of torch.optim such as `sgd`, or an installed
@@ -387,13 +371,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_scheduler": "constant",
         "use_ema": False,
         "train_batch_size": 1,
-        "timestep_sampling": "uniform",
-        "noise_shared": 0.0,
         "snr_gamma": None,
-        "debias_weight": 0.0,
-        "prior_weight": 0.0,
-        "lora_rank": None,
-        "early_stopping": None,
         "sampler": "ddim",
         "timestep_spacing": "leading",
         "num_inference_steps": 50,

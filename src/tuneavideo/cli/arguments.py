@@ -38,7 +38,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         **dict.fromkeys(("--size", "--res", "--pixels"), "use --resolution, or --width and --height"),
         **dict.fromkeys(("--batch", "--batch-size"), "use --train-batch-size"),
         **dict.fromkeys(("--caption", "-p"), "use --prompt"),
-        "--lora": "LoRAs of a style go with 'tuneavideo edit --lora'; to tune one, use --lora-rank",
+        "--lora": "style LoRAs are an option of edits: 'tuneavideo edit --lora'",
     },
     "edit": {
         **dict.fromkeys(("--steps", "--num-steps", "--max-train-steps"), "use --num-inference-steps"),

@@ -228,24 +228,23 @@ def _edit(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tup
 def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str, Tensor]) -> dict[str, Any]:
     """Tune, or load the weights from the cache, which variants that differ in sampling alone share."""
     own = settings.model_dump(mode="json", exclude=set(Sampling.model_fields))
-    caption, empty = (codec.embed(pipe, [text]) for text in (settings.prompt, ""))
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True), empty)
+    caption = codec.embed(pipe, [settings.prompt])
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True))
     per_batch = count_flops(lambda: tuning.learn(0))
-    per_measurement = count_flops(tuning.measure) if settings.early_stopping is not None else 0
     pipe.unet.zero_grad()
 
     def train() -> dict[str, Tensor]:
         began = time.perf_counter()
         losses = [step.loss for step in tuning]
-        totals = (tuning.number, len(tuning.measured), np.mean(losses[-20:]), time.perf_counter() - began)
+        totals = (tuning.number, np.mean(losses[-20:]), time.perf_counter() - began)
         return {name: value.clone() for name, value in tuning.learned().items()} | {"totals": torch.tensor(totals)}
 
     weights = cache.cached(cache.key("tuned weights", _weights(), moments["mean"], own), train)
-    steps, measurements, loss, seconds = weights.pop("totals").tolist()
+    steps, loss, seconds = weights.pop("totals").tolist()
     with torch.no_grad():
         for name, value in weights.items():
             pipe.unet.get_parameter(name).copy_(value)
-    flops = per_batch * steps * settings.gradient_accumulation_steps + per_measurement * measurements
+    flops = per_batch * steps * settings.gradient_accumulation_steps
     return {"tflop": round(flops / 1e12, 4), "seconds": round(seconds, 2), "steps": int(steps), "loss": loss}
 
 

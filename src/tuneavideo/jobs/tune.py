@@ -104,9 +104,9 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
     yield Progress("encode", path=run.path)
     with accelerator.main_process_first():
         moments = moments or encode_clip(pipe, clip, run.latents)
-        text, empty = encode_text(pipe, settings.prompt), encode_text(pipe, "")
+        text = encode_text(pipe, settings.prompt)
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, empty)
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator)
     keeper = Keeper(run, tuning, accelerator)
     if accelerator.is_main_process:
         keeper.check_room(clip, moments)

@@ -55,12 +55,11 @@ def previous(x_BTLC: Tensor, start: int, frames: int) -> Tensor:
 # Frames that a frame may refer to: of tokens B T L C, those that frames `start`, `start` + 1, ... (of T) look at.
 REFERENCES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "first": lambda x_BTLC, start, frames: x_BTLC[:, :1].expand(-1, frames - start, -1, -1),
-    "middle": lambda x_BTLC, start, frames: x_BTLC[:, frames // 2, None].expand(-1, frames - start, -1, -1),
     "previous": previous,
     "own": lambda x_BTLC, start, frames: x_BTLC[:, start:],
 }
 # How many frames of a clip find nothing but frame 0 there; `first` never finds anything else.
-ONLY_FIRST = {"previous": 2, "own": 1, "middle": 0}
+ONLY_FIRST = {"previous": 2, "own": 1}
 
 
 def only_first(frames: int, references: Sequence[str]) -> int:
@@ -94,7 +93,7 @@ class SparseCausalAttention(Attention):
         frames, references = self.clip.frames, self.clip.references
         x_BTLC = rearrange(hidden_states, "(b t) l c -> b t l c", t=frames)
         start = only_first(frames, references)
-        last = frames if {"own", "middle"} & {*references} else max(frames - 1, 1)  # nobody looks at the last frame
+        last = frames if "own" in references else max(frames - 1, 1)  # nobody looks at the last frame
         leaders_BTLC = self.clip.leaders(x_BTLC)
         q_BTLC, k_BTLC = self.to_q(leaders_BTLC), projected(self.to_k, leaders_BTLC[:, :last])
         v_BTLC = projected(self.to_v, x_BTLC[:, :last])

@@ -19,9 +19,7 @@ from tuneavideo.errors import RunError
 from tuneavideo.method import losses
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet
-from tuneavideo.method.lora import LowRank
 from tuneavideo.method.noise import Levels, add_noise, target
-from tuneavideo.method.prior import Prior
 from tuneavideo.method.reels import Reel
 from tuneavideo.method.windows import Windows
 from tuneavideo.models.adapter import tuned_parameters
@@ -30,8 +28,6 @@ from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
 from tuneavideo.training.optimizers import optimizer
 
-# Pairs of noise and level at which early stopping measures.
-MEASURED = 4
 # How many predictions of the untuned model losses are compared with, and the part of tuning that they may take: 1 / 33.
 FEWEST_REFERENCES, MOST_REFERENCES, MEASURING = 4, 16, 33
 
@@ -49,7 +45,6 @@ class Tuning:
         text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
         settings: See `TuneSettings`.
         accelerator: Owns devices, precision and processes.
-        empty: The same of the empty prompt; needed with `prior_weight`.
     """
 
     def __init__(
@@ -60,14 +55,10 @@ class Tuning:
         text: Conditions | Tensor,
         settings: TuneSettings,
         accelerator: Accelerator,
-        empty: Conditions | Tensor | None = None,
     ) -> None:
         self.settings, self.accelerator = settings, accelerator
         self.parameters = self._choose(video)
-        rank = settings.lora_rank
-        self.low_rank = LowRank(self.parameters, rank, settings.seed) if rank else None
-        self.optimised = self.low_rank.factors if self.low_rank else self.parameters
-        chosen = optimizer(settings, list(self.optimised.values()))
+        chosen = optimizer(settings, list(self.parameters.values()))
         self.schedule = get_scheduler(
             settings.lr_scheduler,
             chosen,
@@ -81,8 +72,7 @@ class Tuning:
         self.alphas, self.prediction_type = levels.alphas.to(device), levels.prediction_type
         self.mean, self.std = moments["mean"].to(device), moments["std"].to(device)
         self.text = Conditions.of(text).to(device)
-        self.prior = Prior.of(self.video, self.parameters, levels, empty, device) if settings.prior_weight else None
-        self.number, self.measured = 0, list[float]()
+        self.number = 0
         self.untuned: Tensor | None = None  # loss at every timestep before tuning
 
     def __iter__(self) -> Iterator[Step]:
@@ -94,7 +84,7 @@ class Tuning:
         if self.number == 0:
             self.untuned = self.measure_untuned()
         device = self.accelerator.device
-        while self.number < self.settings.max_train_steps and not self.settled:
+        while self.number < self.settings.max_train_steps:
             began = time.perf_counter()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -102,44 +92,18 @@ class Tuning:
             loss, relative = self._losses(torch.stack(learned), torch.cat(drawn))
             self._move(loss)
             self.number += 1
-            if self.settings.early_stopping is not None and self.number % self.settings.early_stopping_steps == 0:
-                self.measured.append(self.measure())
             rate = float(self.schedule.get_last_lr()[0])
             held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory(device)
             yield Step(self.number, loss, rate, time.perf_counter() - began, held, relative)
 
-    def loss(
-        self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Error of the prediction at timesteps `t_B`, in float32; `generator` chooses the frame of `debias_weight`."""
+    def loss(self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
+        """Return the squared error of the prediction at timesteps `t_B`, in float32, weighted by min-SNR if set."""
         settings, alpha_B = self.settings, self.alphas[t_B]
         noisy = add_noise(clean_BCTHW, noise_BCTHW, alpha_B)
         prediction = self.video(noisy, t_B, self.text.expand(len(t_B))).float()
         wanted = target(clean_BCTHW, noise_BCTHW, alpha_B, self.prediction_type)
         weight_B = losses.min_snr(alpha_B, settings.snr_gamma, self.prediction_type) if settings.snr_gamma else None
-        loss = losses.squared_error(prediction, wanted, weight_B)
-        if settings.debias_weight:
-            anchor_B = torch.randint(noisy.shape[2], t_B.shape, generator=generator).to(t_B.device)
-            seen, asked = (losses.debiased(x, anchor_B) for x in (prediction, wanted))
-            loss = loss + settings.debias_weight * losses.squared_error(seen, asked, weight_B)
-        return loss
-
-    @torch.no_grad()
-    def measure(self) -> float:
-        """Mean squared error of the weights that would be kept, at `MEASURED` fixed pairs of noise and level.
-
-        Of a long clip it is that of the first window.
-        """
-        generator, errors = torch.Generator().manual_seed(self.settings.seed), []
-        mean = self.mean[:, :, : Windows.of(self.settings, self.mean.shape[2]).size]
-        with self.averaged():
-            for stratum in range(MEASURED):
-                t_B = torch.tensor([int((stratum + 0.5) * len(self.alphas) / MEASURED)]).to(mean.device)
-                noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-                prediction = self.video(add_noise(mean, noise, self.alphas[t_B]), t_B, self.text)
-                wanted = target(mean, noise, self.alphas[t_B], self.prediction_type)
-                errors.append(losses.squared_error(prediction.float(), wanted))
-        return self._over_processes(torch.stack(errors))
+        return losses.squared_error(prediction, wanted, weight_B)
 
     @torch.no_grad()
     def measure_untuned(self) -> Tensor | None:
@@ -160,14 +124,8 @@ class Tuning:
             mean, std = self.mean[:, :, frames], self.std[:, :, frames]
             sample, noise = (torch.randn(mean.shape, generator=generator).to(mean.device) for _ in range(2))
             t_B = torch.tensor([t]).to(mean.device)
-            errors.append(self.loss(mean + std * sample, noise, t_B, generator))
+            errors.append(self.loss(mean + std * sample, noise, t_B))
         return losses.at_every_level(self.alphas, timesteps, torch.stack(errors))
-
-    @property
-    def settled(self) -> bool:
-        """Whether early stopping has seen enough; what it `measured` is part of the state."""
-        share, patience = self.settings.early_stopping, self.settings.early_stopping_patience
-        return share is not None and losses.settled(self.measured, share, patience)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -192,22 +150,19 @@ class Tuning:
         scaler = self.accelerator.scaler
         return {
             "number": self.number,
-            "parameters": {name: parameter.detach().cpu() for name, parameter in self.optimised.items()},
+            "parameters": {name: parameter.detach().cpu() for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "scaler": scaler.state_dict() if scaler else None,
-            "measured": self.measured,
             "untuned": None if self.untuned is None else self.untuned.cpu(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned, at the learning rate of the settings."""
         with torch.no_grad():
-            for name, parameter in self.optimised.items():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
-        if self.low_rank:
-            self.low_rank.merge()
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.schedule.base_lrs = [self.settings.learning_rate for _ in self.schedule.base_lrs]
@@ -218,7 +173,7 @@ class Tuning:
             self.ema.to(self.accelerator.device)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.number, self.measured = state["number"], state.get("measured", [])
+        self.number = state["number"]
         untuned = state.get("untuned")
         self.untuned = None if untuned is None else untuned.to(self.accelerator.device)
 
@@ -227,8 +182,6 @@ class Tuning:
         """Go on after step `number` from tuned weights alone; what the optimiser remembered begins anew."""
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
-        if self.low_rank:
-            self.low_rank.restart()
         if self.ema:
             self.ema = EMAModel(self.parameters.values(), decay=self.settings.ema_decay)
         self.schedule.last_epoch = self.number = number
@@ -247,29 +200,21 @@ class Tuning:
         return chosen
 
     def learn(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Take the gradients of one batch; returns its loss, and the timestep of each of its clips.
+        """Accumulate the gradients of one batch.
 
-        Each term goes back at once, since layers know one number of frames.
+        Returns:
+            Its loss, a scalar, and the timestep of each of its clips, shape B.
         """
         clean, noise, t_B = self.draw(batch)
-        generator = self._generator(batch, 1)  # not the draw's: that is the same whatever the loss
-        terms = [lambda: self.loss(clean, noise, t_B, generator)]
-        if prior := self.prior:
-            terms.append(lambda: self.settings.prior_weight * prior.loss(clean, generator))
-        batches, told = self.settings.gradient_accumulation_steps, []
-        for term in terms:
-            last = batch + 1 == batches and term is terms[-1]
-            with nullcontext() if last else self.accelerator.no_sync(self.video.unet):
-                loss = term()
-                self.accelerator.backward(loss / batches)
-            told.append(loss.detach())
-        return torch.stack(told).sum(), t_B
+        batches = self.settings.gradient_accumulation_steps
+        with nullcontext() if batch + 1 == batches else self.accelerator.no_sync(self.video.unet):
+            loss = self.loss(clean, noise, t_B)
+            self.accelerator.backward(loss / batches)
+        return loss.detach(), t_B
 
     def _move(self, loss: float) -> None:
         """Move the weights, unless that would spoil them."""
-        if self.low_rank:
-            self.low_rank.take_gradients()
-        clipped: Any = self.accelerator.clip_grad_norm_(self.optimised.values(), self.settings.max_grad_norm)
+        clipped: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
         norm = float(clipped)
         skipped = self.accelerator.scaler is not None  # the scaler of fp16 leaves out steps that overflow
         if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
@@ -286,21 +231,12 @@ class Tuning:
         if scaler and scaler.get_scale() < scale:  # accelerate does not notice what a fused optimizer skips itself
             return
         self.schedule.step()
-        if self.low_rank:
-            self.low_rank.merge()
         if self.ema:
             self.ema.step(self.parameters.values())
 
-    def _generator(self, batch: int, *purpose: int) -> torch.Generator:
-        place = (self.settings.seed, self.accelerator.process_index, self.number, batch, *purpose)
+    def _generator(self, batch: int) -> torch.Generator:
+        place = (self.settings.seed, self.accelerator.process_index, self.number, batch)
         return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
-
-    def _numbers(self, batch: int) -> list[int]:
-        """What numbers the clips of this batch have among all that are drawn in a run, in all its processes."""
-        batches, processes = self.settings.gradient_accumulation_steps, self.accelerator.num_processes
-        before = (self.number * batches + batch) * processes + self.accelerator.process_index
-        size = self.settings.train_batch_size
-        return list(range(before * size, (before + 1) * size))
 
     def _over_processes(self, values: Tensor) -> float:
         return float(torch.as_tensor(self.accelerator.gather(values)).mean())
@@ -326,12 +262,6 @@ class Tuning:
         shape = (settings.train_batch_size, *mean.shape[1:])
         sample, noise = (torch.randn(shape, generator=generator) for _ in range(2))
         t_B = torch.randint(levels, shape[:1], generator=generator)
-        if settings.timestep_sampling != "uniform":
-            choose = {"stratified": losses.stratified, "antithetic": losses.antithetic}[settings.timestep_sampling]
-            t_B = choose(levels, self._numbers(batch), settings.seed)
-        if settings.noise_shared:
-            common = torch.randn((*shape[:2], 1, *shape[3:]), generator=generator)
-            noise = losses.shared(noise, common, settings.noise_shared)
         sample, noise, t_B = (x.to(mean.device) for x in (sample, noise, t_B))
         return mean + std * sample, noise, t_B
 

@@ -199,10 +199,10 @@ class RunFolder:
         return json.loads(config.read_text(encoding="utf-8")).get("about", {}) if config.is_file() else {}
 
     def is_finished(self, settings: TuneSettings) -> bool:
-        """Whether the adapter was tuned for the settings' number of steps, fewer if it was stopped early."""
+        """Return whether the adapter was tuned for at least the settings' number of steps."""
         about = self.about
-        if "steps" not in about or ("max_train_steps" not in about and settings.early_stopping is not None):
-            return self.is_tuned  # of another program, or of an older version that stopped early
+        if "steps" not in about:
+            return self.is_tuned  # of another program
         return about.get("max_train_steps", about["steps"]) >= settings.max_train_steps
 
     def require_tuned(self) -> None:

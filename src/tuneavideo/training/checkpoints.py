@@ -110,10 +110,9 @@ class Keeper:
         """Of one state to resume from."""
         settings, tuning = self.tuning.settings, self.tuning
         learned = sum(parameter.numel() for parameter in tuning.parameters.values())
-        moved = sum(parameter.numel() for parameter in tuning.optimised.values())
         remembered = REMEMBERED.get(settings.optimizer, 2)
-        numbers = moved * (1 + remembered) + learned * settings.use_ema
-        tensors = 4 * len(tuning.optimised) + len(tuning.parameters) * settings.use_ema  # a count of steps each, too
+        numbers = learned * (1 + remembered + settings.use_ema)
+        tensors = len(tuning.parameters) * (4 + settings.use_ema)  # the optimiser keeps a count of steps, too
         return 4 * numbers + disk_space.TENSOR * tensors + disk_space.TEXT
 
     def _adapter_bytes(self) -> float:
