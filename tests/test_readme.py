@@ -91,6 +91,6 @@ def test_the_readme_is_short_and_its_tree_is_the_packages() -> None:
 
 def test_every_option_named_in_the_readme_exists() -> None:
     named = set(re.findall(r"--([a-z][a-z-]+)", text_of(README)))
-    elsewhere = {"config", "resume", "help", "debug", "goldens"}  # of the commands and of benchmarks.parity
+    elsewhere = {"config", "resume", "help-all", "debug", "goldens"}  # of the commands and of benchmarks.parity
     known = {name.replace("_", "-") for kind in (TuneSettings, EditSettings) for name in kind.model_fields}
     assert {name.removeprefix("no-") for name in named} - elsewhere <= known
