@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tuneavideo.bases import BASES
-from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.adapter import trainable_parameters
 from tuneavideo.models.loading import CONFIGS, FAMILIES
 from tuneavideo.settings import Inflation, TuneSettings
 from tuneavideo.training import memory_trace
@@ -45,7 +45,7 @@ class Family:
         config = UNet2DConditionModel.load_config(CONFIGS / name / "unet")
         self.video = memory_trace.blank_unet(config, trainable, (), Inflation())
         unet = self.video.unet
-        chosen = tuned_parameters(unet, trainable)
+        chosen = trainable_parameters(unet, trainable)
         self.learned = sum(parameter.numel() for parameter in chosen.values())
         frozen = sum(parameter.numel() for parameter in unet.parameters()) - self.learned
         self.fixed = 2 * frozen + 4 * 4 * self.learned + rest  # weight, gradient and two moments in float32

@@ -26,7 +26,7 @@ from tuneavideo.method.attention import Clip, ClipGroupNorm, SparseCausalAttenti
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import inflate
 from tuneavideo.method.noise import Levels, add_noise, ddim_move, split, target
-from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.adapter import trainable_parameters
 
 TUNED = ("attn1.to_q", "attn2.to_q", "attn_temp")
 
@@ -115,7 +115,7 @@ class Reference:
         for network in (unet, self.parts.vae, self.parts.text):
             if network is not None:
                 network.requires_grad_(False)
-        self.tuned = tuned_parameters(unet.train(), TUNED, self.frozen)
+        self.tuned = trainable_parameters(unet.train(), TUNED, self.frozen)
         for parameter in self.tuned.values():
             parameter.requires_grad_(True)
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=self.reentrant))

@@ -32,7 +32,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
         else:
-            host_memory.give_back()
+            host_memory.release_memory()
             if _RESET.exists():
                 _RESET.write_text("5")
             self.base = psutil.Process().memory_info().rss

@@ -24,7 +24,7 @@ from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.deepcache import reusing
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.tuning import Tuning
-from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.adapter import trainable_parameters
 from tuneavideo.settings import PRESETS, Sampling, TuneSettings
 
 Task = Literal[
@@ -171,7 +171,7 @@ def _learning(row: Row, network: Parts) -> tuple[VideoUNet, list[Any]]:
     """An inflated UNet whose tuned layers learn, on whatever device it is."""
     video = inflate(network.unet)
     network.unet.requires_grad_(False).train()
-    tuned = list(tuned_parameters(network.unet, TUNED, ("down_blocks",) if row.frozen else ()).values())
+    tuned = list(trainable_parameters(network.unet, TUNED, ("down_blocks",) if row.frozen else ()).values())
     for parameter in tuned:
         parameter.requires_grad_(True)
     if row.checkpointing:

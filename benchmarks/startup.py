@@ -48,17 +48,17 @@ def _started(clip: Path, base: str, out: Path) -> dict[str, float]:
     from tuneavideo.models import pipelines
 
     imported = time.perf_counter()
-    open_image_model, loading = pipelines.open_image_model, 0.0
+    load_image_pipeline, loading = pipelines.load_image_pipeline, 0.0
 
     def timed(*given: object, **more: object) -> object:
         nonlocal loading
         start = time.perf_counter()
         try:
-            return open_image_model(*given, **more)  # pyright: ignore
+            return load_image_pipeline(*given, **more)  # pyright: ignore
         finally:
             loading += time.perf_counter() - start
 
-    pipelines.open_image_model = timed  # pyright: ignore
+    pipelines.load_image_pipeline = timed  # pyright: ignore
     size = {} if base == "miniature" else {"resolution": 128, "num_frames": 8}
     job = api.tuning(
         api.tune_settings({"video": str(clip), "prompt": "a man is skiing", "base": base, **size}), out=out

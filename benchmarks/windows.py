@@ -122,9 +122,9 @@ def _write_stub(folder: Path) -> None:
 
 
 def _write_clip(path: Path, frames: int) -> None:
-    from tuneavideo.video import Frames, write
+    from tuneavideo.video import VideoStream, write
 
-    write(Frames(_drawn(frames), 24.0), path)
+    write(VideoStream(_drawn(frames), 24.0), path)
 
 
 def _drawn(frames: int) -> Iterator[np.ndarray]:
@@ -148,7 +148,7 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
     from tuneavideo.video import read
 
     run = RunFolder(api.tune(clip, "a man", out=work / "run", num_frames=frames, window=WINDOW, max_train_steps=100))
-    pipe, source = pipelines.open("miniature", adapter=run.adapter), read(run.source)
+    pipe, source = pipelines.load_pipeline("miniature", adapter=run.adapter), read(run.source)
     levels, kept = Levels.of(pipe.scheduler), cache.read(run.latents)
     assert kept
     negative, caption, *texts = codec.embed(pipe, ["", "a man", *EDITS]).split(1)

@@ -13,7 +13,7 @@ from tests.conftest import image_unet
 from tests.test_inflation import randomised
 from tuneavideo.errors import AdapterError
 from tuneavideo.method.inflate import added_parameters, inflate
-from tuneavideo.models.adapter import Adapter, fingerprint, tuned_parameters
+from tuneavideo.models.adapter import Adapter, fingerprint, trainable_parameters
 from tuneavideo.settings import Inflation
 
 LAYERS = ("attn1.to_q", "attn2.to_q", "attn_temp")
@@ -24,7 +24,7 @@ def learned(unet: UNet2DConditionModel, inflation: Inflation | None = None) -> A
     marks = fingerprint(unet)
     inflate(unet, inflation)
     randomised(unet)
-    tuned = tuned_parameters(unet, LAYERS)
+    tuned = trainable_parameters(unet, LAYERS)
     for name, parameter in tuned.items():
         if name not in added_parameters(unet):
             parameter.data += 0.1
@@ -57,7 +57,7 @@ def test_a_saved_adapter_makes_the_same_video_unet_of_a_fresh_base(inflation: In
 def test_an_adapter_holds_every_added_and_every_tuned_tensor_and_nothing_else() -> None:
     unet = image_unet()
     names = set(learned(unet).tensors)
-    assert names == set(added_parameters(unet)) | set(tuned_parameters(unet, LAYERS))
+    assert names == set(added_parameters(unet)) | set(trainable_parameters(unet, LAYERS))
     assert any("norm_temp" in name for name in names)
 
 

@@ -56,7 +56,7 @@ def test_every_family_tunes_and_edits(kind: str, bases: dict[str, Path], clip: P
 
 def round_trip(base: Path, clip: Path) -> float:
     """PSNR in dB of a clip that was inverted and generated again, against what its latents decode to."""
-    pipe = pipelines.open(str(base))
+    pipe = pipelines.load_pipeline(str(base))
     levels, video, empty = Levels.of(pipe.scheduler), video_unet(pipe.unet), codec.embed(pipe, [""])
     clean = codec.encode(pipe, read(clip, count=2, size=(16, 16)))["mean"]
     *_, up = invert(video, levels, clean, empty, levels.inversion_grid(25, "trailing"))
@@ -71,13 +71,13 @@ def test_the_velocity_is_inverted_as_well_as_the_noise_without_any_signal_at_the
     zero = shutil.copytree(bases["sd2"], tmp_path / "zero")
     config = zero / "scheduler/scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rescale_betas_zero_snr": True}))
-    assert Levels.of(pipelines.open_image_model(str(zero)).scheduler).alphas[-1] == 0
+    assert Levels.of(pipelines.load_image_pipeline(str(zero)).scheduler).alphas[-1] == 0
     noise, velocity, without = (round_trip(base, clip) for base in (bases["turbo"], bases["sd2"], zero))
     assert noise > 40 and velocity > noise - 0.5 and without > 40
 
 
 def test_stable_diffusion_xl_is_told_what_its_own_pipeline_tells_it(bases: dict[str, Path]) -> None:
-    pipe = pipelines.open_image_model(str(bases["xl"]))
+    pipe = pipelines.load_image_pipeline(str(bases["xl"]))
     seen: dict[str, torch.Tensor] = {}
 
     def note(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def test_a_folder_opens_whatever_form_its_weights_are_in(
     folder = shutil.copytree(bases["sd1"], tmp_path / "base")
     change(folder)
     assert not list(folder.rglob("model.safetensors")) and same_weights(
-        pipelines.open_image_model(str(folder)), pipelines.open_image_model(str(bases["sd1"]))
+        pipelines.load_image_pipeline(str(folder)), pipelines.load_image_pipeline(str(bases["sd1"]))
     )
 
 
@@ -153,11 +153,11 @@ def test_a_folder_opens_whatever_form_its_weights_are_in(
 def test_a_single_file_opens_with_the_configs_of_the_folder_it_lies_in(
     suffix: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    pipe = pipelines.open_image_model(str(bases["sd1"]))
+    pipe = pipelines.load_image_pipeline(str(bases["sd1"]))
     shutil.copytree(bases["sd1"], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     file = tmp_path / f"model.{suffix}"
     save_file(original(pipe), file) if suffix == "safetensors" else torch.save({"state_dict": original(pipe)}, file)
-    assert same_weights(pipelines.open_image_model(str(file)), pipe)
+    assert same_weights(pipelines.load_image_pipeline(str(file)), pipe)
     assert isinstance(TuneAVideoPipeline.from_pretrained(file), TuneAVideoPipeline)
 
 
@@ -169,7 +169,7 @@ def alone(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loading, "FAMILIES", {24: "sd1"})
     shutil.copytree(bases["sd1"], tmp_path / "configs/sd1", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer"))
     (tmp_path / "alone").mkdir()
-    save_file(original(pipelines.open_image_model(str(bases["sd1"]))), tmp_path / "alone/model.safetensors")
+    save_file(original(pipelines.load_image_pipeline(str(bases["sd1"]))), tmp_path / "alone/model.safetensors")
     return tmp_path / "alone/model.safetensors"
 
 
@@ -177,7 +177,7 @@ def test_a_single_file_elsewhere_takes_our_configs_and_the_tokenizer_of_the_hub_
     alone: Path, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="holds no tokenizer.* 'hf download openai/clip-vit-large-patch14 vocab"):
-        pipelines.open_image_model(str(alone))
+        pipelines.load_image_pipeline(str(alone))
     cache = tmp_path / "hub/models--CompVis--stable-diffusion-v1-4"
     shutil.copytree(bases["sd1"] / "tokenizer", cache / "snapshots/abc/tokenizer")
     pipe = DiffusionPipeline.from_pretrained(bases["sd1"])
@@ -186,7 +186,7 @@ def test_a_single_file_elsewhere_takes_our_configs_and_the_tokenizer_of_the_hub_
         (cache / "snapshots/abc/tokenizer" / name).write_text(json.dumps(contents) if contents else "#version: 0.2\n")
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text("abc")
-    ours = pipelines.open_image_model(str(alone))
+    ours = pipelines.load_image_pipeline(str(alone))
     assert same_weights(ours, pipe) and ours.tokenizer.pad_token == "<|endoftext|>"
     assert ours.tokenizer("a square").input_ids == pipe.tokenizer("a square").input_ids
 
@@ -206,8 +206,8 @@ def test_our_configs_make_models_of_the_published_sizes(family: str) -> None:
 
 
 def test_a_file_is_asked_whether_it_predicts_the_velocity(bases: dict[str, Path]) -> None:
-    assert not loading._predicts_velocity(pipelines.open_image_model("miniature"))  # trained to predict the noise
-    assert loading._predicts_velocity(pipelines.open_image_model(str(bases["sd2"])))
+    assert not loading._predicts_velocity(pipelines.load_image_pipeline("miniature"))  # trained to predict the noise
+    assert loading._predicts_velocity(pipelines.load_image_pipeline(str(bases["sd2"])))
 
 
 class Malicious:
@@ -235,7 +235,7 @@ def test_a_malicious_pickle_runs_nothing_and_is_refused_in_one_line(
         (folder / place).write_bytes(pickle.dumps(contents))
     base = folder / place if place.endswith("ckpt") else folder
     with pytest.raises(ModelError) as refused:
-        pipelines.open_image_model(str(base))
+        pipelines.load_image_pipeline(str(base))
     assert not (tmp_path / "ran").exists() and "\n" not in str(refused.value)
     assert str(folder) in str(refused.value)
     if form == "zip":
@@ -249,7 +249,7 @@ def test_a_malicious_pickle_runs_nothing_and_is_refused_in_one_line(
 def test_a_lora_is_no_base(tmp_path: Path) -> None:
     save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(ModelError, match="no whole text-to-image model .* LoRAs and ControlNets go with"):
-        pipelines.open_image_model(str(tmp_path / "lora.safetensors"))
+        pipelines.load_image_pipeline(str(tmp_path / "lora.safetensors"))
 
 
 def test_the_table_says_the_memory_that_was_counted(capsys: pytest.CaptureFixture) -> None:
@@ -272,6 +272,6 @@ def test_model_is_another_word_for_base(bases: dict[str, Path], tmp_path: Path) 
 
 
 def test_a_config_without_a_size_means_that_of_stable_diffusion(base: Path) -> None:
-    pipe = pipelines.open_image_model(str(base))
+    pipe = pipelines.load_image_pipeline(str(base))
     pipe.unet.register_to_config(sample_size=None)
     assert codec.default_size(pipe) == 64 * codec.stride(pipe)

@@ -246,7 +246,7 @@ def test_a_flag_given_with_its_default_value_is_kept(base: Path, clip: Path, tmp
 
 
 def test_offloaded_parts_work_when_they_are_called_and_give_what_they_gave(base: Path) -> None:
-    pipe, kept = (pipelines.open_image_model(str(base)) for _ in range(2))
+    pipe, kept = (pipelines.load_image_pipeline(str(base)) for _ in range(2))
     devices.offload(pipe)
     latents = torch.randn(1, 4, 2, 8, 8)
     told, before = (codec.embed(each, ["a square"]).text_BLD for each in (pipe, kept))
@@ -273,8 +273,8 @@ def test_on_a_cpu_nothing_is_computed_twice_if_a_step_fits_into_what_is_free(
     spare: float, flags: list[str], recomputed: bool, base: Path, clip: Path, tmp_path: Path, heard: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(devices, "memory", lambda _: 0)
-    monkeypatch.setattr(host_memory, "memory", lambda: (int(spare * GB), int(16 * GB)))
+    monkeypatch.setattr(devices, "used_memory", lambda _: 0)
+    monkeypatch.setattr(host_memory, "free_and_total", lambda: (int(spare * GB), int(16 * GB)))
     main.main(["tune", str(clip), "--prompt", "a square", "--base", str(base), "--num-frames", "3", "--max-train-steps",
               "1", "--out", str(tmp_path / "run"), *flags])  # fmt: skip
     assert ("gradient_checkpointing off; tuning needs" in heard().err) is not recomputed

@@ -21,7 +21,7 @@ from tuneavideo.errors import CheckpointError
 from tuneavideo.interop import lora, mindspore, model_configs, names
 from tuneavideo.interop.reading import read_checkpoint
 from tuneavideo.method.inflate import inflate
-from tuneavideo.models.adapter import Adapter, fingerprint, tuned_parameters
+from tuneavideo.models.adapter import Adapter, fingerprint, trainable_parameters
 from tuneavideo.settings import Inflation
 from tuneavideo.storage import weight_files
 from tuneavideo.storage.tensors import LazyTensor
@@ -56,9 +56,9 @@ def adapter_on(base: Path, folder: Path) -> Path:
     inflate(unet)
     torch.manual_seed(3)
     with torch.no_grad():
-        for parameter in tuned_parameters(unet, ("attn1.to_q", "attn2.to_q", "attn_temp")).values():
+        for parameter in trainable_parameters(unet, ("attn1.to_q", "attn2.to_q", "attn_temp")).values():
             parameter.add_(torch.randn_like(parameter) / 50)
-    tuned = tuned_parameters(unet, ("attn1.to_q", "attn2.to_q"))
+    tuned = trainable_parameters(unet, ("attn1.to_q", "attn2.to_q"))
     made = Adapter.of(unet, tuned, inflation=Inflation(), base=str(base), fingerprint=marks)
     return made.save(folder, dtype=torch.float32)
 

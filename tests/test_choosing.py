@@ -19,7 +19,7 @@ from tests.clips import animate, barcode, barcodes, film, numbers
 from tuneavideo.config import checked
 from tuneavideo.errors import SettingsError, VideoError
 from tuneavideo.settings import TuneSettings
-from tuneavideo.video import area_size, fitted, footage, read, reading, spread
+from tuneavideo.video import area_size, choose_span, read, read_any, reading, resize
 
 COUNT, RATE = 40, 20
 
@@ -68,7 +68,7 @@ sides = st.integers(1, 300)
 @given(sides, sides, sides, sides, st.sampled_from(["crop", "pad", "stretch"]))
 def test_a_picture_fits_exactly(width: int, height: int, new_width: int, new_height: int, how) -> None:
     image = np.full((height, width, 3), 200, np.uint8)
-    result = fitted(image, new_width, new_height, how)
+    result = resize(image, new_width, new_height, how)
     assert result.shape == (new_height, new_width, 3) and result.dtype == np.uint8
     lit = (result == 200).all(axis=-1)
     if how == "pad":
@@ -242,29 +242,29 @@ def test_a_list_of_other_files_does_not_reach_into_the_network(tmp_path: Path) -
     ],
 )
 def test_frames_are_spread_over_a_clip_unless_something_else_is_asked(forty: Path, options: dict, taken) -> None:
-    span = spread(forty, **options)
+    span = choose_span(forty, **options)
     assert (span.stride, span.count, span.total, span.seconds) == (*taken, COUNT, COUNT / RATE)
 
 
 @pytest.mark.parametrize("options", [{"count": 41}, {"count": 14, "stride": 4}, {"count": 3, "start": 38}])
 def test_too_few_frames_are_refused_in_the_same_words_before_any_is_decoded(forty: Path, options: dict) -> None:
     with pytest.raises(VideoError) as error:
-        spread(forty, usual=8, **options)
+        choose_span(forty, usual=8, **options)
     assert str(error.value).replace(str(forty), "CLIP") == refused(forty, **options)
 
 
 def test_pictures_of_a_folder_and_of_a_clip_that_says_no_rate_are_counted(tmp_path: Path) -> None:
     for number in range(20):
         Image.fromarray(barcodes(1)[0]).save(tmp_path / f"{number}.png")
-    span = spread(tmp_path, usual=8)
+    span = choose_span(tmp_path, usual=8)
     assert (span.stride, span.count, span.total, span.seconds) == (2, 8, 20, 2.5)
     webp = animate(tmp_path / "clip.webp", barcodes(9), 125)
-    assert (spread(webp, usual=4).stride, spread(webp, usual=24).count) == (2, 9)
+    assert (choose_span(webp, usual=4).stride, choose_span(webp, usual=24).count) == (2, 9)
 
 
 def test_a_long_clip_is_looked_at_only_as_far_as_frames_are_taken(forty: Path, monkeypatch) -> None:
     monkeypatch.setattr(reading, "SLOWEST", 40)
-    span = spread(forty, usual=4)
+    span = choose_span(forty, usual=4)
     assert (span.stride, span.total) == (1, COUNT)  # the total is the file's word
 
 
@@ -290,5 +290,5 @@ def test_a_clip_that_is_damaged_on_the_way_gives_what_is_before_if_fewer_will_do
     places = [place for place in range(len(data)) if data.startswith(b"IDAT", place)]
     data[places[6] + 8 : places[6] + 40] = bytes(32)
     path.write_bytes(data)
-    assert footage(path, tmp_path, count=9, fewer=True).frames == 6
+    assert read_any(path, tmp_path, count=9, fewer=True).frames == 6
     assert "damaged after 0.50 s" in caplog.text

@@ -16,7 +16,7 @@ from tuneavideo.errors import ModelError
 from tuneavideo.method.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, only_first, referred
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import added_parameters, deflate, inflate, video_unet
-from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.adapter import trainable_parameters
 from tuneavideo.settings import Inflation, TuneSettings
 
 SHAPES = {
@@ -137,7 +137,7 @@ def test_stable_diffusion_gains_and_tunes_the_published_numbers_of_parameters() 
         inflate(unet)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 909_120_004
     assert len(added_parameters(unet)) == 112
-    tuned = tuned_parameters(unet, TuneSettings.model_fields["trainable_modules"].default)
+    tuned = trainable_parameters(unet, TuneSettings.model_fields["trainable_modules"].default)
     assert len(tuned) == 112 and sum(parameter.numel() for parameter in tuned.values()) == 74_354_880
     kept = added_parameters(unet) | tuned
     assert 2 * sum(parameter.numel() for parameter in kept.values()) < 150e6

@@ -373,9 +373,9 @@ def test_edits_that_play_as_fast_as_the_source_keep_its_sound(base: Path, tmp_pa
 
 
 def test_edits_made_together_are_those_made_one_by_one(run: Path) -> None:
-    wishes = {"seeds": (0, 1), "fresh_noise": 0.3, "num_inference_steps": 2}
-    one_by_one = api.edit(run, ["a blue square", "a red circle"], **wishes)
-    together = api.edit(run, ["a blue square", "a red circle"], **wishes, batch_prompts=3)
+    settings = {"seeds": (0, 1), "fresh_noise": 0.3, "num_inference_steps": 2}
+    one_by_one = api.edit(run, ["a blue square", "a red circle"], **settings)
+    together = api.edit(run, ["a blue square", "a red circle"], **settings, batch_prompts=3)
     for ours, theirs in zip(together, one_by_one, strict=True):
         seeds = [json.loads((folder / "edit.json").read_text())["seed"] for folder in (ours, theirs)]
         assert seeds[0] == seeds[1]

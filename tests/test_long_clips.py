@@ -27,7 +27,7 @@ from tuneavideo.models import host_memory
 from tuneavideo.settings import SAMPLERS, STOCHASTIC_SAMPLERS
 from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
-from tuneavideo.video import Spool, Video, clip, footage, read, write
+from tuneavideo.video import DiskVideo, Video, clip, read, read_any, write
 from tuneavideo.video.montage import side_by_side
 
 LEVELS = Levels.of(DDIMScheduler(**STABLE))
@@ -140,7 +140,7 @@ def test_a_run_begun_with_feature_reuse_in_windows_is_resumed_as_its_error_says(
 
 def test_only_memory_of_a_cpu_goes_back_after_every_window(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(host_memory, "give_back", lambda: calls.append(0))
+    monkeypatch.setattr(host_memory, "release_memory", lambda: calls.append(0))
     for device in ("meta", "cpu"):
         streaming._alone(torch.empty(1, device=device))
     assert len(calls) == 1
@@ -256,13 +256,13 @@ def test_fresh_noise_is_mixed_into_a_reel_at_its_share(reel: Reel, tmp_path: Pat
     assert float(noise.std()) == pytest.approx(1, abs=0.05)
 
 
-def test_a_spool_holds_what_the_clip_in_memory_holds(film: Path, tmp_path: Path, on_disk: None) -> None:
-    spool, video = footage(film, tmp_path), read(film)
-    assert isinstance(spool, Spool) and not list(tmp_path.iterdir())
-    assert (spool.frames, spool.height, spool.width, spool.fps) == (40, 32, 32, video.fps)
-    for films in (zip(spool.images, spool.images, strict=True), zip(spool.images, video.images, strict=True)):
+def test_a_video_on_disk_holds_what_the_clip_in_memory_holds(film: Path, tmp_path: Path, on_disk: None) -> None:
+    disk, video = read_any(film, tmp_path), read(film)
+    assert isinstance(disk, DiskVideo) and not list(tmp_path.iterdir())
+    assert (disk.frames, disk.height, disk.width, disk.fps) == (40, 32, 32, video.fps)
+    for films in (zip(disk.images, disk.images, strict=True), zip(disk.images, video.images, strict=True)):
         assert all((a == b).all() for a, b in films)
-    beside = [side_by_side(pair, labels=["a", "b"]) for pair in ((spool, video), (video, video))]
+    beside = [side_by_side(pair, labels=["a", "b"]) for pair in ((disk, video), (video, video))]
     assert all((a == b).all() for a, b in zip(*(each.images for each in beside), strict=True))
-    write(spool, tmp_path / "frames")
+    write(disk, tmp_path / "frames")
     assert (read(tmp_path / "frames").frames_THWC == video.frames_THWC).all()

@@ -21,7 +21,7 @@ from tuneavideo.video import read
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
-    return pipelines.open("miniature")
+    return pipelines.load_pipeline("miniature")
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -90,7 +90,7 @@ def test_tuning_learns_the_clip(pipe: StableDiffusionPipeline) -> None:
     from tuneavideo.settings import TuneSettings
 
     clip = read(miniature.clips()[0]["path"], stride=4, count=4, size=(64, 64))
-    fresh = pipelines.open("miniature")
+    fresh = pipelines.load_pipeline("miniature")
     stated = {"video": "-", "prompt": "-", "max_train_steps": 30, "num_frames": 4}
     settings = checked(TuneSettings, layers(stated, {}))
     text = codec.embed(fresh, ["a dog is jumping on the grass"])

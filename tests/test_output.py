@@ -140,6 +140,6 @@ def test_frames_that_teach_no_motion_are_warned_of(words: list[str], told: str, 
 
     number = {word.split("=")[0].strip("-").replace("-", "_"): int(word.split("=")[1]) for word in words}
     settings = tune_settings({"video": str(clip), "prompt": "a square", **number})
-    span = plan.frames(settings)
+    span = plan.choose_frames(settings)
     lines = [*plan.frame_warnings(span, len(range(0, span.total, span.stride)[: span.count]) if span.stride else 6)]
     assert told in " ".join(lines) and bool(lines) == bool(told)

@@ -113,7 +113,7 @@ def test_an_adapter_comes_and_goes_whatever_was_done_before(pipe: TuneAVideoPipe
 
 
 def test_it_is_made_of_the_components_of_a_stock_pipeline(base: Path) -> None:
-    stock = pipelines.open(str(base))
+    stock = pipelines.load_pipeline(str(base))
     assert type(stock) is StableDiffusionPipeline
     assert TuneAVideoPipeline(**stock.components)("a square", **QUICK).frames.shape == (1, 4, 3, 8, 8)
 

@@ -199,7 +199,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 import numpy as np
-from tuneavideo.video import Frames, read, write
+from tuneavideo.video import VideoStream, read, write
 
 def status(name):
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -252,7 +252,7 @@ def test_eight_of_two_thousand_frames_of_720p_take_little_memory(tmp_path: Path)
 @pytest.mark.parametrize("suffix", ["mp4", "gif"])
 def test_a_thousand_frames_are_written_as_they_come(suffix: str, tmp_path: Path) -> None:
     path = str(tmp_path / f"clip.{suffix}")
-    work = f"write(Frames((np.full((240, 320, 3), t % 250, np.uint8) for t in range(1000)), 25.0), {path!r})"
+    work = f"write(VideoStream((np.full((240, 320, 3), t % 250, np.uint8) for t in range(1000)), 25.0), {path!r})"
     assert peak_mb(work) <= 120, "all of them are 230 MB"
     with av.open(path) as container:
         assert sum(packet.size > 0 for packet in container.demux(video=0)) == 1000

@@ -154,16 +154,16 @@ def test_an_inversion_is_shared_by_edits_whose_weights_are_the_same(run: Path, s
 
 
 def test_attention_still_refers_to_other_frames_beside_an_ip_adapter(run: Path, base: Path, styles: Files) -> None:
-    pipe = pipelines.open_image_model(str(base))
+    pipe = pipelines.load_image_pipeline(str(base))
     settings = EditSettings(run=str(run), prompt=(PROMPT,), **styles["picture"])
     loaded = addons.load(pipe, settings, read(run / "source.mp4"))
     video = Adapter.load(run / "adapter").attach(pipe.unet).video
     assert sum(isinstance(layer, SparseCausalAttention) for layer in pipe.unet.modules()) == 4
-    x, told = torch.randn(1, 4, 3, 8, 8), loaded.told(codec.embed(pipe, [""]))
+    x, conditions = torch.randn(1, 4, 3, 8, 8), loaded.with_reference(codec.embed(pipe, [""]))
     with torch.no_grad():
-        before = video(x, torch.tensor(500), told)
+        before = video(x, torch.tensor(500), conditions)
         x[:, :, 0] += 1
-        assert not torch.allclose(before[:, :, 2], video(x, torch.tensor(500), told)[:, :, 2], atol=1e-4)
+        assert not torch.allclose(before[:, :, 2], video(x, torch.tensor(500), conditions)[:, :, 2], atol=1e-4)
 
 
 def test_another_base_of_the_same_shape_edits_when_it_is_named(run: Path, plain: np.ndarray, tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_another_base_of_the_same_shape_edits_when_it_is_named(run: Path, plain:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "conditions"),
     [
         ({"ip_image": "a.png"}, "ip_adapter and ip_image need"),
-        ({"control": "depth"}, "control 'depth' needs a controlnet"),
+        ({"control": "depth"}, "control 'depth' has no effect without controlnet"),
         ({"lora": ("no.safetensors:0.5",)}, r"LoRA no.safetensors: no such file or folder"),
         ({"embedding": ("no.safetensors",)}, "embedding no.safetensors: no such file or folder"),
         ({"controlnet": "no/where"}, "ControlNet no/where is not on this machine, and HF_HUB_OFFLINE is set; 'hf "),
@@ -189,8 +189,8 @@ def test_another_base_of_the_same_shape_edits_when_it_is_named(run: Path, plain:
         ({"edit_model": "./no.safetensors"}, "base './no.safetensors' does not exist; give a folder"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(settings: dict[str, Any], told: str, run: Path) -> None:
-    with pytest.raises(TuneAVideoError, match=told) as refused:
+def test_what_is_missing_is_said_in_one_line(settings: dict[str, Any], conditions: str, run: Path) -> None:
+    with pytest.raises(TuneAVideoError, match=conditions) as refused:
         edited(run, **settings)
     assert "\n" not in str(refused.value)
 
@@ -204,13 +204,13 @@ def test_what_is_of_another_base_is_refused(run: Path, styles: Files, tmp_path: 
     StableDiffusionPipeline.save_lora_weights(tmp_path / "wide-lora", unet_lora_layers=wide)
     capfd.readouterr()
     caplog.clear()
-    for settings, told in (
+    for settings, conditions in (
         ({"lora": (str(tmp_path / "x.safetensors"),)}, "LoRA .*x.safetensors: "),
         ({"lora": (str(tmp_path / "wide-lora"),)}, "LoRA .*wide-lora: .* its shapes are others; take one made for"),
         ({"embedding": (str(tmp_path / "wide.safetensors"),)}, "its vectors have 32 numbers, the base's .* takes 24;"),
         ({"controlnet": str(other)}, "its cross_attention_dim is 32, the base's is 24"),
     ):
-        with pytest.raises(AdapterError, match=told):
+        with pytest.raises(AdapterError, match=conditions):
             edited(run, **settings)
     assert "unsuccessful" not in caplog.text + capfd.readouterr().err
 
@@ -236,8 +236,8 @@ def test_a_network_that_is_gone_is_asked_once_and_named(run: Path, monkeypatch: 
 def test_a_malicious_embedding_runs_nothing(run: Path, tmp_path: Path) -> None:
     torch.save({"<mine>": Malicious(tmp_path / "ran")}, tmp_path / "mine.pt")
     (tmp_path / "bare.bin").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
-    for name, told in {"mine.pt": "refused, and nothing of it was run", "bare.bin": "cannot be used"}.items():
-        with pytest.raises(AdapterError, match=told):
+    for name, conditions in {"mine.pt": "refused, and nothing of it was run", "bare.bin": "cannot be used"}.items():
+        with pytest.raises(AdapterError, match=conditions):
             edited(run, embedding=(str(tmp_path / name),))
     assert not (tmp_path / "ran").exists()
 
@@ -291,7 +291,7 @@ def test_a_control_is_given_to_every_clip_of_a_batch(base: Path, tmp_path: Path)
     net = ControlNetModel.from_pretrained(controlnet(tmp_path / "net"))
     maps = torch.rand(3, 3, 16, 16)
     video = inflate(image_unet())
-    helped = addons.Style(control=control.Control(net, maps, 1.0)).controlled(video_unet(video.unet))
+    helped = addons.AddOns(control=control.Control(net, maps, 1.0)).with_controlnet(video_unet(video.unet))
     x, text = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 24)
     with torch.no_grad():
         one, both = (helped(x.expand(n, -1, -1, -1, -1), torch.tensor(9), text.expand(n, -1, -1)) for n in (1, 2))

@@ -20,7 +20,7 @@ from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import inflate
 from tuneavideo.method.noise import Levels
 from tuneavideo.method.tuning import Tuning
-from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.adapter import trainable_parameters
 from tuneavideo.settings import PRESETS, TuneSettings
 
 
@@ -149,7 +149,7 @@ def test_half_precision_keeps_what_learns_in_float32() -> None:
         work.video, Levels.of(DDIMScheduler(**STABLE)), {"mean": work.mean, "std": work.std}, work.text,
         work.settings, Accelerator(cpu=True),
     )  # fmt: skip
-    chosen = tuned_parameters(work.video.unet, work.settings.trainable_modules)
+    chosen = trainable_parameters(work.video.unet, work.settings.trainable_modules)
     assert {parameter.dtype for parameter in chosen.values()} == {torch.float32}
     assert work.video.unet.conv_in.weight.dtype == torch.bfloat16
     assert again.number == 0

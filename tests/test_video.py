@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tuneavideo.errors import DiskError, VideoError
-from tuneavideo.video import Fit, Frames, Video, area_size, fitted, read, write, write_frames, write_image
+from tuneavideo.video import Fit, Video, VideoStream, area_size, read, resize, write, write_frames, write_image
 from tuneavideo.video.montage import contact_sheet, side_by_side
 
 STEP = 20
@@ -75,7 +75,7 @@ def drawn(folder: Path, video: Video, names: list[str]) -> Path:
     return folder
 
 
-def whole(clip: Frames) -> Video:
+def whole(clip: VideoStream) -> Video:
     return Video(np.stack(list(clip.images)), clip.fps, clip.sound_SC)
 
 
@@ -238,21 +238,21 @@ def test_a_name_that_looks_like_a_protocol_is_a_file(tmp_path, monkeypatch):
 def test_cropping_keeps_the_middle_undistorted():
     image = np.zeros((40, 80, 3), np.uint8)
     image[:, 20:60] = quadrants(40, 40)
-    cropped = fitted(image, 20, 20, "crop")
+    cropped = resize(image, 20, 20, "crop")
     assert cropped.shape == (20, 20, 3)
     assert corners(cropped) == "RGBW"
     assert (cropped.max(axis=-1) > 200).all(), "nothing of the black sides"
 
 
 def test_stretching_keeps_everything():
-    stretched = fitted(quadrants(40, 80), 20, 30, "stretch")
+    stretched = resize(quadrants(40, 80), 20, 30, "stretch")
     assert stretched.shape == (30, 20, 3)
     assert corners(stretched) == "RGBW"
     assert stretched[1, 1].tolist() == [255, 0, 0]
 
 
 def test_padding_keeps_everything_undistorted_between_black_bars():
-    padded = fitted(quadrants(40, 80), 20, 30, "pad")
+    padded = resize(quadrants(40, 80), 20, 30, "pad")
     assert padded.shape == (30, 20, 3)
     assert (padded[:10] == 0).all() and (padded[20:] == 0).all()
     assert corners(padded[10:20]) == "RGBW"
@@ -260,13 +260,13 @@ def test_padding_keeps_everything_undistorted_between_black_bars():
 
 @pytest.mark.parametrize("how", get_args(Fit))
 def test_fitting_to_its_own_size_changes_nothing(how):
-    assert np.array_equal(fitted(quadrants(31, 47), 47, 31, how), quadrants(31, 47))
+    assert np.array_equal(resize(quadrants(31, 47), 47, 31, how), quadrants(31, 47))
 
 
 def test_fine_stripes_shrink_to_grey_rather_than_to_other_stripes():
     stripes = np.zeros((96, 96, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.abs(fitted(stripes, 32, 32).astype(int) - 127).max() < 30
+    assert np.abs(resize(stripes, 32, 32).astype(int) - 127).max() < 30
 
 
 @pytest.mark.parametrize(("frames", "fps"), [(np.zeros((1, 8, 8, 3)), 8), (np.zeros((0, 8, 8, 3), np.uint8), 8)])

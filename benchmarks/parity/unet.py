@@ -16,7 +16,7 @@ from benchmarks.parity.compare import FORWARD, GRADIENT, LOSS, Difference, absol
 from benchmarks.parity.golden import OFFICIAL, Golden, Place, image_unet, levels, opened
 from tuneavideo.method.inflate import inflate
 from tuneavideo.method.noise import add_noise
-from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.adapter import trainable_parameters
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def keys(place: Place, shapes: dict[str, list[int]]) -> Iterator[Difference]:
 def differentiated(folder: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Prediction, loss and gradients of everything that tunes, for the inputs of the model's `grad` file."""
     golden, video = Golden(folder / "grad.safetensors"), opened(folder, dtype)
-    tuned = tuned_parameters(video.unet, OFFICIAL["trainable_modules"])
+    tuned = trainable_parameters(video.unet, OFFICIAL["trainable_modules"])
     prediction = video(golden["noisy_latents"], golden["timesteps"], golden["encoder_hidden_states"])
     loss = mse_loss(prediction, golden["noise"].to(dtype))
     gradients = torch.autograd.grad(loss, list(tuned.values()))

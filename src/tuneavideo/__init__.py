@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tuneavideo.errors import TuneAVideoError
     from tuneavideo.method.inflate import deflate, inflate
     from tuneavideo.models.adapter import Adapter
+    from tuneavideo.models.pipelines import load_pipeline
     from tuneavideo.pipeline import TuneAVideoPipeline, TuneAVideoXLPipeline
     from tuneavideo.settings import EditSettings, TuneSettings
     from tuneavideo.video import Video
@@ -34,6 +35,7 @@ _HOMES = {
     "evaluate": "api",
     "inflate": "method.inflate",
     "invert": "api",
+    "load_pipeline": "models.pipelines",
     "report": "api",
     "resume": "api",
     "tune": "api",
@@ -54,6 +56,7 @@ __all__ = [
     "evaluate",
     "inflate",
     "invert",
+    "load_pipeline",
     "report",
     "resume",
     "tune",

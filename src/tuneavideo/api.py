@@ -345,14 +345,14 @@ def tuning(settings: TuneSettings, *, out: str | Path | None = None, resume: str
     Raises:
         TuneAVideoError: At once, before torch is imported: the clip or the base is missing, or `out` cannot be used.
     """
-    checks.check_tuning(settings, out, resumed=resume is not None)
+    checks.check_tune_inputs(settings, out, resumed=resume is not None)
     return _tuning(settings, out, resume)
 
 
 def _tuning(settings: TuneSettings, out: str | Path | None, resume: str | Path | None) -> Job:
     if not resume:
-        plan.frames(settings)  # a clip that cannot be read is told before torch is imported
-    yield Progress("plan", about=plan.loading(settings.base))
+        plan.choose_frames(settings)  # a clip that cannot be read is told before torch is imported
+    yield Progress("plan", about=plan.describe_base(settings.base))
     from tuneavideo.jobs import tune
 
     yield from tune.tune(settings, out=out, resume=resume)
@@ -360,7 +360,7 @@ def _tuning(settings: TuneSettings, out: str | Path | None, resume: str | Path |
 
 def editing(settings: EditSettings) -> Job:
     """Make the edits of a tuned clip. Raises TuneAVideoError at once when a file that they need is missing."""
-    checks.check_editing(settings)
+    checks.check_edit_inputs(settings)
     return _editing(settings)
 
 
@@ -373,7 +373,7 @@ def _editing(settings: EditSettings) -> Job:
 
 def inverting(settings: EditSettings) -> Job:
     """Invert a tuned clip to the level its edits start from. Raises like `editing`."""
-    checks.check_editing(settings)
+    checks.check_edit_inputs(settings)
     return _inverting(settings)
 
 
@@ -392,13 +392,13 @@ def adopting(
     `own_base` converts the image model in `checkpoint` too, into the run; otherwise `settings.base` is taken.
     """
     checks.check_weights(checkpoint)
-    checks.check_tuning(settings, out, own_base=own_base)
+    checks.check_tune_inputs(settings, out, own_base=own_base)
     return _adopting(settings, Path(checkpoint), out, own_base)
 
 
 def _adopting(settings: TuneSettings, checkpoint: Path, out: str | Path | None, own_base: bool) -> Job:
-    plan.frames(settings)
-    yield Progress("plan", about=plan.loading(str(checkpoint) if own_base else settings.base))
+    plan.choose_frames(settings)
+    yield Progress("plan", about=plan.describe_base(str(checkpoint) if own_base else settings.base))
     from tuneavideo.jobs import import_run
 
     yield from import_run.adopt(settings, checkpoint, out=out, own_base=own_base)
@@ -414,7 +414,7 @@ def evaluating(
 ) -> Job:
     """Measure edits; see `evaluate`. Raises TuneAVideoError at once when a place, a metric or the mask is unknown."""
     places, names, mask = [*places], (*metrics,), Path(mask) if mask else None
-    checks.check_evaluating(places, names, mask)
+    checks.check_evaluate_inputs(places, names, mask)
     return _evaluated(places, names, mask, clip, pick)
 
 
@@ -494,7 +494,7 @@ def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
     if quick:
         stated |= {"max_train_steps": 5, "num_inference_steps": 5, "num_inv_steps": 5}
     settings = tune_settings(stated)
-    yield Progress("plan", about=plan.loading(settings.base))
+    yield Progress("plan", about=plan.describe_base(settings.base))
     from tuneavideo.jobs import demo
 
     yield from demo.demo(settings, out=out)
@@ -502,7 +502,7 @@ def demoing(out: str | Path | None = None, quick: bool = False) -> Job:
 
 def _loading(settings: EditSettings) -> Progress:
     own = RunFolder.open(settings.run).read_settings().base
-    return Progress("plan", about=plan.loading(settings.edit_model or own))
+    return Progress("plan", about=plan.describe_base(settings.edit_model or own))
 
 
 def models() -> list[dict[str, Any]]:
@@ -561,5 +561,5 @@ def _quiet() -> Generator[None, None, None]:
     finally:
         if is_ours:
             del os.environ[name]
-    with quiet.hushed():
+    with quiet.silenced_libraries():
         yield

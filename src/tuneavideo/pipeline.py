@@ -28,7 +28,7 @@ from tuneavideo.method.noise import Levels, Sampler
 from tuneavideo.method.sampling import EditStep
 from tuneavideo.models import codec, loading
 from tuneavideo.models.adapter import Adapter, Attached
-from tuneavideo.models.loading import opened
+from tuneavideo.models.loading import load_stock_pipeline
 from tuneavideo.settings import Sampling
 from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
@@ -105,7 +105,7 @@ class _SeesClips(_Stock):
             **kwargs: What `DiffusionPipeline.from_pretrained` takes (`dtype`, `variant`, `scheduler`, ...). With a
                 `scheduler` that one samples; otherwise the `sampler` of the settings does.
         """
-        pipe = opened(str(base), super(), **kwargs)
+        pipe = load_stock_pipeline(str(base), super(), **kwargs)
         if pipe.unet.config.addition_embed_type and not issubclass(cls, StableDiffusionXLPipeline):
             raise ModelError(f"{base} is a Stable Diffusion XL: open it with TuneAVideoXLPipeline")
         pipe._base, pipe._shipped = str(base), None if "scheduler" in kwargs else pipe.scheduler
@@ -393,7 +393,7 @@ class _SeesClips(_Stock):
     def _pictured(self, latents: Tensor, output_type: str, fps: float, sound_SC: np.ndarray | None) -> Any:
         if output_type == "latent":
             return latents
-        clips_TCHW = [torch.stack([*codec.pictures(self, each)]) for each in latents.split(1)]
+        clips_TCHW = [torch.stack([*codec.decode_pixels(self, each)]) for each in latents.split(1)]
         if output_type == "pt":
             return torch.stack(clips_TCHW)
         clips = [clip.permute(0, 2, 3, 1).numpy() for clip in clips_TCHW]

@@ -42,7 +42,7 @@ class Show:
                     if not number:  # what is loaded is on the screen before libraries are
                         from tuneavideo.models import quiet
 
-                        quiet.hush()
+                        quiet.silence_libraries()
                     if self.interrupted:
                         job.close()
                         break

@@ -48,7 +48,7 @@ def examined() -> dict[str, Any]:
     `missing` entries have `what`, `remedy` and whether tuning is `impossible` without.
     """
     torch = _torch()
-    free, total = host_memory.memory()
+    free, total = host_memory.free_and_total()
     packages: dict[str, str | None] = {}
     missing: list[dict[str, Any]] = []
 

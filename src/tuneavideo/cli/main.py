@@ -147,7 +147,7 @@ def convert(argv: Sequence[str]) -> None:
     checks.check_weights(asked["source"])
     from tuneavideo.models import quiet
 
-    quiet.hush()
+    quiet.silence_libraries()
     report = api.convert(asked.pop("source"), asked["out"], binary=binary, **{k: asked[k] for k in asked if k != "out"})
     print(json.dumps(dataclasses.asdict(report)) if as_json else "\n".join([*report.lines(), f"done: {asked['out']}"]))
 

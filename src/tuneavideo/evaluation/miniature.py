@@ -112,7 +112,7 @@ def _clips(part: str, count: int | None) -> list[dict[str, Any]]:
 def _compute(runs: Mapping[str, tuple], processes: int) -> Iterator[dict[str, Any] | None]:
     """Yield rows as they are finished, and None every second; closing the generator ends the processes at once."""
     before = {*multiprocessing.active_children()}
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet.hush) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet.silence_libraries) as pool:
         with _without_interrupts():
             waiting = {pool.submit(_row, key, *run) for key, run in runs.items()}
         try:
@@ -199,7 +199,7 @@ def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict
 
 def _edit(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tuple[Video, list[Video], dict]:
     """Return the source frames, one edit per prompt, and the seconds and TFLOP of each stage."""
-    pipe = pipelines.open_image_model(settings.base, device="cpu")
+    pipe = pipelines.load_image_pipeline(settings.base, device="cpu")
     side = codec.default_size(pipe)
     count = settings.num_frames if isinstance(settings.num_frames, int) else None
     clip = videos.read(

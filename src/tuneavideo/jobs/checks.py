@@ -15,7 +15,7 @@ from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import COPY, OTHER_PLACE, RunFolder
 
 
-def check_tuning(
+def check_tune_inputs(
     settings: TuneSettings, out: str | Path | None, *, resumed: bool = False, own_base: bool = False
 ) -> None:
     """Raise TuneAVideoError when the clip or the base is missing, or the run folder is taken or cannot be written.
@@ -40,7 +40,7 @@ def check_tuning(
         atomic.check_writable(Path(out or "runs"), OTHER_PLACE)
 
 
-def check_editing(settings: EditSettings) -> None:
+def check_edit_inputs(settings: EditSettings) -> None:
     """Raise TuneAVideoError when a file that the edits need is missing, or the run cannot be written."""
     if settings.edit_model is not None:
         bases.refuse_unknown(settings.edit_model)
@@ -61,7 +61,7 @@ def check_editing(settings: EditSettings) -> None:
     atomic.check_writable(RunFolder.open(settings.run).path, COPY)
 
 
-def check_evaluating(places: Iterable[str | Path], metrics: Iterable[str], mask: Path | None) -> None:
+def check_evaluate_inputs(places: Iterable[str | Path], metrics: Iterable[str], mask: Path | None) -> None:
     """Raise TuneAVideoError when a metric or the mask is not known, or no place is a run or an edit."""
     for name in metrics:
         check_metric(name)

@@ -19,9 +19,8 @@ from tuneavideo.jobs.prepare import (
     stored_clip,
     warn_of_truncation,
 )
-from tuneavideo.jobs.session import Studio
-from tuneavideo.models import addons as styles
-from tuneavideo.models import devices, pipelines
+from tuneavideo.jobs.session import EditSession
+from tuneavideo.models import addons, devices, pipelines
 from tuneavideo.models.adapter import Adapter
 from tuneavideo.progress import Job, Progress
 from tuneavideo.settings import EditSettings
@@ -29,7 +28,7 @@ from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import disk_space
 from tuneavideo.training.memory_plan import memory_told, threaded
-from tuneavideo.video import Spool, Video
+from tuneavideo.video import DiskVideo, Video
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +41,23 @@ def edit(settings: EditSettings) -> Job:
         done = run.made_of(asked)
         done = done if done < set(product(settings.prompt, settings.seeds)) else set()
         yield from announce(settings)
-        studio = checked_session(settings, len(due_edits(settings, done)))
+        session = checked_session(settings, len(due_edits(settings, done)))
         run.begin_edits(asked)
-        yield from with_few_threads(make_edits(settings, studio, done), studio)
+        yield from with_few_threads(make_edits(settings, session, done), session)
         run.end_edits()
 
 
-def checked_session(settings: EditSettings, count: int) -> Studio:
+def checked_session(settings: EditSettings, count: int) -> EditSession:
     """The model of a run, once it is known to take these settings, and the disk to hold `count` edits."""
-    studio = open_session(settings)
-    kept = studio.inversion_file(settings).is_file()
-    disk_space.check_edits(studio.run, settings, studio.source, studio.moments, count, kept=kept)
-    return studio
+    session = open_session(settings)
+    kept = session.inversion_file(settings).is_file()
+    disk_space.check_edits(session.run, settings, session.source, session.moments, count, kept=kept)
+    return session
 
 
-def with_few_threads(work: Generator[Progress, None, Any], studio: Studio) -> Job:
+def with_few_threads(work: Generator[Progress, None, Any], session: EditSession) -> Job:
     """Steps of `work`, on one thread if the model is small for the clip."""
-    yield from threaded(work, studio.pipe.unet, *studio.moments["mean"].shape[2:])
+    yield from threaded(work, session.pipe.unet, *session.moments["mean"].shape[2:])
 
 
 def due_edits(settings: EditSettings, done: Set[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -66,27 +65,30 @@ def due_edits(settings: EditSettings, done: Set[tuple[str, int]]) -> list[tuple[
 
 
 def make_edits(
-    settings: EditSettings, studio: Studio, done: Set[tuple[str, int]] = frozenset(), is_told: bool = False
+    settings: EditSettings, session: EditSession, done: Set[tuple[str, int]] = frozenset(), is_told: bool = False
 ) -> Job:
     """Edits with every prompt and seed but those that are `done`; the plan `is_told` if they come after tuning."""
     due = due_edits(settings, done)
     if not is_told:
         base, prompts = base_of(settings), (*settings.prompt, settings.negative_prompt)
-        warn_of_truncation(studio.pipe, base, prompts)
-        for line in (plan.editing(settings, studio.source.frames, (studio.source.width, studio.source.height)),
-                     *plan.word_warnings(base, prompts)):  # fmt: skip
+        warn_of_truncation(session.pipe, base, prompts)
+        size = (session.source.width, session.source.height)
+        for line in (
+            plan.describe_edits(settings, session.source.frames, size),
+            *plan.unknown_word_warnings(base, prompts),
+        ):
             yield Progress("plan", about=line)
         yield Progress("plan", ahead=plan.steps_ahead(settings, len(due)))
     for batch in batched(due, settings.batch_prompts):
-        clips = yield from studio.edited(batch, settings)
+        clips = yield from session.edit(batch, settings)
         for (prompt, seed), video in zip(batch, clips, strict=True):
-            folder = write_edit(studio, settings, prompt, seed, video)
+            folder = write_edit(session, settings, prompt, seed, video)
             yield Progress("edit", path=folder, about=prompt)
 
 
-def batched(wishes: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[tuple[str, int]]]:
+def batched(requests: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[tuple[str, int]]]:
     """One part of `size` after the other; the last may be smaller."""
-    return (wishes[at : at + size] for at in range(0, len(wishes), size))
+    return (requests[at : at + size] for at in range(0, len(requests), size))
 
 
 def announce(settings: EditSettings) -> Job:
@@ -97,20 +99,20 @@ def base_of(settings: EditSettings) -> str:
     return settings.edit_model or RunFolder.open(settings.run).read_settings().base
 
 
-def open_session(settings: EditSettings) -> Studio:
+def open_session(settings: EditSettings) -> EditSession:
     """The model a run made, with the clip it was made on."""
     run = RunFolder.open(settings.run)
     own = run.read_settings()
     run.require_tuned()
     dtype = devices.PRECISIONS[precision_of(own)]
-    pipe = pipelines.open_image_model(settings.edit_model or own.base, dtype=dtype)
+    pipe = pipelines.load_image_pipeline(settings.edit_model or own.base, dtype=dtype)
     if not run.source.is_file():
         restore_source(run, own, pipe)
     kept = stored_clip(run)
-    source, moments = kept or (videos.footage(run.source, run.path), {})
-    on_disk, controlled = isinstance(source, Spool), settings.controlnet is not None
+    source, moments = kept or (videos.read_any(run.source, run.path), {})
+    on_disk, controlled = isinstance(source, DiskVideo), settings.controlnet is not None
     check_windows(settings, source.frames, on_disk=on_disk, controlnet=controlled)
-    style = styles.load(pipe, settings, source)
+    extras = addons.load(pipe, settings, source)
     video = Adapter.load(run.adapter).attach(pipe.unet, any_base=settings.edit_model is not None).video
     check_gif_rate(settings, source)
     if not moments:
@@ -120,4 +122,4 @@ def open_session(settings: EditSettings) -> Studio:
             cache.write(run.latents, moments)
     if own.offload:
         devices.offload(pipe)
-    return Studio(run, pipe, style.controlled(video), moments, source, style=style)
+    return EditSession(run, pipe, extras.with_controlnet(video), moments, source, addons=extras)

@@ -8,25 +8,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tuneavideo import video as videos
-from tuneavideo.jobs.session import Footage, Studio
+from tuneavideo.jobs.session import EditSession
 from tuneavideo.settings import EditSettings, TuneSettings
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.version import __version__
+from tuneavideo.video import AnyVideo
 from tuneavideo.video.montage import side_by_side
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av")
 
 
-def write_edit(studio: Studio, settings: EditSettings, prompt: str, seed: int, video: Footage) -> Path:
-    with studio.run.new_edit(prompt) as (draft, folder):
+def write_edit(session: EditSession, settings: EditSettings, prompt: str, seed: int, video: AnyVideo) -> Path:
+    with session.run.new_edit(prompt) as (draft, folder):
         for kind in settings.formats:
             videos.write(video, draft / ("frames" if kind == "frames" else f"edit.{kind}"))
-        source = dataclasses.replace(studio.source, fps=video.fps, sound_SC=video.sound_SC)
-        labels = [studio.run.read_settings().prompt, prompt]
+        source = dataclasses.replace(session.source, fps=video.fps, sound_SC=video.sound_SC)
+        labels = [session.run.read_settings().prompt, prompt]
         videos.write(side_by_side([source, video], labels=labels), draft / "side-by-side.mp4")
         made = settings.model_dump(mode="json", exclude={"prompt", "seeds", "run"})
-        told = {"tuned_steps": studio.run.about.get("steps")}
+        told = {"tuned_steps": session.run.about.get("steps")}
         atomic.write(draft / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made | told, indent=1))
     return folder
 

@@ -35,7 +35,7 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
                 settings = settings.model_copy(update={"base": str(run.base.absolute())})
             if settings.stride is None and settings.sample_fps is None:  # as other programs take them
                 settings = settings.model_copy(update={"stride": 1})
-            span = plan.frames(settings)
+            span = plan.choose_frames(settings)
             settings = settings.model_copy(update={"num_frames": span.count})
             run.write_settings(settings, {"adopted from": checkpoint})
             _fill(run, settings, span, found)
@@ -51,7 +51,7 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
 
 def _fill(run: RunFolder, settings: TuneSettings, span: Span, found: Checkpoint) -> None:
     """The clip's frames and latents, and the adapter last, which says that the run is whole."""
-    pipe = pipelines.open_image_model(settings.base)
+    pipe = pipelines.load_image_pipeline(settings.base)
     clip = prepare.read_clip(settings, span, pipe, run.path)
     videos.write(clip, run.source)
     cache.write(run.latents, prepare.encode_clip(pipe, clip, run.latents))

@@ -15,6 +15,6 @@ def invert(settings: EditSettings) -> Job:
     settings = settings.model_copy(update={"feature_reuse": 1})  # an inversion computes every step in full
     with run.locked(), run.present(), memory_told(run, settings):
         yield from announce(settings)
-        studio = checked_session(settings, 0)
-        yield from with_few_threads(studio.inverted(settings), studio)
-        yield Progress("invert", path=studio.inversion_file(settings))
+        session = checked_session(settings, 0)
+        yield from with_few_threads(session.invert(settings), session)
+        yield Progress("invert", path=session.inversion_file(settings))

@@ -21,33 +21,33 @@ REPEATED = 0.95  # pictures of the clip for each frame taken, below which the sa
 MUCH_LARGER = 2  # times the area that a base was trained at, above which a size is warned of
 
 
-def frames(settings: TuneSettings) -> Span:
+def choose_frames(settings: TuneSettings) -> Span:
     """The frames of the clip that `settings` take. Raises VideoError when they are not there."""
     from tuneavideo import video as videos  # help is shown without it, and sooner
 
-    return videos.spread(
-        settings.video, usual=usual_frames(settings.base), count=settings.num_frames, start=settings.start,
+    return videos.choose_span(
+        settings.video, usual=default_frames(settings.base), count=settings.num_frames, start=settings.start,
         stride=settings.stride, start_time=settings.start_time, sample_fps=settings.sample_fps,
     )  # fmt: skip
 
 
-def usual_frames(base: str) -> int:
+def default_frames(base: str) -> int:
     """How many frames a base is tuned on where nobody says."""
     return BASES[base].frames if base in BASES else Base.frames
 
 
-def loading(base: str) -> str:
+def describe_base(base: str) -> str:
     """Which base is loaded, and what it is."""
     about = f": {TOY}" if base == "miniature" else f" ({BASES[base].note})" if base in BASES else ""
     return f"loading {base}{about}"
 
 
-def tuning(settings: TuneSettings, span: Span, taken: int, size: tuple[int, int]) -> str:
+def describe_tuning(settings: TuneSettings, span: Span, taken: int, size: tuple[int, int]) -> str:
     """What is taken of the clip and done with it: `taken` frames of `size` (width and height)."""
     pace = f"{settings.sample_fps:g} a second" if settings.sample_fps else f"every {_ordinal(span.stride or 1)}"
     end = span.begin + taken * span.step
     end = min(end, span.seconds) if span.seconds > span.begin else end
-    fewer = not settings.num_frames and taken < usual_frames(settings.base)
+    fewer = not settings.num_frames and taken < default_frames(settings.base)
     return (
         f"{os.path.basename(settings.video)}: {taken} of {span.total} frames ({pace}{', no more are there' * fewer}), "
         f"{_seconds(span.begin)} to {_seconds(end)} s of {_seconds(span.seconds)} s, at {size[0]} x {size[1]}; "
@@ -56,7 +56,7 @@ def tuning(settings: TuneSettings, span: Span, taken: int, size: tuple[int, int]
     )
 
 
-def editing(settings: EditSettings, frames: int, size: tuple[int, int]) -> str:
+def describe_edits(settings: EditSettings, frames: int, size: tuple[int, int]) -> str:
     """What edits are made: of so many `frames` of `size` (width and height)."""
     return f"{_edits(settings, len(settings.prompt))}: {frames} frame{'s' * (frames != 1)} at {size[0]} x {size[1]}"
 
@@ -89,7 +89,7 @@ def size_warnings(base: str, size: tuple[int, int], trained: int, *, asked: bool
         )
 
 
-def word_warnings(base: str, prompts: Iterable[str]) -> Iterator[str]:
+def unknown_word_warnings(base: str, prompts: Iterable[str]) -> Iterator[str]:
     """A line if a base is known not to know words of prompts; tokens in angle brackets are those of embeddings."""
     if base == "miniature" and (words := miniature.unknown_words(re.sub("<[^>]*>", " ", " ".join(prompts)))):
         told = ", ".join(words[:NAMED]) + ", ..." * (len(words) > NAMED)

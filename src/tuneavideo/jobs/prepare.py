@@ -9,7 +9,7 @@ from pathlib import Path
 from tuneavideo import video as videos
 from tuneavideo.errors import SettingsError, VideoError
 from tuneavideo.jobs import plan
-from tuneavideo.jobs.session import Footage, Moments
+from tuneavideo.jobs.session import Moments
 from tuneavideo.method import streaming
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.models import codec, devices
@@ -17,7 +17,7 @@ from tuneavideo.models.loading import Pipeline
 from tuneavideo.settings import Sampling, TuneSettings
 from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
-from tuneavideo.video import Span, Spool
+from tuneavideo.video import AnyVideo, DiskVideo, Span
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +26,16 @@ def precision_of(settings: TuneSettings) -> str:
     return devices.precision(settings.mixed_precision, low=settings.memory is not None)
 
 
-def stored_clip(run: RunFolder) -> tuple[Footage, Moments] | None:
+def stored_clip(run: RunFolder) -> tuple[AnyVideo, Moments] | None:
     """Clip and latents of a run that was begun; None if one is missing or damaged."""
     if not (run.latents.is_file() and run.source.is_file()):
         return None
-    clip = videos.footage(run.source, run.path)
-    moments = cache.read(run.latents, by_frames=isinstance(clip, Spool))
+    clip = videos.read_any(run.source, run.path)
+    moments = cache.read(run.latents, by_frames=isinstance(clip, DiskVideo))
     return (clip, moments) if moments else None
 
 
-def read_clip(settings: TuneSettings, span: Span, pipe: Pipeline, folder: Path) -> Footage:
+def read_clip(settings: TuneSettings, span: Span, pipe: Pipeline, folder: Path) -> AnyVideo:
     """The frames of a `span` to learn from, at a size the model takes; a long clip lies in a file in `folder`."""
 
     def near(width: int, height: int) -> tuple[int, int]:
@@ -46,7 +46,7 @@ def read_clip(settings: TuneSettings, span: Span, pipe: Pipeline, folder: Path) 
     size = near
     if settings.width and settings.height:
         size = _allowed_size(settings.width, settings.height, codec.stride(pipe))
-    clip = videos.footage(
+    clip = videos.read_any(
         settings.video, folder, start=settings.start, stride=span.stride or 1, count=span.count,
         start_time=settings.start_time, sample_fps=settings.sample_fps, size=size, fit=settings.fit,
         fewer=settings.num_frames is None,
@@ -55,7 +55,7 @@ def read_clip(settings: TuneSettings, span: Span, pipe: Pipeline, folder: Path) 
     return clip
 
 
-def check_gif_rate(settings: Sampling, source: Footage) -> None:
+def check_gif_rate(settings: Sampling, source: AnyVideo) -> None:
     fps = settings.fps or source.fps
     if "gif" in settings.formats and fps > videos.FASTEST_GIF:
         raise SettingsError(
@@ -72,9 +72,9 @@ def _allowed_size(width: int, height: int, multiple: int) -> tuple[int, int]:
     return width, height
 
 
-def encode_clip(pipe: Pipeline, clip: Footage, path: Path) -> Moments:
+def encode_clip(pipe: Pipeline, clip: AnyVideo, path: Path) -> Moments:
     """Latents of a clip, from the cache; those of a clip on the disk lie in `path` and nowhere else."""
-    if isinstance(clip, Spool):
+    if isinstance(clip, DiskVideo):
         if not cache.read(path, by_frames=True):  # another process may have been first
             streaming.encode(pipe, clip, path)
         return cache.read(path, by_frames=True) or {}
@@ -96,13 +96,13 @@ def restore_source(run: RunFolder, own: TuneSettings, pipe: Pipeline) -> None:
             f"{run.source} is missing, and so is {own.video}, which it was made from; put one of them back"
         )
     logger.warning("%s is missing; made again from %s", run.source, own.video)
-    videos.write(read_clip(own, plan.frames(own), pipe, run.path), run.source)
+    videos.write(read_clip(own, plan.choose_frames(own), pipe, run.path), run.source)
 
 
 def warn_of_truncation(pipe: Pipeline, base: str, prompts: Iterable[str]) -> None:
     most = pipe.tokenizer.model_max_length - 2  # without the two that mark its ends
     for prompt in dict.fromkeys(prompts):
-        if cut := codec.cut(pipe, prompt):
+        if cut := codec.truncated_words(pipe, prompt):
             logger.warning(
                 "the prompt %r is longer than the %d tokens that the text encoder of %s takes; left out: %r",
                 prompt, most, base, cut,

@@ -20,42 +20,43 @@ from tuneavideo.method.noise import Levels
 from tuneavideo.method.reels import Reel
 from tuneavideo.method.windows import Windows
 from tuneavideo.models import codec
-from tuneavideo.models.addons import Style
+from tuneavideo.models.addons import AddOns
 from tuneavideo.models.loading import Pipeline
 from tuneavideo.progress import Progress
 from tuneavideo.settings import Sampling
 from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
-from tuneavideo.video import Spool, Video
+from tuneavideo.video import AnyVideo, Video
 
-Footage = Video | Spool
 Moments = Mapping[str, Tensor | Reel]
 
 
 @dataclasses.dataclass
-class Studio:
+class EditSession:
     """See the module; `run` is where inversions are kept, `moments` are the clip's latents."""
 
     run: RunFolder
     pipe: Pipeline
     video: VideoUNet
     moments: Moments
-    source: Footage
+    source: AnyVideo
     keep_inversions: bool = True
     recent: dict[Path, Trajectory] = dataclasses.field(default_factory=dict)
-    style: Style = dataclasses.field(default_factory=Style)
+    addons: AddOns = dataclasses.field(default_factory=AddOns)
 
     @property
     def levels(self) -> Levels:
         """Noise levels of the base."""
         return Levels.of(self.pipe.scheduler)
 
-    def edited(self, wishes: Sequence[tuple[str, int]], settings: Sampling) -> Generator[Progress, None, list[Footage]]:
+    def edit(
+        self, requests: Sequence[tuple[str, int]], settings: Sampling
+    ) -> Generator[Progress, None, list[AnyVideo]]:
         """Invert, denoise towards each prompt (with its seed) in one batch, decode; clips on the disk one by one."""
-        trajectory = yield from self.inverted(settings)
+        trajectory = yield from self.invert(settings)
         on_disk = isinstance(trajectory.latents, Reel)
         clean, caption, clips = self._clean(), self._embedded([self.run.read_settings().prompt]), []
-        for batch in [[wish] for wish in wishes] if on_disk else [wishes]:
+        for batch in [[request] for request in requests] if on_disk else [requests]:
             prompts = [prompt for prompt, _ in batch]
             negative, text = self._embedded([settings.negative_prompt, *prompts]).split([1, len(prompts)])
             latents, steps = clean, editing.edit(
@@ -74,16 +75,16 @@ class Studio:
         return editing.prepared(self.video, settings, self.source.frames, reuse=reuse, on_disk=on_disk)
 
     def _embedded(self, prompts: list[str]) -> Conditions:
-        return self.style.told(codec.embed(self.pipe, prompts))
+        return self.addons.with_reference(codec.embed(self.pipe, prompts))
 
-    def _decoded(self, latents: Tensor | Reel, settings: Sampling) -> Footage:
+    def _decoded(self, latents: Tensor | Reel, settings: Sampling) -> AnyVideo:
         """An edit, with the source's sound if it plays as fast as the source."""
         fps = settings.fps or self.source.fps
-        edit = videos.shelved(codec.decoded(self.pipe, latents), self.source.frames, fps, self.run.path)
+        edit = videos.collect(codec.decode_frames(self.pipe, latents), self.source.frames, fps, self.run.path)
         same = math.isclose(fps, self.source.fps, rel_tol=1e-4)
         return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 
-    def inverted(self, settings: Sampling) -> Generator[Progress, None, Trajectory]:
+    def invert(self, settings: Sampling) -> Generator[Progress, None, Trajectory]:
         """The clip's noise at the level where sampling starts; computed once, kept in the run folder.
 
         If edits follow the clip, the trajectory is whole.
@@ -112,7 +113,7 @@ class Studio:
         windows = Windows.of(settings, self.source.frames)
         cut = [] if windows.holds(self.source.frames) else [dataclasses.astuple(windows)]
         weights = str(self.pipe.unet.dtype)
-        parts = (self._path(settings), self.moments["mean"], weights, *whole, *self.style.marks, *cut)
+        parts = (self._path(settings), self.moments["mean"], weights, *whole, *self.addons.fingerprint, *cut)
         return self.run.inversion(cache.key(*parts))
 
     def _path(self, settings: Sampling) -> list[int]:

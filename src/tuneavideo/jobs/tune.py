@@ -23,7 +23,7 @@ from tuneavideo.jobs import plan
 from tuneavideo.jobs.edit import announce, checked_session, due_edits, make_edits, with_few_threads
 from tuneavideo.jobs.export import model_card, versions
 from tuneavideo.jobs.prepare import encode_clip, encode_text, precision_of, read_clip, stored_clip, warn_of_truncation
-from tuneavideo.jobs.session import Footage, Studio
+from tuneavideo.jobs.session import EditSession
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.noise import Levels
 from tuneavideo.method.tuning import Tuning
@@ -33,9 +33,9 @@ from tuneavideo.progress import Job, Progress
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.storage import atomic, cache
 from tuneavideo.storage.run_folder import RunFolder
-from tuneavideo.training.checkpoints import Keeper
+from tuneavideo.training.checkpoints import CheckpointManager
 from tuneavideo.training.memory_plan import fitted, memory_told
-from tuneavideo.video import Video
+from tuneavideo.video import AnyVideo, Video
 from tuneavideo.video.montage import side_by_side
 
 # How long processes wait for one of them: longer than any preview of a long clip.
@@ -48,16 +48,16 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
     accelerator = _accelerator(settings)
     with _claimed(settings, accelerator, out, resume) as run, memory_told(run):
         yield Progress("open", path=run.path, about=settings.base)
-        is_told = not run.is_finished(settings)
-        if is_told:
+        is_new = not run.is_finished(settings)
+        if is_new:
             yield from _learned(settings, accelerator, run)
         gc.collect()  # accelerate's wrapper for half precision is part of a cycle
         if settings.edit and accelerator.is_main_process:
             sampling = run.read_settings().model_dump(include=set(Sampling.model_fields))
             edits = EditSettings(run=str(run.path), prompt=settings.edit, **sampling)
             yield from announce(edits)
-            studio = checked_session(edits, len(due_edits(edits, done)))
-            yield from with_few_threads(make_edits(edits, studio, done, is_told), studio)
+            session = checked_session(edits, len(due_edits(edits, done)))
+            yield from with_few_threads(make_edits(edits, session, done, is_new), session)
 
 
 def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
@@ -75,17 +75,17 @@ def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
 
 def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> Job:
     """Tune and save."""
-    pipe = pipelines.open_image_model(settings.base, dtype=devices.PRECISIONS[accelerator.mixed_precision])
+    pipe = pipelines.load_image_pipeline(settings.base, dtype=devices.PRECISIONS[accelerator.mixed_precision])
     prompts = (settings.prompt, *settings.edit)
     warn_of_truncation(pipe, settings.base, prompts)
     kept = stored_clip(run)
     if kept:
         clip, moments = kept
     else:
-        moments, span = None, plan.frames(settings)
+        moments, span = None, plan.choose_frames(settings)
         clip = read_clip(settings, span, pipe, run.path)
         size = (clip.width, clip.height)
-        yield Progress("plan", about=plan.tuning(settings, span, clip.frames, size))
+        yield Progress("plan", about=plan.describe_tuning(settings, span, clip.frames, size))
         settings = settings.model_copy(update={"stride": span.stride, "num_frames": clip.frames})
         asked = bool(settings.resolution or settings.width)
         for line in (
@@ -93,9 +93,9 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
             *plan.size_warnings(settings.base, size, codec.default_size(pipe), asked=asked),
         ):
             yield Progress("plan", about=line)
-    for line in plan.word_warnings(settings.base, prompts):
+    for line in plan.unknown_word_warnings(settings.base, prompts):
         yield Progress("plan", about=line)
-    marks = fingerprint(pipe.unet)
+    base_fingerprint = fingerprint(pipe.unet)
     settings, line = fitted(settings, accelerator, pipe, clip)
     if line:
         yield Progress("memory", about=line)
@@ -107,21 +107,21 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
         text = encode_text(pipe, settings.prompt)
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
     tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator)
-    keeper = Keeper(run, tuning, accelerator)
+    manager = CheckpointManager(run, tuning, accelerator)
     if accelerator.is_main_process:
-        keeper.check_room(clip, moments)
-        run.write_settings(settings, versions() | {"base fingerprint": cache.key(marks)})
+        manager.check_room(clip, moments)
+        run.write_settings(settings, versions() | {"base fingerprint": cache.key(base_fingerprint)})
         if not kept and isinstance(clip, Video):
             cache.write(run.latents, moments)
         if not run.source.is_file():
             videos.write(clip, run.source)
         run.keep()
-    keeper.resume()
+    manager.resume()
     yield Progress("plan", ahead=_ahead(settings, tuning.number))
     _report_to(settings, accelerator, run)
     video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
-    studio = Studio(run, pipe, video, moments, clip, keep_inversions=False)
-    yield from with_few_threads(_tuned(keeper, studio), studio)
+    session = EditSession(run, pipe, video, moments, clip, keep_inversions=False)
+    yield from with_few_threads(_tuned(manager, session), session)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.free_memory()
@@ -132,7 +132,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
             tuning.learned(),
             inflation=settings.inflation,
             base=settings.base,
-            fingerprint=marks,
+            fingerprint=base_fingerprint,
             about={"prompt": settings.prompt, "steps": tuning.number, "max_train_steps": settings.max_train_steps}
             | versions(),
         ).save(run.adapter)
@@ -149,45 +149,47 @@ def _ahead(settings: TuneSettings, number: int) -> dict[str, int]:
     return {"tune": left, "preview": previews * shown, **edits}
 
 
-def _tuned(keeper: Keeper, studio: Studio) -> Job:
+def _tuned(manager: CheckpointManager, session: EditSession) -> Job:
     """Tune to the end, with checkpoints and previews; a job that is closed early keeps its last step."""
-    settings = keeper.tuning.settings
+    settings = manager.tuning.settings
     try:
-        yield from _previewed(keeper, studio)
-        keeper.accelerator.wait_for_everyone()
-        for step in keeper.tuning:
-            keeper.log(step)
+        yield from _previewed(manager, session)
+        manager.accelerator.wait_for_everyone()
+        for step in manager.tuning:
+            manager.log(step)
             if step.number % settings.checkpointing_steps == 0:
-                keeper.checkpoint()
+                manager.checkpoint()
             yield Progress("tune", step.number, settings.max_train_steps, step)
-            yield from _previewed(keeper, studio)
+            yield from _previewed(manager, session)
             if settings.validation_steps:  # only the first process makes previews
-                keeper.accelerator.wait_for_everyone()
+                manager.accelerator.wait_for_everyone()
     except GeneratorExit:
-        keeper.checkpoint()
+        manager.checkpoint()
         raise
     except RunError:
-        keeper.forget()
+        manager.forget()
         raise
 
 
-def _previewed(keeper: Keeper, studio: Studio) -> Job:
+def _previewed(manager: CheckpointManager, session: EditSession) -> Job:
     """The previews that are due at this step and not there yet."""
-    tuning, settings = keeper.tuning, keeper.tuning.settings
+    tuning, settings = manager.tuning, manager.tuning.settings
     due = settings.validation_steps and tuning.number % settings.validation_steps == 0
-    studio.recent.clear()  # the weights have moved since
-    for index, prompt in enumerate(settings.edit if due and keeper.accelerator.is_main_process else ()):
-        path = keeper.run.sample(tuning.number, index, prompt)
+    session.recent.clear()  # the weights have moved since
+    for index, prompt in enumerate(settings.edit if due and manager.accelerator.is_main_process else ()):
+        path = manager.run.sample(tuning.number, index, prompt)
         if path.is_file():
             continue
-        for_preview = studio.edited([(prompt, settings.seeds[0])], settings)
+        for_preview = session.edit([(prompt, settings.seeds[0])], settings)
         with tuning.averaged():
             [video] = yield from _relabelled(for_preview, "preview")
-        videos.write(side_by_side([studio.source, video], labels=[settings.prompt, prompt]), path)
+        videos.write(side_by_side([session.source, video], labels=[settings.prompt, prompt]), path)
         yield Progress("preview", path=path, about=prompt)
 
 
-def _relabelled(work: Generator[Progress, None, list[Footage]], stage: str) -> Generator[Progress, None, list[Footage]]:
+def _relabelled(
+    work: Generator[Progress, None, list[AnyVideo]], stage: str
+) -> Generator[Progress, None, list[AnyVideo]]:
     while True:
         try:
             yield dataclasses.replace(next(work), stage=stage)

@@ -26,7 +26,7 @@ from tuneavideo.method.windows import WindowedUNet
 from tuneavideo.models import codec, host_memory
 from tuneavideo.models.loading import Pipeline
 from tuneavideo.storage import cache
-from tuneavideo.video import Spool
+from tuneavideo.video import DiskVideo
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class ReelStep:
     latents: Reel
 
 
-def encode(pipe: Pipeline, clip: Spool, path: Path) -> None:
+def encode(pipe: Pipeline, clip: DiskVideo, path: Path) -> None:
     """Keep the moments of a clip's latents, as `models.encode` returns them, in the file `path`."""
-    moments = codec.encoded(pipe, clip)
+    moments = codec.encode_frames(pipe, clip)
     mean, std = next(moments)
     shape = (1, mean.shape[1], clip.frames, *mean.shape[2:])
     with cache.writing(path, {"mean": shape, "std": shape}) as kept:
@@ -147,7 +147,7 @@ def _predicted(video: VideoUNet, part: Tensor, t: Tensor, text: Conditions | Ten
 def _alone(output: Tensor) -> Tensor:
     """Return a window's prediction, after free memory of a CPU has gone back: the gaps of many windows would add up."""
     if output.device.type == "cpu":
-        host_memory.give_back()
+        host_memory.release_memory()
     return output
 
 

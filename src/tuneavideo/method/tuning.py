@@ -22,8 +22,8 @@ from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import Levels, add_noise, target
 from tuneavideo.method.reels import Reel
 from tuneavideo.method.windows import Windows
-from tuneavideo.models.adapter import tuned_parameters
-from tuneavideo.models.devices import memory
+from tuneavideo.models.adapter import trainable_parameters
+from tuneavideo.models.devices import used_memory
 from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
 from tuneavideo.training.optimizers import optimizer
@@ -93,7 +93,7 @@ class Tuning:
             self._move(loss)
             self.number += 1
             rate = float(self.schedule.get_last_lr()[0])
-            held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory(device)
+            held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else used_memory(device)
             yield Step(self.number, loss, rate, time.perf_counter() - began, held, relative)
 
     def loss(self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Tuning:
     def _choose(self, video: VideoUNet) -> dict[str, Any]:
         """Freeze all but the chosen layers, which learn in float32 whatever the rest is kept in."""
         video.unet.to(self.accelerator.device).requires_grad_(False).train()
-        chosen = tuned_parameters(video.unet, self.settings.trainable_modules, self.settings.frozen_modules)
+        chosen = trainable_parameters(video.unet, self.settings.trainable_modules, self.settings.frozen_modules)
         for parameter in chosen.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

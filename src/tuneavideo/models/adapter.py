@@ -26,7 +26,7 @@ SAME_BASE = 5e-4
 FINGERPRINTED = ("attn1.to_q.weight", "attn2.to_q.weight")
 
 
-def tuned_parameters(
+def trainable_parameters(
     unet: UNet2DConditionModel, trainable: Sequence[str], frozen: Sequence[str] = ()
 ) -> dict[str, nn.Parameter]:
     """Parameters of the layers whose name ends with one of `trainable` and begins with none of `frozen`, by name.

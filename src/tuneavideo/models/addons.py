@@ -31,30 +31,30 @@ from tuneavideo.models.loading import FAULTS, Pipeline, dangerous
 from tuneavideo.models.quiet import local_only, quiet, unreachable
 from tuneavideo.settings import EditSettings
 from tuneavideo.storage import cache
-from tuneavideo.video import Spool, Video
+from tuneavideo.video import AnyVideo, Video
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Style:
+class AddOns:
     """What was loaded beside a base.
 
     Attributes:
         control: What a ControlNet adds, if there is one.
         images: Embeddings `1 I D` of no picture and of the reference picture, if there is an IP-Adapter.
-        marks: Tells inversions apart: one made with other weights starts elsewhere. Empty without any style.
+        fingerprint: Digest of all that was loaded, by which inversions are kept apart; empty without add-ons.
     """
 
     control: Control | None = None
     images: tuple[Tensor, Tensor] | None = None
-    marks: list[Any] = field(default_factory=list)
+    fingerprint: list[str] = field(default_factory=list)
 
-    def controlled(self, video: VideoUNet) -> VideoUNet:
+    def with_controlnet(self, video: VideoUNet) -> VideoUNet:
         """The same UNet with the ControlNet's help."""
         return replace(video, control=self.control)
 
-    def told(self, conditions: Conditions) -> Conditions:
+    def with_reference(self, conditions: Conditions) -> Conditions:
         """The same conditions with the reference picture, which the first clip (without guidance) is not shown."""
         if self.images is None:
             return conditions
@@ -62,7 +62,7 @@ class Style:
         return replace(conditions, images_BID=torch.cat([without, *[shown] * (len(conditions) - 1)]))
 
 
-def load(pipe: Pipeline, settings: EditSettings, source: Video | Spool) -> Style:
+def load(pipe: Pipeline, settings: EditSettings, source: AnyVideo) -> AddOns:
     """Load what `settings` ask for into a pipeline whose UNet is not inflated yet.
 
     Args:
@@ -82,17 +82,17 @@ def load(pipe: Pipeline, settings: EditSettings, source: Video | Spool) -> Style
     weights = _loras(pipe, settings.lora)
     images = _reference(pipe, settings) if settings.ip_adapter else None
     control = _control(pipe, settings, source) if settings.controlnet else None
-    marks: list[Any] = [
+    parts: list[Any] = [
         value.detach()
         for part, module in modules.items() if module
         for name, value in module.named_parameters()
         if (part, name.replace(".base_layer.", ".")) not in before
     ]  # fmt: skip
-    marks += [weights] if weights else []
-    marks += [settings.ip_scale] if images else []
-    marks += [control.net, control.maps_TCHW, control.scale] if control else []
-    marks += [fingerprint(pipe.unet)] if settings.edit_model else []
-    return Style(control, images, [cache.key(*marks)] if marks else [])
+    parts += [weights] if weights else []
+    parts += [settings.ip_scale] if images else []
+    parts += [control.net, control.maps_TCHW, control.scale] if control else []
+    parts += [fingerprint(pipe.unet)] if settings.edit_model else []
+    return AddOns(control, images, [cache.key(*parts)] if parts else [])
 
 
 def _loras(pipe: Any, wanted: tuple[str, ...]) -> list[float]:
@@ -101,7 +101,7 @@ def _loras(pipe: Any, wanted: tuple[str, ...]) -> list[float]:
     for number, each in enumerate(wanted):
         place, weight = weighted(each)
         name = f"style_{number}"
-        with _told("LoRA", place):
+        with _one_line_errors("LoRA", place):
             pipe.load_lora_weights(place, adapter_name=name, **local_only(place))
         if not any(name in names for names in pipe.get_list_adapters().values()):
             raise AdapterError(f"LoRA {place}: no layer of it is in this base; take one made for this kind of base")
@@ -113,7 +113,7 @@ def _loras(pipe: Any, wanted: tuple[str, ...]) -> list[float]:
 
 def _embedding(pipe: Any, file: str) -> list[str]:
     """Load a textual inversion; returns the token that prompts name it by."""
-    with _told("embedding", file):
+    with _one_line_errors("embedding", file):
         is_safe = file.endswith(".safetensors")
         contents: Any = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
         token, parts = _embedded(contents, Path(file).stem)
@@ -141,10 +141,10 @@ def _embedded(contents: Any, stem: str) -> tuple[str, dict[str, Tensor]]:
     return (stem if name == "emb_params" else name), {"text_encoder": vectors}
 
 
-def _control(pipe: Any, settings: EditSettings, source: Video | Spool) -> Control:
+def _control(pipe: Any, settings: EditSettings, source: AnyVideo) -> Control:
     assert isinstance(source, Video), "maps are of whole clips in memory"
     place = str(settings.controlnet)
-    with _told("ControlNet", place):
+    with _one_line_errors("ControlNet", place):
         load = ControlNetModel.from_single_file if Path(place).is_file() else ControlNetModel.from_pretrained
         net: Any = load(place, torch_dtype=pipe.unet.dtype, **local_only(place))
     for name in ("block_out_channels", "cross_attention_dim"):
@@ -165,11 +165,11 @@ def _reference(pipe: Any, settings: EditSettings) -> tuple[Tensor, Tensor]:
     else:
         owner, name, *folders = place.parts[:-1] if len(place.parts) > 3 else (*place.parts[:2], "models")
         root, inside = f"{owner}/{name}", "/".join(folders)
-    with _told("IP-Adapter", str(place) if place.is_file() else root):
+    with _one_line_errors("IP-Adapter", str(place) if place.is_file() else root):
         weights = place.name if len(place.parts) > 2 else "ip-adapter_sd15.safetensors"
         pipe.load_ip_adapter(root, subfolder=inside, weight_name=weights, **local_only(root))
         pipe.set_ip_adapter_scale(settings.ip_scale)
-    with _told("ip_image", str(settings.ip_image)):
+    with _one_line_errors("ip_image", str(settings.ip_image)):
         picture = Image.open(str(settings.ip_image)).convert("RGB")
     with torch.no_grad():
         both = pipe.prepare_ip_adapter_image_embeds(picture, None, pipe._execution_device, 1, True)[0]
@@ -178,7 +178,7 @@ def _reference(pipe: Any, settings: EditSettings) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _told(what: str, place: str) -> Iterator[None]:
+def _one_line_errors(what: str, place: str) -> Iterator[None]:
     """Turn what a library says of a file into one line."""
     try:
         with quiet():

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.reels import Reel
-from tuneavideo.models.devices import rest
+from tuneavideo.models.devices import unload
 from tuneavideo.models.loading import Pipeline
-from tuneavideo.video import Spool, Video
+from tuneavideo.video import AnyVideo, Video
 
 
 def default_size(pipe: Pipeline) -> int:
@@ -33,62 +33,62 @@ def encode(pipe: Pipeline, video: Video) -> dict[str, Tensor]:
 
     Frames go through the VAE one by one, so memory does not grow with the clip.
     """
-    means, stds = zip(*encoded(pipe, video), strict=True)
+    means, stds = zip(*encode_frames(pipe, video), strict=True)
     return {"mean": torch.stack(means, dim=2), "std": torch.stack(stds, dim=2)}
 
 
 @torch.no_grad()
-def encoded(pipe: Pipeline, video: Video | Spool) -> Iterator[tuple[Tensor, Tensor]]:
+def encode_frames(pipe: Pipeline, video: AnyVideo) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and standard deviation of each frame's latents, `1 C H W`."""
     vae, device = pipe.vae, pipe._execution_device
     for frame_HWC in video.images:
         pixels = torch.tensor(frame_HWC, dtype=torch.float32) / 127.5 - 1
         moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w").to(device, vae.dtype)).latent_dist
         yield moments.mean.float() * vae.config.scaling_factor, moments.std.float() * vae.config.scaling_factor
-    rest(vae)
+    unload(vae)
 
 
 def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
     """Latents to clips, one per entry of the batch, frame by frame."""
-    return [Video(np.stack(list(decoded(pipe, latents[None]))), fps) for latents in latents_BCTHW]
+    return [Video(np.stack(list(decode_frames(pipe, latents[None]))), fps) for latents in latents_BCTHW]
 
 
-def decoded(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[np.ndarray]:
+def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[np.ndarray]:
     """The frames of a clip's latents, uint8 `H W C`, one at a time."""
-    for pixels_CHW in pictures(pipe, latents_1CTHW):
+    for pixels_CHW in decode_pixels(pipe, latents_1CTHW):
         yield rearrange((pixels_CHW * 255).round().to(torch.uint8), "c h w -> h w c").numpy()
 
 
 @torch.no_grad()
-def pictures(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[Tensor]:
+def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[Tensor]:
     """The frames of a clip's latents, `C H W` in 0..1 on the CPU, one at a time and not rounded."""
     vae, device = pipe.vae, pipe._execution_device
     for number in range(latents_1CTHW.shape[2]):
         latents_NCHW = latents_1CTHW[:, :, [number]][:, :, 0] / vae.config.scaling_factor
         pixels_CHW = vae.decode(latents_NCHW.to(device, vae.dtype)).sample[0].float()
         yield (pixels_CHW / 2 + 0.5).clamp(0, 1).cpu()
-    rest(vae)
+    unload(vae)
 
 
 @torch.no_grad()
 def embed(pipe: Pipeline, prompts: list[str]) -> Conditions:
-    """Text conditions of prompts, without what is `cut`; Stable Diffusion XL learned the empty prompt as zeros."""
+    """Text conditions of prompts, without `truncated_words`; Stable Diffusion XL learned the empty prompt as zeros."""
     device = pipe._execution_device
     if not isinstance(pipe, StableDiffusionXLPipeline):
-        told = Conditions(pipe.encode_prompt(prompts, device, 1, False)[0])
-        rest(pipe.text_encoder)
-        return told
+        text = Conditions(pipe.encode_prompt(prompts, device, 1, False)[0])
+        unload(pipe.text_encoder)
+        return text
     xl: Any = pipe  # diffusers' annotations know one prompt only
     text, _, pooled, _ = xl.encode_prompt(prompts, None, device, 1, False)
-    rest(xl.text_encoder)
-    rest(xl.text_encoder_2)
-    told = torch.tensor([bool(prompt) for prompt in prompts], device=text.device)
+    unload(xl.text_encoder)
+    unload(xl.text_encoder_2)
+    text = torch.tensor([bool(prompt) for prompt in prompts], device=text.device)
     if xl.config.force_zeros_for_empty_prompt:
-        text, pooled = text * told[:, None, None], pooled * told[:, None]
+        text, pooled = text * text[:, None, None], pooled * text[:, None]
     return Conditions(text, pooled, stride=stride(pipe))
 
 
-def cut(pipe: Pipeline, prompt: str) -> str:
+def truncated_words(pipe: Pipeline, prompt: str) -> str:
     """The words at the end of a prompt that the text encoder does not take whole; empty if it takes all."""
     places = pipe.tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
     most = pipe.tokenizer.model_max_length

@@ -16,15 +16,15 @@ from tuneavideo.models.loading import Pipeline
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def precision(wish: str | None, *, low: bool = False) -> str:
-    """`no`, `fp16` or `bf16`: as wished, or bf16 on a device that computes in it and full precision elsewhere.
+def precision(requested: str | None, *, low: bool = False) -> str:
+    """`no`, `fp16` or `bf16`: as requested, or bf16 on a device that computes in it and full precision elsewhere.
 
     Where memory is `low`, a GPU that has no bf16 takes fp16.
     """
-    if wish == "fp16" and not torch.accelerator.is_available():
+    if requested == "fp16" and not torch.accelerator.is_available():
         raise SettingsError("mixed_precision fp16 needs a GPU; take bf16, or no")
-    if wish is not None:
-        return wish
+    if requested is not None:
+        return requested
     if torch.cuda.is_available():
         computes = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if computes else "fp16" if low else "no"
@@ -45,25 +45,25 @@ def offload(pipe: Pipeline) -> None:
             cpu_offload_with_hook(part, device)
 
 
-def rest(part: Any) -> None:
+def unload(part: Any) -> None:
     """Put a part that is offloaded away again."""
     if isinstance(getattr(part, "_hf_hook", None), CpuOffload):
         part.to("cpu")
 
 
-def memory(device: torch.device) -> int:
+def used_memory(device: torch.device) -> int:
     """Bytes in use: the most a GPU has held so far, or what this process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
-def memory_left(device: torch.device) -> tuple[int, int]:
+def free_and_total(device: torch.device) -> tuple[int, int]:
     """Free and whole memory of a device, in bytes."""
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else host_memory.memory()
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else host_memory.free_and_total()
 
 
-def memory_to_take(device: torch.device) -> int:
+def available_memory(device: torch.device) -> int:
     """Bytes that a job on a GPU may take: what is free, and what this process has of it already."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 

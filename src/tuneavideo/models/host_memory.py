@@ -12,7 +12,7 @@ import psutil
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # what a container may take
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Memory that is free goes back to the system, gaps between blocks too."""
     if hasattr(c := libc(), "malloc_trim"):
         c.malloc_trim(0)
@@ -23,7 +23,7 @@ def libc() -> Any:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def memory() -> tuple[int, int]:
+def free_and_total() -> tuple[int, int]:
     """Free and whole memory in bytes, as far as the container and the process may use it."""
     now = psutil.virtual_memory()
     free, total = now.available, now.total

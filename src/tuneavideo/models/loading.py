@@ -41,7 +41,7 @@ FAULTS = (
 )  # fmt: skip
 
 
-def opened(base: str, kind: Any = None, **options: Any) -> Any:
+def load_stock_pipeline(base: str, kind: Any = None, **options: Any) -> Any:
     """The stock pipeline of a base, or one of class `kind`.
 
     Args:

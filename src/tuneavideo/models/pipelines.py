@@ -17,7 +17,7 @@ from tuneavideo.models.loading import Pipeline
 from tuneavideo.settings import Inflation
 
 
-def open(
+def load_pipeline(
     base: str,
     *,
     adapter: Adapter | Path | str | None = None,
@@ -25,7 +25,7 @@ def open(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Pipeline:
-    """Open a base as a stock diffusers pipeline whose UNet is inflated in place.
+    """Load a base as a stock diffusers pipeline whose UNet is inflated in place.
 
     Args:
         base: A name of the table of bases, a hub id, a diffusers folder or a single-file checkpoint.
@@ -38,7 +38,7 @@ def open(
         ModelError: The base is not there (the message says what to download) or is no Stable Diffusion model.
         AdapterError: The adapter belongs to another base.
     """
-    pipe = open_image_model(base, device=device, dtype=dtype)
+    pipe = load_image_pipeline(base, device=device, dtype=dtype)
     if adapter is None:
         inflate(pipe.unet, inflation)
     else:
@@ -46,11 +46,11 @@ def open(
     return pipe
 
 
-def open_image_model(
+def load_image_pipeline(
     base: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Pipeline:
-    """Like `open`, with the UNet still an image UNet."""
-    pipe = loading.opened(base, dtype=dtype or torch.float32)
+    """Like `load_pipeline`, with the UNet still an image UNet."""
+    pipe = loading.load_stock_pipeline(base, dtype=dtype or torch.float32)
     if not isinstance(pipe, Pipeline) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"{base}: found a {type(pipe).__name__}; a Stable Diffusion 1.x, 2.x or XL text-to-image model is needed"

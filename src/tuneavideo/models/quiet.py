@@ -25,7 +25,7 @@ NOISY = tuple(
 SECONDS_FOR_HUB = 5
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Loading bars and notices of libraries say nothing to the user of a command."""
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -36,13 +36,13 @@ def hush() -> None:
 
 
 @contextmanager
-def hushed() -> Generator[None, None, None]:
+def silenced_libraries() -> Generator[None, None, None]:
     """Do the same for a while, and leave the libraries as they were."""
     levels = {name: logging.getLogger(name).level for name in NOISY}
     libraries = (diffusers_logging, transformers_logging)
     verbosity = [each.get_verbosity() for each in libraries]
     bars = [each for each in libraries if each.is_progress_bar_enabled()]
-    hush()
+    silence_libraries()
     try:
         yield
     finally:

@@ -222,7 +222,7 @@ def _edit_clip(run: Run, folder: Path, source: Video | None) -> Clip:
 
 
 def _clip(video: Video) -> Clip:
-    encoded = base64.b64encode(videos.for_page(video)).decode()
+    encoded = base64.b64encode(videos.encode_for_page(video)).decode()
     uri = f"data:video/mp4;base64,{encoded}"
     return Clip(uri, video.frames, video.fps, video.width, video.height)
 

@@ -24,7 +24,7 @@ from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import disk_space
 from tuneavideo.training.memory import REMEMBERED
-from tuneavideo.video import Spool, Video
+from tuneavideo.video import AnyVideo
 
 LINE = 250  # bytes of a logged step
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Keeper:
+class CheckpointManager:
     """Writes and reads what a run keeps of its tuning."""
 
     run: RunFolder
@@ -77,7 +77,7 @@ class Keeper:
         if self.accelerator.is_main_process:
             self.run.checkpoint(self.tuning.number).unlink(missing_ok=True)
 
-    def check_room(self, clip: Video | Spool, moments: Mapping[str, Any]) -> None:
+    def check_room(self, clip: AnyVideo, moments: Mapping[str, Any]) -> None:
         """Refuse to begin what the disk cannot hold. Raises DiskError, with what is needed and what is there."""
         settings, run = self.tuning.settings, self.run
         count = len(settings.edit) * len(settings.seeds)

@@ -10,7 +10,7 @@ from tuneavideo.errors import DiskError
 from tuneavideo.settings import Sampling
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
-from tuneavideo.video import Spool, Video
+from tuneavideo.video import AnyVideo, DiskVideo
 
 # Of its raw size, an edit takes less than this in each form: a GIF has a byte of three, packed, PNG packs noise hardly.
 FORMS = {"mp4": 0.25, "gif": 0.4, "frames": 1.05}
@@ -23,14 +23,14 @@ def latents(moments: Mapping[str, Any]) -> float:
     return sum(map(_bytes, moments.values())) + TENSOR * len(moments)
 
 
-def film(clip: Video | Spool, form: str = "mp4", *, columns: int = 1) -> float:
+def film(clip: AnyVideo, form: str = "mp4", *, columns: int = 1) -> float:
     """Bytes of a file that shows a clip, or `columns` clips side by side, at most."""
     pictures = clip.frames if form == "frames" else 1
     sound = 0 if clip.sound_SC is None or form != "mp4" else clip.sound_SC.nbytes
     return FORMS[form] * _raw(clip) * columns + FORMS["mp4"] * sound + columns * VIDEO + TENSOR * pictures
 
 
-def edits(clip: Video | Spool, settings: Sampling, count: int) -> float:
+def edits(clip: AnyVideo, settings: Sampling, count: int) -> float:
     """Bytes of so many folders of edits."""
     one = sum(film(clip, form) for form in settings.formats) + film(clip, columns=2) + TEXT
     return count * one
@@ -45,20 +45,20 @@ def inversion(moments: Mapping[str, Any], settings: Sampling) -> float:
     return steps * _bytes(moments["mean"]) + TENSOR
 
 
-def passing(clip: Video | Spool, moments: Mapping[str, Any], settings: Sampling, *, kept: bool) -> float:
+def passing(clip: AnyVideo, moments: Mapping[str, Any], settings: Sampling, *, kept: bool) -> float:
     """Bytes of the files without a name that edits of a clip on the disk need beside what they leave; others need none.
 
     These are the inversion, unless it is `kept`, the latents that are computed, those with fresh noise, and the frames
     of the edits that are made together.
     """
-    if not isinstance(clip, Spool):
+    if not isinstance(clip, DiskVideo):
         return 0
     own = 0 if kept else inversion(moments, settings)
     return own + 3 * _bytes(moments["mean"]) + settings.batch_prompts * _raw(clip)
 
 
 def check_edits(
-    run: RunFolder, settings: Sampling, clip: Video | Spool, moments: Mapping[str, Any], count: int, *, kept: bool
+    run: RunFolder, settings: Sampling, clip: AnyVideo, moments: Mapping[str, Any], count: int, *, kept: bool
 ) -> None:
     """Refuse to begin so many edits that the disk cannot hold; `kept` says whether their inversion is there.
 
@@ -76,7 +76,7 @@ def check_edits(
         )
 
 
-def _raw(clip: Video | Spool) -> int:
+def _raw(clip: AnyVideo) -> int:
     """Bytes of its frames."""
     return 3 * clip.frames * clip.height * clip.width
 

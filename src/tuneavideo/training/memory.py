@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tuneavideo.errors import MemoryShort
-from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.adapter import trainable_parameters
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import cache
 from tuneavideo.training import memory_trace
@@ -126,7 +126,7 @@ def _counts(pipe: Any, settings: TuneSettings, casts: bool) -> Tensor:
     """The numbers of `Model`, in one row."""
     trainable, frozen = settings.trainable_modules, settings.frozen_modules
     video = memory_trace.blank_unet(pipe.unet.config, trainable, frozen, settings.inflation)
-    learned = sum(each.numel() for each in tuned_parameters(video.unet, trainable, frozen).values())
+    learned = sum(each.numel() for each in trainable_parameters(video.unet, trainable, frozen).values())
     every = sum(each.numel() for each in video.unet.parameters())
     painted = memory_trace.painted(pipe.vae.config, SIDES[1], SIDES[1]) / SIDES[1] ** 2
     activations = (

@@ -21,7 +21,7 @@ from tuneavideo.settings import EditSettings, TuneSettings
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import memory
-from tuneavideo.video import Spool, Video
+from tuneavideo.video import AnyVideo, DiskVideo
 
 Work = Generator[Progress, None, Any]
 
@@ -33,7 +33,7 @@ SMALL = 5e10
 
 
 def fitted(
-    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: Video | Spool
+    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: AnyVideo
 ) -> tuple[TuneSettings, str]:
     """Settings that fit into the memory given or that of the device, and one line on what was chosen.
 
@@ -64,12 +64,12 @@ def _room(settings: TuneSettings, accelerator: Accelerator) -> float:
     if settings.memory:
         return settings.memory * memory.GB
     if device.type == "cuda":
-        return float(devices.memory_to_take(device))
-    return SPARE * devices.memory_left(device)[0] / accelerator.num_processes + devices.memory(device)
+        return float(devices.available_memory(device))
+    return SPARE * devices.free_and_total(device)[0] / accelerator.num_processes + devices.used_memory(device)
 
 
 def _planned(
-    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: Video | Spool, room: float
+    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: AnyVideo, room: float
 ) -> tuple[TuneSettings, str]:
     device, width = accelerator.device, devices.PRECISIONS[accelerator.mixed_precision].itemsize
     casts = device.type != "cpu" and width < 4
@@ -91,10 +91,10 @@ def _planned(
 
 
 def _without_reuse_in_windows(
-    settings: TuneSettings, plan: TuneSettings, line: str, clip: Video | Spool
+    settings: TuneSettings, plan: TuneSettings, line: str, clip: AnyVideo
 ) -> tuple[TuneSettings, str]:
     """A plan whose windows nobody asked for reuses no features; refused are windows that were asked for."""
-    on_disk = isinstance(clip, Spool)
+    on_disk = isinstance(clip, DiskVideo)
     if settings.window is not None and settings.window < clip.frames:
         check_windows(plan, clip.frames, on_disk=on_disk)
     windowed = on_disk or (plan.window or clip.frames) < clip.frames
@@ -142,9 +142,9 @@ def memory_told(run: RunFolder, edits: EditSettings | None = None) -> Generator[
         if not devices.is_out_of_memory(error):
             raise
         device = torch.device(PartialState().device or "cpu")
-        free, total = devices.memory_left(device)
+        free, total = devices.free_and_total(device)
         said = (
-            f"out of memory: this process holds {atomic.size(devices.memory(device))}, {atomic.size(free)} of "
+            f"out of memory: this process holds {atomic.size(devices.used_memory(device))}, {atomic.size(free)} of "
             f"{atomic.size(total)} are free on {device}"
         )
         own = run.read_settings()

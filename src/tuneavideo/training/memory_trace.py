@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet, inflate
-from tuneavideo.models.adapter import tuned_parameters
+from tuneavideo.models.adapter import trainable_parameters
 from tuneavideo.settings import Inflation
 
 
@@ -116,7 +116,7 @@ def blank_unet(config: Any, trainable: tuple[str, ...], frozen: tuple[str, ...],
         unet: Any = UNet2DConditionModel.from_config(config)
     video = inflate(unet.to(torch.bfloat16).train(), inflation)
     unet.requires_grad_(False)
-    for parameter in tuned_parameters(unet, trainable, frozen).values():
+    for parameter in trainable_parameters(unet, trainable, frozen).values():
         parameter.requires_grad_(True)
     return video
 

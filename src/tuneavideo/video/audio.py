@@ -12,7 +12,7 @@ RATE = 48_000  # samples a second
 DRIFT = RATE // 100  # samples that the file's clock may stray before it is followed
 
 
-def heard(container: InputContainer, begin: float, seconds: float) -> np.ndarray | None:
+def read_sound(container: InputContainer, begin: float, seconds: float) -> np.ndarray | None:
     """What is heard from `begin` (seconds of the file's own clock) on, silent where nothing is; None if nothing is.
 
     Raises:
@@ -46,7 +46,7 @@ def _samples(container: InputContainer, stream: Any) -> Iterator[tuple[np.ndarra
                 yield part.to_ndarray().reshape(-1, 2), part.time
 
 
-def sounds(sound_SC: np.ndarray) -> Iterator[av.AudioFrame]:
+def sound_frames(sound_SC: np.ndarray) -> Iterator[av.AudioFrame]:
     """Frames of 1,024 samples, timed from 0."""
     for begin in range(0, len(sound_SC), 1024):
         chunk = np.ascontiguousarray(sound_SC[begin : begin + 1024])

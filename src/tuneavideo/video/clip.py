@@ -12,7 +12,7 @@ from PIL import Image
 
 Fit = Literal["crop", "pad", "stretch"]
 
-IN_MEMORY = 2**26  # bytes of frames; a `Shelf` lays longer clips on the disk
+IN_MEMORY = 2**26  # bytes of frames; a `FrameBuffer` lays longer clips on the disk
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -55,7 +55,7 @@ class Video:
 
 
 @dataclass(frozen=True, slots=True)
-class Frames:
+class VideoStream:
     """A clip on its way: what `Video` holds, its `images` (H W C, of one size, at least one) one at a time and once."""
 
     images: Iterator[np.ndarray]
@@ -64,7 +64,7 @@ class Frames:
 
 
 @dataclass(frozen=True, slots=True)
-class Spool:
+class DiskVideo:
     """A long clip on the disk: what `Video` holds, one frame in memory at a time.
 
     Its frames lie one after the other in `file`, which has no name and is gone when the clip is.
@@ -95,7 +95,10 @@ class Spool:
             yield np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape_THWC[1:])
 
 
-class Shelf:
+AnyVideo = Video | DiskVideo
+
+
+class FrameBuffer:
     """Gathers the frames of a clip: in memory, or in a file in `folder`, if there is one, and they take over 64 MiB.
 
     If it is known how many are `expected`, a long clip is in the file from its first frame on.
@@ -115,21 +118,21 @@ class Shelf:
                 self.file.write(np.ascontiguousarray(image).data)
             self.frames.clear()
 
-    def clip(self, fps: float, sound_SC: np.ndarray | None = None) -> Video | Spool:
+    def clip(self, fps: float, sound_SC: np.ndarray | None = None) -> AnyVideo:
         if self.file:
-            return Spool(self.file, (self.count, *self.shape), fps, sound_SC)
+            return DiskVideo(self.file, (self.count, *self.shape), fps, sound_SC)
         return Video(np.stack(self.frames), fps, sound_SC)
 
 
-def shelved(images: Iterable[np.ndarray], frames: int, fps: float, folder: Path) -> Video | Spool:
+def collect(images: Iterable[np.ndarray], frames: int, fps: float, folder: Path) -> AnyVideo:
     """A clip of so many frames as they come; a long one lies in a file in `folder`."""
-    shelf = Shelf(folder, frames)
+    buffer = FrameBuffer(folder, frames)
     for image_HWC in images:
-        shelf.append(image_HWC)
-    return shelf.clip(fps)
+        buffer.append(image_HWC)
+    return buffer.clip(fps)
 
 
-def fitted(image_HWC: np.ndarray, width: int, height: int, how: Fit = "crop") -> np.ndarray:
+def resize(image_HWC: np.ndarray, width: int, height: int, how: Fit = "crop") -> np.ndarray:
     """A picture at another size in pixels.
 
     Undistorted it is its middle ("crop"), or all of it between black bars ("pad"); "stretch" is all of it, distorted.

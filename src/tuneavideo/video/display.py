@@ -24,7 +24,7 @@ BT2020_TO_BT709 = np.array(  # linear light, of BT.2087
 )
 
 
-def seen(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> np.ndarray:
+def display_pixels(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> np.ndarray:
     """Pixels H W 3 of a frame whose pixels are `pixel_aspect` times as wide as high: upright, square, over white."""
     width, height = _square(frame.width, frame.height, pixel_aspect)
     form = {}
@@ -69,7 +69,7 @@ def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def woven(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+def deinterlace(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
     """Frames with those that are interlaced made whole (bwdif); their number and times stay."""
     graph = layout = None
     for frame in frames:
@@ -77,12 +77,12 @@ def woven(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
             graph, layout = _weaver(frame), _layout(frame)
         if graph is not None and _layout(frame) == layout:  # FFmpeg's filters take no others on the way
             graph.push(frame)
-            yield from pulled(graph)
+            yield from pull_frames(graph)
         else:
             yield frame
     if graph is not None:
         graph.push(None)
-        yield from pulled(graph)
+        yield from pull_frames(graph)
 
 
 def _layout(frame: av.VideoFrame) -> tuple[int, int, str]:
@@ -99,8 +99,8 @@ def _weaver(frame: av.VideoFrame) -> av.filter.Graph:
     return graph
 
 
-def pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
-    """What a graph has made of the frames pushed so far; a graph that is never pulled from keeps them all."""
+def pull_frames(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    """What a graph has made of the frames pushed so far; a graph that is never read keeps them all."""
     while True:
         try:
             yield graph.vpull()

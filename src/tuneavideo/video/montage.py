@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tuneavideo.video import Frames, Spool, Video, fitted
+from tuneavideo.video import AnyVideo, Video, VideoStream, resize
 
 LEGIBLE = 192  # rows a column needs before a caption below it can be read
 GAP = 8  # pixels of paper between clips
 PAPER = 255
 
 
-def side_by_side(videos: Sequence[Video | Spool], *, labels: Sequence[str] | None = None) -> Frames:
+def side_by_side(videos: Sequence[AnyVideo], *, labels: Sequence[str] | None = None) -> VideoStream:
     """Clips left to right at the height of the tallest, each above its label.
 
     The first sets the rate and is heard. A clip that ends early holds its last frame. Clips of less than 192 rows
@@ -24,15 +24,15 @@ def side_by_side(videos: Sequence[Video | Spool], *, labels: Sequence[str] | Non
     height = tallest * math.ceil(LEGIBLE / tallest)
     named = [] if labels is None else zip(labels, videos, strict=True)
     below = [_caption(label, _width_at(height, video), height // 16 + 4) for label, video in named]
-    return Frames(_rows(videos, height, below), videos[0].fps, videos[0].sound_SC)
+    return VideoStream(_rows(videos, height, below), videos[0].fps, videos[0].sound_SC)
 
 
-def _rows(videos: Sequence[Video | Spool], height: int, below: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+def _rows(videos: Sequence[AnyVideo], height: int, below: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     widths = [_width_at(height, video) for video in videos]
     films, now = [video.images for video in videos], [np.empty(0)] * len(videos)
     for _ in range(max(video.frames for video in videos)):
         now = [next(film, last) for film, last in zip(films, now, strict=True)]
-        row = _beside([fitted(image, width, height, "stretch") for image, width in zip(now, widths, strict=True)])
+        row = _beside([resize(image, width, height, "stretch") for image, width in zip(now, widths, strict=True)])
         yield np.concatenate([row, _beside(below)]) if below else row
 
 
@@ -45,13 +45,13 @@ def contact_sheet(videos: Sequence[Video], labels: Sequence[str], columns: int =
     for video, label in zip(videos, labels, strict=True):
         chosen = np.linspace(0, video.frames - 1, columns).round().astype(int)
         width = _width_at(LEGIBLE, video)
-        strip = _beside([fitted(video.frames_THWC[t], width, LEGIBLE, "stretch") for t in chosen])
+        strip = _beside([resize(video.frames_THWC[t], width, LEGIBLE, "stretch") for t in chosen])
         strips += [_caption(label, strip.shape[1], size=16), strip]
     width = max(strip.shape[1] for strip in strips)
     return np.concatenate([_papered(strip, strip.shape[0], width) for strip in strips])
 
 
-def _width_at(height: int, video: Video | Spool) -> int:
+def _width_at(height: int, video: AnyVideo) -> int:
     """Width in pixels of an undistorted frame at another height."""
     return max(1, round(video.width * height / video.height))
 

@@ -21,8 +21,8 @@ from av.error import FFmpegError
 from PIL import Image
 
 from tuneavideo.errors import VideoError
-from tuneavideo.video.clip import Fit, Shelf, Spool, Video, fitted
-from tuneavideo.video.sources import READABLE, SOUGHT, Extent, Source, measured, opened
+from tuneavideo.video.clip import AnyVideo, Fit, FrameBuffer, Video, resize
+from tuneavideo.video.sources import READABLE, SOUGHT, Extent, Source, measure, open_source
 
 SHORT = {errno.ENOMEM, errno.EAGAIN}  # the second: no room for the stack of a decoder's thread
 SLOWEST = 4  # frames a second, below which frames are not spread: of a walk, two steps a second, each is seen twice
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Which frames of a clip to take; see `spread`.
+    """Which frames of a clip to take; see `choose_span`.
 
     Attributes:
         stride: Every so many frames; None if `sample_fps` was given.
@@ -84,7 +84,7 @@ class _Choice:
         return max(0, math.ceil((seconds - self.begin(fps) - 0.5 / fps) / self.step(fps) - 1e-6))
 
 
-def spread(
+def choose_span(
     path: str | Path,
     *,
     usual: int,
@@ -115,7 +115,7 @@ def spread(
     with _one_line(path, open_ended):
         slowest = 1 / SLOWEST if stride is None else stride
         enough = math.inf if count or not wanted else wanted * max(slowest, open_ended.step(1.0)) + 1
-        extent = measured(path, fps, enough + (start_time or start))
+        extent = measure(path, fps, enough + (start_time or start))
     seconds, rate = extent.seconds, extent.fps
     if stride is None and sample_fps is None:
         there = open_ended.available(seconds, rate)
@@ -153,20 +153,20 @@ def read(
         count: How many to take; None takes all to the end.
         start_time: Second to start at, instead of `start`.
         sample_fps: Frames to take of every second, instead of `stride`.
-        size: Width and height that frames are fitted to, or a function from the clip's own to them; None leaves them.
-        fit: How they are fitted to it, see `fitted`.
+        size: Width and height that frames are resized to, or a function from the clip's own to them; None leaves them.
+        fit: How they are brought to it, see `resize`.
         fps: Frames a second of a source that does not say, such as a folder.
 
     Raises:
         VideoError: Nothing there, nothing readable, too few frames, or more than memory should hold.
     """
     choice = _Choice(start, stride, count, start_time, sample_fps)
-    clip = _gathered(Path(path), choice, size, fit, fps, Shelf())
-    assert isinstance(clip, Video), "a shelf without a folder is memory"
+    clip = _gathered(Path(path), choice, size, fit, fps, FrameBuffer())
+    assert isinstance(clip, Video), "a buffer without a folder is memory"
     return clip
 
 
-def footage(
+def read_any(
     path: str | Path,
     folder: Path,
     *,
@@ -179,24 +179,24 @@ def footage(
     fit: Fit = "crop",
     fps: float = 8.0,
     fewer: bool = False,
-) -> Video | Spool:
+) -> AnyVideo:
     """Like `read`; frames of more than 64 MiB lie in a file without a name in `folder`.
 
     With `fewer`, a clip that is shorter or damaged on the way gives the frames it has, and damage is a warning.
     """
     choice = _Choice(start, stride, count, start_time, sample_fps, fewer)
-    return _gathered(Path(path), choice, size, fit, fps, Shelf(folder, count))
+    return _gathered(Path(path), choice, size, fit, fps, FrameBuffer(folder, count))
 
 
-def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: float, shelf: Shelf) -> Video | Spool:
-    with _one_line(path, choice), opened(path, choice.begin, fps) as source:
-        end, pictures = _choose(path, source, choice, size, fit, shelf)
+def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: float, buffer: FrameBuffer) -> AnyVideo:
+    with _one_line(path, choice), open_source(path, choice.begin, fps) as source:
+        end, pictures = _choose(path, source, choice, size, fit, buffer)
         if choice.begin(source.fps) > SOUGHT:
             pictures = 0  # not all of them were seen
-        _check_length(path, shelf.count, Extent(end, source.fps, pictures, source.length), choice)
+        _check_length(path, buffer.count, Extent(end, source.fps, pictures, source.length), choice)
         step = choice.step(source.fps)
-        sound = source.sound(source.origin + choice.begin(source.fps), shelf.count * step)
-        return shelf.clip(1 / step, sound)
+        sound = source.sound(source.origin + choice.begin(source.fps), buffer.count * step)
+        return buffer.clip(1 / step, sound)
 
 
 @contextmanager
@@ -228,16 +228,16 @@ def _check_choice(path: Path, choice: _Choice) -> None:
 
 
 def _choose(
-    path: Path, source: Source, choice: _Choice, size: Size | None, fit: Fit, shelf: Shelf
+    path: Path, source: Source, choice: _Choice, size: Size | None, fit: Fit, buffer: FrameBuffer
 ) -> tuple[float, int]:
-    """Put the chosen frames on the shelf, at their size; too few if the clip ends too soon.
+    """Put the chosen frames on the buffer, at their size; too few if the clip ends too soon.
 
     Returns the second at which the last picture that was looked at goes, and the number of pictures up to it.
     """
     shape, first, end, pictures = None, path, 0.0, 0
     moments = choice.moments(source.fps)
     due = next(moments)
-    for picture, end in _whole(source.timeline, choice, shelf):
+    for picture, end in _whole(source.timeline, choice, buffer):
         image, pictures = None, pictures + 1
         while due < end:
             if image is None:
@@ -246,9 +246,9 @@ def _choose(
                     shape, first = image.shape, picture
                 _check_same_size(path, (first, shape), (picture, image.shape))
                 image = _at_size(image, size, fit)
-            shelf.append(image)
-            if len(shelf.frames) * image.nbytes > MEMORY:
-                taken = f"{_frames(shelf.count)} of {image.shape[1]} x {image.shape[0]} take {MEMORY >> 30} GiB"
+            buffer.append(image)
+            if len(buffer.frames) * image.nbytes > MEMORY:
+                taken = f"{_frames(buffer.count)} of {image.shape[1]} x {image.shape[0]} take {MEMORY >> 30} GiB"
                 raise VideoError(f"{path} is more than is held in memory: {taken}; take fewer frames, or smaller ones")
             due = next(moments, math.inf)
         if due == math.inf:
@@ -256,21 +256,21 @@ def _choose(
     return end, pictures
 
 
-def _whole(timeline: Iterator[tuple[Any, float]], choice: _Choice, shelf: Shelf) -> Iterator[tuple[Any, float]]:
+def _whole(timeline: Iterator[tuple[Any, float]], choice: _Choice, buffer: FrameBuffer) -> Iterator[tuple[Any, float]]:
     """A timeline; if fewer frames will do, up to the damage in it."""
     try:
         yield from timeline
     except VideoError as error:
-        if not (choice.fewer and shelf.count):
+        if not (choice.fewer and buffer.count):
             raise
-        logger.warning("%s; the %s before that are taken", error, _frames(shelf.count))
+        logger.warning("%s; the %s before that are taken", error, _frames(buffer.count))
 
 
 def _at_size(image: np.ndarray, size: Size | None, fit: Fit) -> np.ndarray:
     if size is None:
         return image
     height, width = image.shape[:2]
-    return fitted(image, *(size(width, height) if callable(size) else size), fit)
+    return resize(image, *(size(width, height) if callable(size) else size), fit)
 
 
 def _check_same_size(path: Path, first: tuple[Any, tuple[int, ...]], other: tuple[Any, tuple[int, ...]]) -> None:

@@ -20,8 +20,8 @@ from av.stream import Disposition
 from PIL import Image, ImageOps, ImageSequence
 
 from tuneavideo.errors import VideoError
-from tuneavideo.video.audio import heard
-from tuneavideo.video.display import over_white, seen, woven
+from tuneavideo.video.audio import read_sound
+from tuneavideo.video.display import deinterlace, display_pixels, over_white
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 READABLE = "mp4, mov, webm, mkv, avi, gif, webp or a folder of pictures"
@@ -67,7 +67,7 @@ class Source(NamedTuple):
     """What is heard from a second of the file's own time on, for so many seconds."""
 
 
-def measured(path: Path, fps: float, enough: float = math.inf) -> Extent:
+def measure(path: Path, fps: float, enough: float = math.inf) -> Extent:
     """The extent of a clip, of which at least `enough` seconds are looked at; `fps` is of a source that does not say.
 
     A file whose timestamps jump, or whose pictures cannot all be decoded, may play otherwise than it says here.
@@ -107,7 +107,7 @@ def _length(container: InputContainer, stream: Any) -> float:
 
 
 @contextmanager
-def opened(path: Path, begin: Callable[[float], float], fps: float) -> Generator[Source, None, None]:
+def open_source(path: Path, begin: Callable[[float], float], fps: float) -> Generator[Source, None, None]:
     """A clip for as long as it is read.
 
     Args:
@@ -196,8 +196,10 @@ def _filmed(path: Path, begin: Callable[[float], float], fps: float) -> Generato
         stream.thread_type = "SLICE" if stream.codec_context.name == "hevc" else "AUTO"
         frames, origin = _from_second(path, container, stream, begin(rate))
         length = _length(container, stream)
-        upright = partial(seen, pixel_aspect=stream.sample_aspect_ratio)
-        yield Source(_timeline(woven(frames), origin, 1 / rate), upright, rate, origin, length, partial(_sound, path))
+        upright = partial(display_pixels, pixel_aspect=stream.sample_aspect_ratio)
+        yield Source(
+            _timeline(deinterlace(frames), origin, 1 / rate), upright, rate, origin, length, partial(_sound, path)
+        )
 
 
 def _container(path: Path) -> InputContainer:
@@ -308,7 +310,7 @@ def _timeline(frames: Iterator[av.VideoFrame], origin: float, tick: float) -> It
 def _sound(path: Path, begin: float, seconds: float) -> np.ndarray | None:
     try:
         with _container(path) as container:
-            return heard(container, begin, seconds)
+            return read_sound(container, begin, seconds)
     except (FFmpegError, ValueError) as error:
         warnings.warn(f"{path}: its sound cannot be read ({error}); it is taken as silent", stacklevel=2)
         return None

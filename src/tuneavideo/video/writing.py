@@ -19,9 +19,9 @@ from PIL import Image
 
 from tuneavideo.errors import VideoError
 from tuneavideo.storage import atomic
-from tuneavideo.video.audio import RATE, sounds
-from tuneavideo.video.clip import Frames, Spool, Video, fitted
-from tuneavideo.video.display import pulled
+from tuneavideo.video.audio import RATE, sound_frames
+from tuneavideo.video.clip import AnyVideo, Video, VideoStream, resize
+from tuneavideo.video.display import pull_frames
 
 FASTEST_GIF = 50  # frames a second: browsers slow down what claims to be faster
 
@@ -36,11 +36,11 @@ class _Format(NamedTuple):
     sound: str | None
 
 
-def write(video: Video | Spool | Frames, path: str | Path) -> None:
+def write(video: AnyVideo | VideoStream, path: str | Path) -> None:
     """A clip as .mp4, .webm or .gif; without an extension or with a final "/", as a folder of PNGs.
 
     Appears whole or not at all. In .mp4 and .webm an odd side grows by one pixel, since they need even ones, and the
-    clip's sound is kept. Frames are written as they come; of `Frames` no more than a few are in memory at once.
+    clip's sound is kept. Frames are written as they come; of `VideoStream` no more than a few are in memory at once.
 
     Raises:
         VideoError: An unknown extension, a rate the format cannot show.
@@ -61,17 +61,17 @@ def write(video: Video | Spool | Frames, path: str | Path) -> None:
         _encode(video, draft, suffix, FORMATS[suffix])
 
 
-def for_page(video: Video, most: int = 512) -> bytes:
+def encode_for_page(video: Video, most: int = 512) -> bytes:
     """A clip as the bytes of an .mp4 for a web page: without sound, no side above `most` pixels, quick to seek in."""
     scale = min(1, most / max(video.width, video.height))
     width, height = (max(1, round(side * scale)) for side in (video.width, video.height))
-    images = (fitted(image, width, height, "stretch") for image in video.images) if scale < 1 else video.images
+    images = (resize(image, width, height, "stretch") for image in video.images) if scale < 1 else video.images
     with io.BytesIO() as file:
-        _encode(Frames(images, video.fps), file, ".mp4", PAGE)
+        _encode(VideoStream(images, video.fps), file, ".mp4", PAGE)
         return file.getvalue()
 
 
-def write_frames(video: Video | Spool | Frames, folder: str | Path) -> None:
+def write_frames(video: AnyVideo | VideoStream, folder: str | Path) -> None:
     """A clip as 00000.png, 00001.png, …; appears whole or not at all, in place of an older folder of frames.
 
     Raises:
@@ -99,7 +99,7 @@ def write_image(image_HWC: np.ndarray, path: str | Path) -> None:
         Image.fromarray(image_HWC).save(draft, format="PNG")
 
 
-def _encode(video: Video | Spool | Frames, file: Path | IO[bytes], suffix: str, kind: _Format) -> None:
+def _encode(video: AnyVideo | VideoStream, file: Path | IO[bytes], suffix: str, kind: _Format) -> None:
     rate = Fraction(video.fps).limit_denominator(10_000)  # 29.97002997… becomes 30000/1001
     frames = kind.frames(video.images, rate)
     first = next(frames)
@@ -112,7 +112,7 @@ def _encode(video: Video | Spool | Frames, file: Path | IO[bytes], suffix: str, 
         heard: Iterator[av.AudioFrame] = iter(())
         if kind.sound and video.sound_SC is not None:
             streams[av.AudioFrame] = container.add_stream(kind.sound, RATE, layout="stereo", bit_rate=192_000)
-            heard = sounds(video.sound_SC)
+            heard = sound_frames(video.sound_SC)
         in_time: Iterator[Any] = merge(chain([first], frames), heard, key=_time)
         for frame in in_time:
             container.mux(streams[type(frame)].encode(frame))
@@ -153,26 +153,26 @@ def _in_palette(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.Vid
 
     Those are known after the last frame; until then the frames lie in a temporary file.
     """
-    with tempfile.TemporaryFile() as spool:
+    with tempfile.TemporaryFile() as file:
         first = next(images)
         model = next(_timed(iter([first]), rate))
         choosing = _graph("palettegen", [model])
         for frame in _timed(chain([first], images), rate):
             choosing.vpush(frame)
-            if list(pulled(choosing)):
+            if list(pull_frames(choosing)):
                 raise RuntimeError("FFmpeg chose a palette before the last frame")
-            spool.write(frame.to_ndarray().tobytes())
+            file.write(frame.to_ndarray().tobytes())
         choosing.vpush(None)
-        (palette,) = pulled(choosing)
+        (palette,) = pull_frames(choosing)
         drawing = _graph("paletteuse", [model, palette])
         drawing.vpush(palette, at=1)
         drawing.vpush(None, at=1)
-        spool.seek(0)
-        stored = iter(lambda: spool.read(first.nbytes), b"")
+        file.seek(0)
+        stored = iter(lambda: file.read(first.nbytes), b"")
         arrays = (np.frombuffer(pixels, np.uint8).reshape(first.shape) for pixels in stored)
         for each in _timed(arrays, rate):
             drawing.vpush(each, at=0)
-            yield from pulled(drawing)
+            yield from pull_frames(drawing)
 
 
 def _graph(name: str, inputs: list[av.VideoFrame]) -> av.filter.Graph:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tuneavideo import miniature
-from tuneavideo.video import Video, fitted
+from tuneavideo.video import Video, resize
 
 STRIDES = ((1, 2), (2, 1), (2, 1), (1, 1))
 WIDTHS = (16, 48, 96, 96)
@@ -83,7 +83,7 @@ class Judge(nn.Module):
     @torch.no_grad()
     def read(self, video: Video) -> Reading:
         """Classify every frame of a clip, resized to the judge's size."""
-        frames = torch.from_numpy(np.stack([fitted(i, self.pixels, self.pixels, "stretch") for i in video.images]))
+        frames = torch.from_numpy(np.stack([resize(i, self.pixels, self.pixels, "stretch") for i in video.images]))
         scores = self(frames.permute(0, 3, 1, 2).float() / 127.5 - 1)
         seen = {kind: [names[k] for k in scores[kind].argmax(1).tolist()] for kind, names in self.words.items()}
         return Reading(seen, scores["centre"], scores["features"])
