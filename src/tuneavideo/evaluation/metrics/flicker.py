@@ -21,5 +21,5 @@ def flicker(pair: EditPair, _: object = None) -> float:
     source, edit = (clip.video.frames_THWC.astype(np.int16) for clip in (pair.source, pair.edit))
     static = np.abs(np.diff(source, axis=0)).max(axis=3, initial=0) <= MAX_STATIC_CHANGE
     if not static.size or static.mean() < MIN_STATIC_FRACTION:
-        raise NotMeasurable("hardly anything stands still in the source")
+        raise NotMeasurable("hardly any pixel of the source is static")
     return float(np.abs(np.diff(edit, axis=0))[static].mean())

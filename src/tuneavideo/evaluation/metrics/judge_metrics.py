@@ -74,7 +74,7 @@ def subject_mask(pair: EditPair, judge: Judge) -> np.ndarray:
     """Return `subject_squares` of source and edit, for a prompt that keeps background and style."""
     before, after = requested(pair.caption, judge), requested(pair.prompt, judge)
     if any(after.get(name, before.get(name)) != before.get(name) for name in ("background", "style")):
-        raise NotMeasurable("the prompt asks for another background or style")
+        raise NotMeasurable("the prompt requests another background or style")
     centres = [clip.features(judge.read).centres_TD for clip in (pair.source, pair.edit)]
     return subject_squares(pair.source.video, *centres, pixels=judge.pixels)
 
