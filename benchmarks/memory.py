@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tuneavideo.bases import BASES
-from tuneavideo.models.adapter import trainable_parameters
+from tuneavideo.method.inflate import trainable_parameters
 from tuneavideo.models.loading import CONFIGS, FAMILIES
 from tuneavideo.settings import Inflation, TuneSettings
 from tuneavideo.training import memory_trace

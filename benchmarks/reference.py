@@ -24,9 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.sized import Parts
 from tuneavideo.method.attention import Clip, ClipGroupNorm, SparseCausalAttention, TextAttention, VideoBlock
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.inflate import inflate
+from tuneavideo.method.inflate import inflate, trainable_parameters
 from tuneavideo.method.noise import Levels, add_noise, ddim_move, split, target
-from tuneavideo.models.adapter import trainable_parameters
 
 TUNED = ("attn1.to_q", "attn2.to_q", "attn_temp")
 

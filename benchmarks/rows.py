@@ -22,10 +22,10 @@ from tuneavideo.kernels import products
 from tuneavideo.method import editing, inversion
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.deepcache import reusing
-from tuneavideo.method.inflate import VideoUNet, inflate
+from tuneavideo.method.inflate import VideoUNet, inflate, trainable_parameters
 from tuneavideo.method.tuning import Tuning
-from tuneavideo.models.adapter import trainable_parameters
 from tuneavideo.settings import PRESETS, Sampling, TuneSettings
+from tuneavideo.training.optimizers import make_optimizer
 
 Task = Literal[
     "tune",
@@ -200,7 +200,7 @@ def tune(row: Row, network: Parts, device: str) -> Bench:
     x, _, text = _inputs(row, network, device)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if row.precision == "fp32" else row.precision)
     video = _prepared(row, inflate(network.unet))
-    tuning = Steps(video, levels(), {"mean": x, "std": torch.ones_like(x)}, text, settings, accelerator)
+    tuning = Steps(video, levels(), {"mean": x, "std": torch.ones_like(x)}, text, settings, accelerator, make_optimizer)
     return Bench(tuning.step, lambda: None)
 
 

@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel
 from tests.conftest import image_unet
 from tests.test_inflation import randomised
 from tuneavideo.errors import AdapterError
-from tuneavideo.method.inflate import added_parameters, inflate
-from tuneavideo.models.adapter import Adapter, fingerprint, trainable_parameters
+from tuneavideo.method.inflate import added_parameters, inflate, trainable_parameters
+from tuneavideo.models.adapter import Adapter, fingerprint
 from tuneavideo.settings import Inflation
 
 LAYERS = ("attn1.to_q", "attn2.to_q", "attn_temp")

@@ -20,8 +20,8 @@ from tuneavideo import api
 from tuneavideo.errors import CheckpointError
 from tuneavideo.interop import lora, mindspore, model_configs, names
 from tuneavideo.interop.reading import read_checkpoint
-from tuneavideo.method.inflate import inflate
-from tuneavideo.models.adapter import Adapter, fingerprint, trainable_parameters
+from tuneavideo.method.inflate import inflate, trainable_parameters
+from tuneavideo.models.adapter import Adapter, fingerprint
 from tuneavideo.settings import Inflation
 from tuneavideo.storage import weight_files
 from tuneavideo.storage.tensors import LazyTensor

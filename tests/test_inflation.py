@@ -15,8 +15,7 @@ from tests.conftest import image_unet
 from tuneavideo.errors import ModelError
 from tuneavideo.method.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, only_first, referred
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.inflate import added_parameters, deflate, inflate, video_unet
-from tuneavideo.models.adapter import trainable_parameters
+from tuneavideo.method.inflate import added_parameters, deflate, inflate, trainable_parameters, video_unet
 from tuneavideo.settings import Inflation, TuneSettings
 
 SHAPES = {

@@ -88,6 +88,7 @@ def test_tuning_learns_the_clip(pipe: StableDiffusionPipeline) -> None:
     from tuneavideo.config import checked, layers
     from tuneavideo.method.tuning import Tuning
     from tuneavideo.settings import TuneSettings
+    from tuneavideo.training.optimizers import make_optimizer
 
     clip = read(miniature.clips()[0]["path"], stride=4, count=4, size=(64, 64))
     fresh = pipelines.load_pipeline("miniature")
@@ -96,7 +97,7 @@ def test_tuning_learns_the_clip(pipe: StableDiffusionPipeline) -> None:
     text = codec.embed(fresh, ["a dog is jumping on the grass"])
     tuning = Tuning(
         video_unet(fresh.unet), Levels.of(fresh.scheduler), codec.encode(fresh, clip), text, settings,
-        Accelerator(cpu=True),
+        Accelerator(cpu=True), make_optimizer,
     )  # fmt: skip
 
     def loss() -> float:

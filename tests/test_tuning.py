@@ -17,11 +17,11 @@ from tests.conftest import image_unet
 from tests.test_noise import STABLE
 from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.inflate import inflate
+from tuneavideo.method.inflate import inflate, trainable_parameters
 from tuneavideo.method.noise import Levels
 from tuneavideo.method.tuning import Tuning
-from tuneavideo.models.adapter import trainable_parameters
 from tuneavideo.settings import PRESETS, TuneSettings
+from tuneavideo.training.optimizers import make_optimizer
 
 
 def tuning(
@@ -33,7 +33,7 @@ def tuning(
     video = inflate(image_unet(), settings.inflation)
     text = torch.randn(1, 5, 24)
     levels = Levels.of(DDIMScheduler(**STABLE, prediction_type=prediction))
-    return Tuning(video, levels, moments, text, settings, accelerator or Accelerator(cpu=True))
+    return Tuning(video, levels, moments, text, settings, accelerator or Accelerator(cpu=True), make_optimizer)
 
 
 def weights(work: Tuning) -> dict[str, torch.Tensor]:
@@ -147,7 +147,7 @@ def test_half_precision_keeps_what_learns_in_float32() -> None:
     work.video.unet.to(torch.bfloat16)
     again = Tuning(
         work.video, Levels.of(DDIMScheduler(**STABLE)), {"mean": work.mean, "std": work.std}, work.text,
-        work.settings, Accelerator(cpu=True),
+        work.settings, Accelerator(cpu=True), make_optimizer,
     )  # fmt: skip
     chosen = trainable_parameters(work.video.unet, work.settings.trainable_modules)
     assert {parameter.dtype for parameter in chosen.values()} == {torch.float32}

@@ -14,9 +14,8 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.parity.compare import FORWARD, GRADIENT, LOSS, Difference, absolute, gradients_agree, relative, same
 from benchmarks.parity.golden import OFFICIAL, Golden, Place, image_unet, levels, opened
-from tuneavideo.method.inflate import inflate
+from tuneavideo.method.inflate import inflate, trainable_parameters
 from tuneavideo.method.noise import add_noise
-from tuneavideo.models.adapter import trainable_parameters
 
 
 @torch.no_grad()

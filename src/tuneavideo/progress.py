@@ -17,7 +17,8 @@ class Step:
         loss: Mean over processes.
         learning_rate: After the step.
         seconds: It took.
-        memory: Bytes: the most allocated on a GPU in this step, or resident memory of the process at its end.
+        memory: Bytes: the most allocated on a GPU in this step, or resident memory of the process at its end; 0 if not
+            measured.
         relative_loss: `loss` over that of the untuned model at the same timesteps, about 1 at first; None if unknown.
     """
 
@@ -25,7 +26,7 @@ class Step:
     loss: float
     learning_rate: float
     seconds: float
-    memory: int
+    memory: int = 0
     relative_loss: float | None = None
 
 

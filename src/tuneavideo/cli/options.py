@@ -28,10 +28,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "train_batch_size",
-        "gradient_accumulation_steps", "max_grad_norm", "timestep_sampling", "noise_shared", "snr_gamma",
-        "debias_weight", "prior_weight", "lora_rank", "early_stopping", "early_stopping_steps",
-        "early_stopping_patience", "optimizer", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-        "use_ema", "ema_decay", "seed", "checkpointing_steps", "checkpoints_total_limit", "report_to",
+        "gradient_accumulation_steps", "max_grad_norm", "snr_gamma", "optimizer", "adam_beta1", "adam_beta2",
+        "adam_weight_decay", "adam_epsilon", "use_ema", "ema_decay", "seed", "checkpointing_steps",
+        "checkpoints_total_limit", "report_to",
     ),
     "editing": (
         "edit", "negative_prompt", "guidance_scale", "guidance_interval", "attention_injection", "strength", "seeds",

@@ -39,6 +39,7 @@ from tuneavideo.method.tuning import Tuning
 from tuneavideo.models import codec, pipelines, quiet
 from tuneavideo.settings import Sampling, TuneSettings
 from tuneavideo.storage import cache
+from tuneavideo.training.optimizers import make_optimizer
 from tuneavideo.video import Video
 
 MAX_TRACK_DISTANCE = 4.0
@@ -229,7 +230,7 @@ def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str
     """Tune, or load the weights from the cache, which variants that differ in sampling alone share."""
     own = settings.model_dump(mode="json", exclude=set(Sampling.model_fields))
     caption = codec.embed(pipe, [settings.prompt])
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True))
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True), make_optimizer)
     per_batch = count_flops(lambda: tuning.learn(0))
     pipe.unet.zero_grad()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import product
@@ -29,12 +29,13 @@ from tuneavideo.method.noise import Levels
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.models import codec, devices, pipelines
 from tuneavideo.models.adapter import Adapter, fingerprint
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Job, Progress, Step
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.storage import atomic, cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training.checkpoints import CheckpointManager
 from tuneavideo.training.memory_plan import fitted, memory_told
+from tuneavideo.training.optimizers import make_optimizer
 from tuneavideo.video import AnyVideo, Video
 from tuneavideo.video.montage import side_by_side
 
@@ -106,7 +107,7 @@ def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -
         moments = moments or encode_clip(pipe, clip, run.latents)
         text = encode_text(pipe, settings.prompt)
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator)
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, make_optimizer)
     manager = CheckpointManager(run, tuning, accelerator)
     if accelerator.is_main_process:
         manager.check_room(clip, moments)
@@ -155,7 +156,7 @@ def _tuned(manager: CheckpointManager, session: EditSession) -> Job:
     try:
         yield from _previewed(manager, session)
         manager.accelerator.wait_for_everyone()
-        for step in manager.tuning:
+        for step in _steps(manager.tuning):
             manager.log(step)
             if step.number % settings.checkpointing_steps == 0:
                 manager.checkpoint()
@@ -169,6 +170,17 @@ def _tuned(manager: CheckpointManager, session: EditSession) -> Job:
     except RunError:
         manager.forget()
         raise
+
+
+def _steps(tuning: Tuning) -> Iterator[Step]:
+    """Yield the steps of a tuning with the memory that each took."""
+    device, steps = tuning.accelerator.device, iter(tuning)
+    while True:
+        devices.reset_peak_memory(device)
+        step = next(steps, None)
+        if step is None:
+            return
+        yield dataclasses.replace(step, memory=devices.used_memory(device))
 
 
 def _previewed(manager: CheckpointManager, session: EditSession) -> Job:

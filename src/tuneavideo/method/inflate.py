@@ -6,7 +6,7 @@ class in place and every transformer block gains `norm_temp` and `attn_temp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import Tensor, nn
 
-from tuneavideo.errors import ModelError
+from tuneavideo.errors import ModelError, SettingsError
 from tuneavideo.method.attention import (
     Clip,
     ClipGroupNorm,
@@ -124,6 +124,31 @@ def video_unet(unet: UNet2DConditionModel) -> VideoUNet:
 def added_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
     """Parameters that inflation added, by name."""
     return {name: p for name, p in unet.named_parameters() if any(f".{part}." in name for part in _ADDED)}
+
+
+def trainable_parameters(
+    unet: UNet2DConditionModel, trainable: Sequence[str], frozen: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Parameters of the layers whose name ends with one of `trainable` and begins with none of `frozen`, by name.
+
+    Raises:
+        SettingsError: A name matches no layer.
+    """
+    layers = [name for name, _ in unet.named_modules()]
+    for end in trainable:
+        if not any(name.endswith(end) for name in layers):
+            raise SettingsError(
+                f"trainable_modules: no layer's name ends with {end!r}; usual are attn1.to_q, attn_temp"
+            )
+    for begin in frozen:
+        if not any(name.startswith(begin) for name in layers):
+            raise SettingsError(f"frozen_modules: no layer's name begins with {begin!r}; usual is down_blocks")
+    chosen = [name for name in layers if name.endswith(tuple(trainable)) and not name.startswith(tuple(frozen))]
+    return {
+        f"{layer}.{name}": parameter
+        for layer in chosen
+        for name, parameter in unet.get_submodule(layer).named_parameters()
+    }
 
 
 def _see_time(

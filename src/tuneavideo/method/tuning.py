@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,15 +18,12 @@ from torch import Tensor
 from tuneavideo.errors import RunError
 from tuneavideo.method import losses
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.inflate import VideoUNet
+from tuneavideo.method.inflate import VideoUNet, trainable_parameters
 from tuneavideo.method.noise import Levels, add_noise, target
 from tuneavideo.method.reels import Reel
 from tuneavideo.method.windows import Windows
-from tuneavideo.models.adapter import trainable_parameters
-from tuneavideo.models.devices import used_memory
 from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
-from tuneavideo.training.optimizers import optimizer
 
 # How many predictions of the untuned model losses are compared with, and the part of tuning that they may take: 1 / 33.
 FEWEST_REFERENCES, MOST_REFERENCES, MEASURING = 4, 16, 33
@@ -45,6 +42,7 @@ class Tuning:
         text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
         settings: See `TuneSettings`.
         accelerator: Owns devices, precision and processes.
+        optimizer: Makes the optimizer of the trainable parameters (see `training.optimizers.make_optimizer`).
     """
 
     def __init__(
@@ -55,6 +53,7 @@ class Tuning:
         text: Conditions | Tensor,
         settings: TuneSettings,
         accelerator: Accelerator,
+        optimizer: Callable[[TuneSettings, list[Any]], torch.optim.Optimizer],
     ) -> None:
         self.settings, self.accelerator = settings, accelerator
         self.parameters = self._choose(video)
@@ -83,18 +82,14 @@ class Tuning:
         """
         if self.number == 0:
             self.untuned = self.measure_untuned()
-        device = self.accelerator.device
         while self.number < self.settings.max_train_steps:
             began = time.perf_counter()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
             learned, drawn = zip(*map(self.learn, range(self.settings.gradient_accumulation_steps)), strict=True)
             loss, relative = self._losses(torch.stack(learned), torch.cat(drawn))
             self._move(loss)
             self.number += 1
             rate = float(self.schedule.get_last_lr()[0])
-            held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else used_memory(device)
-            yield Step(self.number, loss, rate, time.perf_counter() - began, held, relative)
+            yield Step(self.number, loss, rate, time.perf_counter() - began, relative_loss=relative)
 
     def loss(self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
         """Return the squared error of the prediction at timesteps `t_B`, in float32, weighted by min-SNR if set."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tuneavideo.errors import AdapterError, SettingsError
+from tuneavideo.errors import AdapterError
 from tuneavideo.method.inflate import VideoUNet, added_parameters, deflate, inflate
 from tuneavideo.settings import Inflation
 from tuneavideo.storage import atomic, cache
@@ -24,31 +24,6 @@ FORMAT = 1
 # Copies of one base in fp16, bf16 or fp32 have norms that agree to 1e-4.
 SAME_BASE = 5e-4
 FINGERPRINTED = ("attn1.to_q.weight", "attn2.to_q.weight")
-
-
-def trainable_parameters(
-    unet: UNet2DConditionModel, trainable: Sequence[str], frozen: Sequence[str] = ()
-) -> dict[str, nn.Parameter]:
-    """Parameters of the layers whose name ends with one of `trainable` and begins with none of `frozen`, by name.
-
-    Raises:
-        SettingsError: A name matches no layer.
-    """
-    layers = [name for name, _ in unet.named_modules()]
-    for end in trainable:
-        if not any(name.endswith(end) for name in layers):
-            raise SettingsError(
-                f"trainable_modules: no layer's name ends with {end!r}; usual are attn1.to_q, attn_temp"
-            )
-    for begin in frozen:
-        if not any(name.startswith(begin) for name in layers):
-            raise SettingsError(f"frozen_modules: no layer's name begins with {begin!r}; usual is down_blocks")
-    chosen = [name for name in layers if name.endswith(tuple(trainable)) and not name.startswith(tuple(frozen))]
-    return {
-        f"{layer}.{name}": parameter
-        for layer in chosen
-        for name, parameter in unet.get_submodule(layer).named_parameters()
-    }
 
 
 def fingerprint(unet: UNet2DConditionModel) -> dict[str, float]:

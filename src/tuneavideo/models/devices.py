@@ -58,6 +58,12 @@ def used_memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `used_memory` of a GPU count from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def free_and_total(device: torch.device) -> tuple[int, int]:
     """Free and whole memory of a device, in bytes."""
     return torch.cuda.mem_get_info(device) if device.type == "cuda" else host_memory.free_and_total()

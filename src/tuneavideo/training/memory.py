@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tuneavideo.errors import MemoryShort
-from tuneavideo.models.adapter import trainable_parameters
+from tuneavideo.method.inflate import trainable_parameters
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import cache
 from tuneavideo.training import memory_trace

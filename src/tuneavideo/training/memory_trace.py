@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.inflate import VideoUNet, inflate
-from tuneavideo.models.adapter import trainable_parameters
+from tuneavideo.method.inflate import VideoUNet, inflate, trainable_parameters
 from tuneavideo.settings import Inflation
 
 

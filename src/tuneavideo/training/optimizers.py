@@ -31,7 +31,7 @@ PACKAGES = {
 OWN = ("torch", "tuneavideo")
 
 
-def optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Optimizer:
+def make_optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Optimizer:
     """Make the optimizer that the settings name, with those of them that it takes.
 
     Raises:
