@@ -1,7 +1,7 @@
-"""How much memory a conversion takes: `python -m benchmarks.convert [FOLDER]` writes `results/convert.json`.
+"""Memory of conversions: `python -m benchmarks.convert [FOLDER]` writes `results/convert.json`.
 
 The checkpoint has the names and shapes of Stable Diffusion 2.1 in MindONE's form, in float32; its numbers are zeros,
-which take no disk. Each conversion is a process of its own; memory is the most it held beyond what its imports took.
+which take no disk. Each conversion is a process of its own; memory is the peak beyond that of the imports.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TEXT = {
 
 
 def sparse_checkpoint(path: Path) -> int:
-    """A `.ckpt` whose contents are holes; returns its size."""
+    """Write a sparse `.ckpt`; return its size in bytes."""
     import torch
 
     parts = {"unet": UNET, "vae": VAE, "text_encoder": TEXT}
@@ -52,7 +52,7 @@ def sparse_checkpoint(path: Path) -> int:
 
 
 def measured(source: Path, out: Path, to: str) -> dict[str, float]:
-    """Seconds and megabytes of one conversion."""
+    """Run one conversion in a process of its own; return seconds and megabytes."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __spec__.name, "--one", str(source), str(out), to],
         stdout=subprocess.PIPE, text=True, check=True,
@@ -62,7 +62,7 @@ def measured(source: Path, out: Path, to: str) -> dict[str, float]:
 
 def one(source: Path, out: Path, to: str) -> dict[str, float]:
     from tuneavideo import api
-    from tuneavideo.interop import convert  # noqa: F401  what it imports is not counted
+    from tuneavideo.interop import convert  # noqa: F401  its imports are not counted
 
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     api.convert(source, out, to=to)

@@ -17,6 +17,9 @@ from hypothesis import settings
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tuneavideo.cli import main
+from tuneavideo.method.inflate import inflate, trainable_parameters
+from tuneavideo.models.adapter import Adapter, fingerprint
+from tuneavideo.settings import Inflation
 from tuneavideo.video import Video, write
 
 Said = Callable[[list[str]], str]
@@ -140,3 +143,17 @@ def refused(capsys: pytest.CaptureFixture) -> Said:
         return line.removeprefix("tuneavideo: ")
 
     return said
+
+
+def adapter_on(base: Path, folder: Path) -> Path:
+    """Write an adapter of a base, all of whose tuned layers differ from it."""
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    norms = fingerprint(unet)
+    inflate(unet)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainable_parameters(unet, ("attn1.to_q", "attn2.to_q", "attn_temp")).values():
+            parameter.add_(torch.randn_like(parameter) / 50)
+    tuned = trainable_parameters(unet, ("attn1.to_q", "attn2.to_q"))
+    made = Adapter.of(unet, tuned, inflation=Inflation(), base=str(base), fingerprint=norms)
+    return made.save(folder, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Weights of other programs are read without them, renamed both ways, and come back to the bit."""
+"""Weights of other programs are read without them, renamed in both directions, and come back bit for bit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import image_unet
+from tests.conftest import adapter_on, image_unet
 from tuneavideo import api
 from tuneavideo.errors import CheckpointError
 from tuneavideo.interop import lora, mindspore, model_configs, names
 from tuneavideo.interop.reading import read_checkpoint
-from tuneavideo.method.inflate import inflate, trainable_parameters
-from tuneavideo.models.adapter import Adapter, fingerprint
-from tuneavideo.settings import Inflation
+from tuneavideo.method.inflate import inflate
+from tuneavideo.models.adapter import Adapter
 from tuneavideo.storage import weight_files
 from tuneavideo.storage.tensors import LazyTensor
 
@@ -47,20 +46,6 @@ def same(ours: dict[str, LazyTensor], theirs: dict[str, LazyTensor]) -> bool:
     return ours.keys() == theirs.keys() and all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name].read(), theirs[name].read()) for name in ours
     )
-
-
-def adapter_on(base: Path, folder: Path) -> Path:
-    """An adapter of a base whose tuned layers all moved."""
-    unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    marks = fingerprint(unet)
-    inflate(unet)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in trainable_parameters(unet, ("attn1.to_q", "attn2.to_q", "attn_temp")).values():
-            parameter.add_(torch.randn_like(parameter) / 50)
-    tuned = trainable_parameters(unet, ("attn1.to_q", "attn2.to_q"))
-    made = Adapter.of(unet, tuned, inflation=Inflation(), base=str(base), fingerprint=marks)
-    return made.save(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

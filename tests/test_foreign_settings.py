@@ -1,4 +1,4 @@
-"""YAMLs and flags of other programs tune and edit here, and what means nothing any more is said."""
+"""YAMLs and flags of other programs tune and edit here, and keys without effect are listed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.test_checkpoints import adapter_on
+from tests.conftest import adapter_on
 from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.config import checked, layers
@@ -21,91 +21,8 @@ from tuneavideo.interop import foreign_configs, mindone_flags
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 
-OFFICIAL = """
-pretrained_model_path: "./checkpoints/stable-diffusion-v1-4"
-output_dir: "./outputs/man-skiing"
-
-train_data:
-  video_path: "data/man-skiing.mp4"
-  prompt: "a man is skiing"
-  n_sample_frames: 24
-  width: 512
-  height: 512
-  sample_start_idx: 0
-  sample_frame_rate: 2
-
-validation_data:
-  prompts:
-    - "mickey mouse is skiing on the snow"
-    - "spider man is skiing on the beach, cartoon style"
-  video_length: 24
-  width: 512
-  height: 512
-  num_inference_steps: 50
-  guidance_scale: 12.5
-  use_inv_latent: True
-  num_inv_steps: 50
-
-learning_rate: 3e-5
-scale_lr: False
-lr_scheduler: constant
-lr_warmup_steps: 0
-train_batch_size: 1
-max_train_steps: 500
-gradient_accumulation_steps: 1
-gradient_checkpointing: True
-checkpointing_steps: 1000
-validation_steps: 100
-trainable_modules:
-  - "attn1.to_q"
-  - "attn2.to_q"
-  - "attn_temp"
-adam_beta1: 0.9
-adam_beta2: 0.999
-adam_weight_decay: 1e-2
-adam_epsilon: 1e-08
-max_grad_norm: 1.0
-resume_from_checkpoint: null
-
-seed: 33
-mixed_precision: fp16
-use_8bit_adam: False
-enable_xformers_memory_efficient_attention: True
-"""
-MINDONE = """
-mode: 0
-use_parallel: False
-num_workers: 1
-video_path: "square.mp4"
-prompt: "a red square moves"
-num_frames: 3
-sample_start_idx: 0
-sample_interval: 2
-image_size: 16
-train_batch_size: 1
-version: "2.1-v"
-model_config: "configs/v2-train-tuneavideo.yaml"
-output_path: "out"
-ckpt_save_interval: 250
-max_train_steps: 2
-trainable_modules: ["attn1.to_q", "attn2.to_q", "attn_temp"]
-start_learning_rate: 3.0e-5
-end_learning_rate: 1.0e-6
-scheduler: "cosine_decay"
-optim: "adamw"
-betas: [0.9, 0.98]
-weight_decay: 0.01
-warmup_steps: 0
-decay_steps: 2
-use_ema: False
-clip_grad: False
-max_grad_norm: 1.0
-gradient_accumulation_steps: 1
-init_loss_scale: 65536
-loss_scale_factor: 2
-scale_window: 1000
-seed: 3407
-"""
+CONFIGS = Path(__file__).parent / "configs"
+OFFICIAL, MINDONE = ((CONFIGS / f"{name}.yaml").read_text() for name in ("official", "mindone"))
 
 
 def written(folder: Path, text: str, **changes: object) -> Path:
@@ -217,7 +134,7 @@ def test_mindones_inference_flags_say_what_to_type(capsys: pytest.CaptureFixture
 
 
 def test_the_command_it_says_is_one(tmp_path: Path, base: Path, clip: Path) -> None:
-    """What is printed runs, to the same settings."""
+    """Every option of the printed command is a setting."""
     config = mindone_flags.train(
         ["--train_config", str(written(tmp_path, MINDONE)), "--video_path", str(clip), "--dry_run"]
     )
@@ -273,14 +190,14 @@ def test_mindones_commands_do_what_they_say(base: Path, clip: Path, tmp_path: Pa
 def test_what_another_program_tuned_is_edited_here(base: Path, clip: Path, tmp_path: Path) -> None:
     layers = load_file(adapter_on(base, tmp_path / "adapter") / "adapter.safetensors")
     torch.save(layers, tmp_path / "tuneavideo-500.pth")
-    stated = {
+    given = {
         "video": str(clip),
         "prompt": "a red square",
         "base": str(base),
         "num_frames": 2,
         "edit": ("a blue square",),
     }
-    job = api.adopting(api.tune_settings({**stated, **BRIEF}), tmp_path / "tuneavideo-500.pth", out=tmp_path / "run")
+    job = api.adopting(api.tune_settings({**given, **BRIEF}), tmp_path / "tuneavideo-500.pth", out=tmp_path / "run")
     made = [each.path for each in job if each.path]
     run = RunFolder.open(tmp_path / "run")
     assert run.is_tuned
@@ -300,9 +217,9 @@ def test_a_whole_model_brings_its_own_base(base: Path, clip: Path, tmp_path: Pat
 
 
 def test_what_was_not_tuned_is_not_adopted(base: Path, clip: Path, tmp_path: Path) -> None:
-    stated = api.tune_settings({"video": str(clip), "prompt": "x", "base": str(base)})
+    given = api.tune_settings({"video": str(clip), "prompt": "x", "base": str(base)})
     with pytest.raises(CheckpointError, match="no temporal layers"):
-        list(api.adopting(stated, base, out=tmp_path / "run"))
+        list(api.adopting(given, base, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -160,7 +160,11 @@ def test_an_unknown_optimizer_names_those_that_are_known() -> None:
         tuning(optimizer="adamm")
 
 
-@pytest.mark.parametrize("name", ["sgd", "RMSprop", "torch.optim.SGD", "tuneavideo.interop.optimizer.UncorrectedAdamW"])
+@pytest.mark.parametrize(
+    "name",
+    ["sgd", "RMSprop", "torch.optim.SGD", "tuneavideo.interop.optimizer.UncorrectedAdamW",
+     "tuneavideo.checkpoints.optimizer.UncorrectedAdamW"],  # the last is in the settings of older runs
+)  # fmt: skip
 def test_an_optimizer_is_named_shortly_or_by_its_path(name: str) -> None:
     assert type(tuning(optimizer=name).optimizer.optimizer).__name__.lower() == name.rpartition(".")[2].lower()
 

@@ -179,25 +179,26 @@ def convert(
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     binary: bool = True,
 ) -> Report:
-    """Turn weights of one program into files of another, tensor by tensor.
+    """Convert a checkpoint of one program to files of another, one tensor at a time.
 
     Args:
         source: A run, an adapter, a diffusers folder, the published code's output, tuned layers alone, a MindONE
             `.ckpt` or a single-file checkpoint.
         out: New folder, or file for `mindone`, `ldm` and `lora`.
         to: `diffusers`, `official`, `mindone`, `ldm`, `lora` or `adapter`.
-        base: The model that tuned layers were tuned on; by default the one an adapter names.
-        like: A model whose configs, tokenizer and scheduler are taken, where the source has none.
-        rank: Of a LoRA.
-        style: Names of a LoRA.
-        dtype: Precision to write in; by default that of each tensor.
-        binary: `official` as `.bin`, which the published code reads, or as safetensors.
+        base: Model that tuned layers were tuned on; by default the one an adapter names.
+        like: Model whose configs, tokenizer and scheduler are used where the source has none.
+        rank: Rank of a LoRA.
+        style: Tensor names of a LoRA.
+        dtype: Precision of the new files; by default that of each tensor.
+        binary: Write `official` as `.bin`, which the published code reads, or as safetensors.
 
     Returns:
-        What was used, missing and left over.
+        Counts and names of used, missing and unused tensors.
 
     Raises:
-        CheckpointError: It is damaged, refused, not understood or no whole model; nothing is left half-written.
+        CheckpointError: The source is damaged, malicious, of an unknown format or not a whole model. No file is left
+            half-written.
     """
     from tuneavideo.interop import convert
 

@@ -1,1 +1,1 @@
-"""Files of a run: paths, atomic writes, cached tensors."""
+"""Files on the disk: run folders, atomic writes, cached tensors, weight files read one tensor at a time."""

@@ -19,6 +19,8 @@ OPTIMIZERS = {
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
     "adafactor": "transformers.optimization.Adafactor",
 }
+# Classes under the paths that older runs have in their settings.
+MOVED = {"tuneavideo.checkpoints.optimizer.UncorrectedAdamW": "tuneavideo.interop.optimizer.UncorrectedAdamW"}
 # Packages known to have optimizers that are asked for, by the names that pip knows them by.
 PACKAGES = {
     "bitsandbytes": "bitsandbytes>=0.45",
@@ -60,7 +62,7 @@ def make_optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """Find the class of an optimizer by its short name, or as `package.Class` in an installed package."""
-    path = OPTIMIZERS.get(name) or _in_torch(name) or name
+    path = OPTIMIZERS.get(name) or MOVED.get(name) or _in_torch(name) or name
     module, _, word = path.rpartition(".")
     _refuse_other_packages(name, module.partition(".")[0])
     try:
