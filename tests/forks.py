@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-multiprocessing.set_forkserver_preload(["tests.conftest", "tuneavideo.cli.main", "tuneavideo.jobs"])
+multiprocessing.set_forkserver_preload(["tests.conftest", "tuneavideo.cli.main", "tuneavideo.jobs.tune"])
 
 
 @dataclass

@@ -19,7 +19,7 @@ from tuneavideo import api, miniature
 from tuneavideo.cli import main
 from tuneavideo.errors import RunError, SettingsError, VideoError
 from tuneavideo.method.tuning import Tuning
-from tuneavideo.models import devices
+from tuneavideo.models import devices, loading
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import read
@@ -77,6 +77,21 @@ def test_an_edit_made_later_is_the_edit_made_at_once(run: Path) -> None:
     (folder,) = api.edit(run, ["a blue circle moves"])
     later, before = read(folder / "frames"), read(run / "edits/000-a-blue-circle-moves/frames")
     assert (later.frames_THWC == before.frames_THWC).all()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_base_is_loaded_once_for_tuning_and_its_edits(
+    precision: str, base: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, load = [], loading.load_stock_pipeline
+    monkeypatch.setattr(loading, "load_stock_pipeline", lambda *given, **more: loads.append(0) or load(*given, **more))
+    options = BRIEF | {"gradient_checkpointing": True, "mixed_precision": precision, "formats": ("frames",)}
+    run = api.tune(clip, "a square", edit="a circle", base=str(base), out=tmp_path / "run", **options)
+    assert len(loads) == 1
+    (later,) = api.edit(run, "a circle")
+    assert len(loads) == 2
+    before = read(run / "edits/000-a-circle/frames")
+    assert (read(later / "frames").frames_THWC == before.frames_THWC).all()
 
 
 def test_the_rate_of_an_edit_can_be_set(run: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_tuning_that_fails_early_removes_only_what_it_made(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    monkeypatch.setattr("tuneavideo.jobs.inflate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("tuneavideo.jobs.tune.inflate", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         at(api.tuning(settings(base, clip), out=out), stage, (out / "notes.txt").touch)
     assert tree(out) == {"notes.txt": b""}

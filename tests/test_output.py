@@ -122,7 +122,7 @@ def test_a_size_far_above_the_one_a_base_was_trained_at_is_warned_of() -> None:
     (line,) = plan.size_warnings("miniature", (512, 512), 64)
     assert "trained at 64 x 64" in line and "64 times as long" in line
     assert not [*plan.size_warnings("sd1.5", (640, 448), 512)]
-    (line,) = plan.size_warnings("miniature", (416, 32), 64, asked=False)
+    (line,) = plan.size_warnings("miniature", (416, 32), 64, is_set=False)
     assert "leave the size out" not in line and line.endswith("--width 64 --height 64 takes the middle of the clip")
 
 

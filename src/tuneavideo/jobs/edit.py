@@ -22,6 +22,7 @@ from tuneavideo.jobs.prepare import (
 from tuneavideo.jobs.session import EditSession
 from tuneavideo.models import addons, devices, pipelines
 from tuneavideo.models.adapter import Adapter
+from tuneavideo.models.loading import Pipeline
 from tuneavideo.progress import Job, Progress
 from tuneavideo.settings import EditSettings
 from tuneavideo.storage import cache
@@ -47,9 +48,9 @@ def edit(settings: EditSettings) -> Job:
         run.end_edits()
 
 
-def checked_session(settings: EditSettings, count: int) -> EditSession:
+def checked_session(settings: EditSettings, count: int, tuned: Pipeline | None = None) -> EditSession:
     """The model of a run, once it is known to take these settings, and the disk to hold `count` edits."""
-    session = open_session(settings)
+    session = load_session(settings, tuned)
     kept = session.inversion_file(settings).is_file()
     disk_space.check_edits(session.run, settings, session.source, session.moments, count, kept=kept)
     return session
@@ -65,11 +66,11 @@ def due_edits(settings: EditSettings, done: Set[tuple[str, int]]) -> list[tuple[
 
 
 def make_edits(
-    settings: EditSettings, session: EditSession, done: Set[tuple[str, int]] = frozenset(), is_told: bool = False
+    settings: EditSettings, session: EditSession, done: Set[tuple[str, int]] = frozenset(), is_planned: bool = False
 ) -> Job:
-    """Edits with every prompt and seed but those that are `done`; the plan `is_told` if they come after tuning."""
+    """Edits with every prompt and seed but those that are `done`; the plan `is_planned` if they come after tuning."""
     due = due_edits(settings, done)
-    if not is_told:
+    if not is_planned:
         base, prompts = base_of(settings), (*settings.prompt, settings.negative_prompt)
         warn_of_truncation(session.pipe, base, prompts)
         size = (session.source.width, session.source.height)
@@ -99,13 +100,13 @@ def base_of(settings: EditSettings) -> str:
     return settings.edit_model or RunFolder.open(settings.run).read_settings().base
 
 
-def open_session(settings: EditSettings) -> EditSession:
+def load_session(settings: EditSettings, tuned: Pipeline | None = None) -> EditSession:
     """The model a run made, with the clip it was made on."""
     run = RunFolder.open(settings.run)
     own = run.read_settings()
     run.require_tuned()
     dtype = devices.PRECISIONS[precision_of(own)]
-    pipe = pipelines.load_image_pipeline(settings.edit_model or own.base, dtype=dtype)
+    pipe = tuned or pipelines.load_image_pipeline(settings.edit_model or own.base, dtype=dtype)
     if not run.source.is_file():
         restore_source(run, own, pipe)
     kept = stored_clip(run)
@@ -113,13 +114,14 @@ def open_session(settings: EditSettings) -> EditSession:
     on_disk, controlled = isinstance(source, DiskVideo), settings.controlnet is not None
     check_windows(settings, source.frames, on_disk=on_disk, controlnet=controlled)
     extras = addons.load(pipe, settings, source)
-    video = Adapter.load(run.adapter).attach(pipe.unet, any_base=settings.edit_model is not None).video
+    adapter = Adapter.load(run.adapter)
+    video = adapter.assign(pipe.unet) if tuned else adapter.attach(pipe.unet, any_base=bool(settings.edit_model)).video
     check_gif_rate(settings, source)
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
         moments = encode_clip(pipe, source, run.latents)
         if isinstance(source, Video):
             cache.write(run.latents, moments)
-    if own.offload:
+    if own.offload and not tuned:
         devices.offload(pipe)
     return EditSession(run, pipe, extras.with_controlnet(video), moments, source, addons=extras)

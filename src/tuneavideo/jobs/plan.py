@@ -75,17 +75,17 @@ def frame_warnings(span: Span, taken: int) -> Iterator[str]:
         )
 
 
-def size_warnings(base: str, size: tuple[int, int], trained: int, *, asked: bool = True) -> Iterator[str]:
+def size_warnings(base: str, size: tuple[int, int], trained: int, *, is_set: bool = True) -> Iterator[str]:
     """A line if `size` (width and height) is far above the side that a base was trained at.
 
-    `asked` says that the user gave a size; otherwise it follows from the clip's shape.
+    `is_set` tells that the user set a size; otherwise it follows from the clip's shape.
     """
     times = size[0] * size[1] / trained**2
     if times > MUCH_LARGER:
         yield (
             f"warning: {base} was trained at {trained} x {trained}; {size[0]} x {size[1]} takes more than {times:.0f} "
             "times as long and does not look better; "
-            + ("leave the size out" if asked else f"--width {trained} --height {trained} takes the middle of the clip")
+            + ("leave the size out" if is_set else f"--width {trained} --height {trained} takes the middle of the clip")
         )
 
 

@@ -23,12 +23,14 @@ from tuneavideo.jobs import plan
 from tuneavideo.jobs.edit import announce, checked_session, due_edits, make_edits, with_few_threads
 from tuneavideo.jobs.export import model_card, versions
 from tuneavideo.jobs.prepare import encode_clip, encode_text, precision_of, read_clip, stored_clip, warn_of_truncation
-from tuneavideo.jobs.session import EditSession
+from tuneavideo.jobs.session import EditSession, Moments
+from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.noise import Levels
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.models import codec, devices, pipelines
 from tuneavideo.models.adapter import Adapter, fingerprint
+from tuneavideo.models.loading import Pipeline
 from tuneavideo.progress import Job, Progress, Step
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.storage import atomic, cache
@@ -44,25 +46,63 @@ PATIENCE = timedelta(days=7)
 
 
 def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:
-    """See `api.tuning`."""
+    """Tune a base on a clip and make the edits that `settings` name; see `api.tuning`."""
     done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
     accelerator = _accelerator(settings)
-    with _claimed(settings, accelerator, out, resume) as run, memory_told(run):
+    with _claim_run_folder(settings, accelerator, out, resume) as run, memory_told(run):
         yield Progress("open", path=run.path, about=settings.base)
-        is_new = not run.is_finished(settings)
-        if is_new:
-            yield from _learned(settings, accelerator, run)
-        gc.collect()  # accelerate's wrapper for half precision is part of a cycle
+        pipe = None
+        if not run.is_finished(settings):
+            pipe = yield from _tune(settings, accelerator, run)
         if settings.edit and accelerator.is_main_process:
-            sampling = run.read_settings().model_dump(include=set(Sampling.model_fields))
-            edits = EditSettings(run=str(run.path), prompt=settings.edit, **sampling)
-            yield from announce(edits)
-            session = checked_session(edits, len(due_edits(edits, done)))
-            yield from with_few_threads(make_edits(edits, session, done, is_new), session)
+            yield from _edit(settings, run, done, pipe)
+
+
+def _tune(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> Generator[Progress, None, Pipeline]:
+    """Train the adapter of a run and save it.
+
+    Returns:
+        The loaded base with the tuned UNet.
+    """
+    pipe = pipelines.load_image_pipeline(settings.base, dtype=devices.PRECISIONS[accelerator.mixed_precision])
+    settings, clip, moments = yield from _read_clip(settings, pipe, run)
+    settings = yield from _plan_memory(settings, accelerator, pipe, clip)
+    yield Progress("encode", path=run.path)
+    moments, text = _encode(settings, accelerator, pipe, run, clip, moments)
+    base_fingerprint = fingerprint(pipe.unet)
+    video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
+    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, make_optimizer)
+    manager = CheckpointManager(run, tuning, accelerator)
+    if accelerator.is_main_process:
+        manager.check_room(clip, moments)
+        _fill_run_folder(run, settings, base_fingerprint, clip, moments)
+    manager.resume()
+    yield Progress("plan", ahead=_ahead(settings, tuning.number))
+    _start_trackers(settings, accelerator, run)
+    video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
+    session = EditSession(run, pipe, video, moments, clip, keep_inversions=False)
+    yield from with_few_threads(_train(manager, session), session)
+    _end_training(accelerator)
+    if accelerator.is_main_process:
+        _save_adapter(run, tuning, settings, video, base_fingerprint)
+        yield Progress("tune", tuning.number, settings.max_train_steps, path=run.path)
+    _prepare_for_inference(pipe, accelerator, tuning)
+    return pipe
+
+
+def _edit(settings: TuneSettings, run: RunFolder, done: set[tuple[str, int]], pipe: Pipeline | None) -> Job:
+    """Make the edits of a tuned run that are not `done`, with the pipeline that was tuned if there is one."""
+    gc.collect()  # accelerate's wrapper for half precision is part of a cycle
+    sampling = run.read_settings().model_dump(include=set(Sampling.model_fields))
+    edits = EditSettings(run=str(run.path), prompt=settings.edit, **sampling)
+    if pipe is None:
+        yield from announce(edits)
+    session = checked_session(edits, len(due_edits(edits, done)), pipe)
+    yield from with_few_threads(make_edits(edits, session, done, is_planned=pipe is not None), session)
 
 
 def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
-    """Edits that a run has which is resumed; refuses one that has them all."""
+    """Return the edits that a resumed run has. Raises RunError when it has all of them."""
     if not run.is_finished(settings):
         return set()
     done = run.edited()
@@ -74,71 +114,96 @@ def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
     return done
 
 
-def _learned(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> Job:
-    """Tune and save."""
-    pipe = pipelines.load_image_pipeline(settings.base, dtype=devices.PRECISIONS[accelerator.mixed_precision])
+def _read_clip(
+    settings: TuneSettings, pipe: Pipeline, run: RunFolder
+) -> Generator[Progress, None, tuple[TuneSettings, AnyVideo, Moments | None]]:
+    """Read the frames to tune on, from the run folder if it has them.
+
+    Returns:
+        Settings with the frames that were taken, the clip, and its latents if the run folder has them.
+    """
     prompts = (settings.prompt, *settings.edit)
     warn_of_truncation(pipe, settings.base, prompts)
-    kept = stored_clip(run)
-    if kept:
-        clip, moments = kept
+    stored, lines = stored_clip(run), []
+    if stored:
+        clip, moments = stored
     else:
         moments, span = None, plan.choose_frames(settings)
         clip = read_clip(settings, span, pipe, run.path)
-        size = (clip.width, clip.height)
-        yield Progress("plan", about=plan.describe_tuning(settings, span, clip.frames, size))
-        settings = settings.model_copy(update={"stride": span.stride, "num_frames": clip.frames})
-        asked = bool(settings.resolution or settings.width)
-        for line in (
+        size, has_size = (clip.width, clip.height), bool(settings.resolution or settings.width)
+        lines = [
+            plan.describe_tuning(settings, span, clip.frames, size),
             *plan.frame_warnings(span, clip.frames),
-            *plan.size_warnings(settings.base, size, codec.default_size(pipe), asked=asked),
-        ):
-            yield Progress("plan", about=line)
-    for line in plan.unknown_word_warnings(settings.base, prompts):
+            *plan.size_warnings(settings.base, size, codec.default_size(pipe), is_set=has_size),
+        ]
+        settings = settings.model_copy(update={"stride": span.stride, "num_frames": clip.frames})
+    for line in (*lines, *plan.unknown_word_warnings(settings.base, prompts)):
         yield Progress("plan", about=line)
-    base_fingerprint = fingerprint(pipe.unet)
+    return settings, clip, moments
+
+
+def _plan_memory(
+    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: AnyVideo
+) -> Generator[Progress, None, TuneSettings]:
+    """Choose the settings that fit into memory, and offload the VAE and the text encoder if they say so."""
     settings, line = fitted(settings, accelerator, pipe, clip)
     if line:
         yield Progress("memory", about=line)
     if settings.offload:
         devices.offload(pipe)
-    yield Progress("encode", path=run.path)
+    return settings
+
+
+def _encode(
+    settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, run: RunFolder, clip: AnyVideo,
+    moments: Moments | None,
+) -> tuple[Moments, Conditions]:  # fmt: skip
+    """Return the latents of the clip and the conditions of its caption; the first process computes them."""
     with accelerator.main_process_first():
-        moments = moments or encode_clip(pipe, clip, run.latents)
-        text = encode_text(pipe, settings.prompt)
-    video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, make_optimizer)
-    manager = CheckpointManager(run, tuning, accelerator)
-    if accelerator.is_main_process:
-        manager.check_room(clip, moments)
-        run.write_settings(settings, versions() | {"base fingerprint": cache.key(base_fingerprint)})
-        if not kept and isinstance(clip, Video):
-            cache.write(run.latents, moments)
-        if not run.source.is_file():
-            videos.write(clip, run.source)
-        run.keep()
-    manager.resume()
-    yield Progress("plan", ahead=_ahead(settings, tuning.number))
-    _report_to(settings, accelerator, run)
-    video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
-    session = EditSession(run, pipe, video, moments, clip, keep_inversions=False)
-    yield from with_few_threads(_tuned(manager, session), session)
+        return moments or encode_clip(pipe, clip, run.latents), encode_text(pipe, settings.prompt)
+
+
+def _fill_run_folder(
+    run: RunFolder, settings: TuneSettings, base_fingerprint: dict[str, float], clip: AnyVideo, moments: Moments
+) -> None:
+    """Write settings, latents and clip, all that resuming needs."""
+    run.write_settings(settings, versions() | {"base fingerprint": cache.key(base_fingerprint)})
+    if isinstance(clip, Video) and not stored_clip(run):
+        cache.write(run.latents, moments)
+    if not run.source.is_file():
+        videos.write(clip, run.source)
+    run.keep()
+
+
+def _end_training(accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.free_memory()
-    if accelerator.is_main_process:
-        atomic.write(run.card, model_card(settings, run))
-        Adapter.of(
-            video.unet,
-            tuning.learned(),
-            inflation=settings.inflation,
-            base=settings.base,
-            fingerprint=base_fingerprint,
-            about={"prompt": settings.prompt, "steps": tuning.number, "max_train_steps": settings.max_train_steps}
-            | versions(),
-        ).save(run.adapter)
-        run.drop_checkpoints()
-        yield Progress("tune", tuning.number, settings.max_train_steps, path=run.path)
+
+
+def _save_adapter(
+    run: RunFolder, tuning: Tuning, settings: TuneSettings, video: VideoUNet, base_fingerprint: dict[str, float]
+) -> None:
+    """Write the model card, then the adapter, which marks the run as finished, and delete the checkpoints."""
+    atomic.write(run.card, model_card(settings, run))
+    about = {"prompt": settings.prompt, "steps": tuning.number, "max_train_steps": settings.max_train_steps}
+    Adapter.of(
+        video.unet,
+        tuning.learned(),
+        inflation=settings.inflation,
+        base=settings.base,
+        fingerprint=base_fingerprint,
+        about=about | versions(),
+    ).save(run.adapter)
+    run.drop_checkpoints()
+
+
+def _prepare_for_inference(pipe: Pipeline, accelerator: Accelerator, tuning: Tuning) -> None:
+    """Make the tuned UNet what a freshly loaded one is: in its own precision, without gradients."""
+    unet: Any = accelerator.unwrap_model(tuning.video.unet, keep_fp32_wrapper=False)
+    unet.disable_gradient_checkpointing()
+    unet.zero_grad(set_to_none=True)
+    pipe.unet = unet.requires_grad_(False).eval().to(devices.PRECISIONS[accelerator.mixed_precision])
 
 
 def _ahead(settings: TuneSettings, number: int) -> dict[str, int]:
@@ -150,7 +215,7 @@ def _ahead(settings: TuneSettings, number: int) -> dict[str, int]:
     return {"tune": left, "preview": previews * shown, **edits}
 
 
-def _tuned(manager: CheckpointManager, session: EditSession) -> Job:
+def _train(manager: CheckpointManager, session: EditSession) -> Job:
     """Tune to the end, with checkpoints and previews; a job that is closed early keeps its last step."""
     settings = manager.tuning.settings
     try:
@@ -213,7 +278,7 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
     AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first job otherwise
     options: dict[str, Any] = {"cpu": not torch.accelerator.is_available()}  # else processes do not meet on a CPU
     options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=PATIENCE)]
-    if settings.report_to:  # where to, _report_to says when there is a folder
+    if settings.report_to:  # _start_trackers names the folder later
         options |= {"log_with": settings.report_to, "project_config": ProjectConfiguration(logging_dir="logs")}
         if not importlib.util.find_spec(settings.report_to):
             raise MissingExtra(f"report_to={settings.report_to}", settings.report_to)
@@ -221,7 +286,7 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
 
 
 @contextmanager
-def _claimed(
+def _claim_run_folder(
     settings: TuneSettings, accelerator: Accelerator, out: str | Path | None, resume: str | Path | None
 ) -> Generator[RunFolder, None, None]:
     """One folder for all processes, made and locked by the first.
@@ -256,7 +321,7 @@ def _how_to_resume(run: RunFolder, error: Exception) -> str:
     return f"go on with: {f'tuneavideo tune --resume {run.quoted} {flags}'.rstrip()}"
 
 
-def _report_to(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> None:
+def _start_trackers(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> None:
     if settings.report_to:
         options = settings.model_dump(mode="json")
         plain = {name: value for name, value in options.items() if isinstance(value, int | float | str | bool)}

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tuneavideo.errors import AdapterError
-from tuneavideo.method.inflate import VideoUNet, added_parameters, deflate, inflate
+from tuneavideo.method.inflate import VideoUNet, added_parameters, deflate, inflate, video_unet
 from tuneavideo.settings import Inflation
 from tuneavideo.storage import atomic, cache
 
@@ -133,6 +133,11 @@ class Adapter:
         replaced = {name: parameters[name].detach().clone() for name in self.tensors if name not in added}
         _assign(parameters, self.tensors)
         return Attached(video, replaced)
+
+    def assign(self, unet: UNet2DConditionModel) -> VideoUNet:
+        """Copy the tensors into the UNet they were tuned in, which is inflated already and keeps its precision."""
+        _assign(_parameters(unet), self.tensors)
+        return video_unet(unet)
 
     def _check(self, unet: UNet2DConditionModel, any_base: bool) -> None:
         shapes = {name: tuple(p.shape) for name, p in _parameters(unet).items()}
