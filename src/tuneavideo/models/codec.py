@@ -82,9 +82,9 @@ def embed(pipe: Pipeline, prompts: list[str]) -> Conditions:
     text, _, pooled, _ = xl.encode_prompt(prompts, None, device, 1, False)
     unload(xl.text_encoder)
     unload(xl.text_encoder_2)
-    text = torch.tensor([bool(prompt) for prompt in prompts], device=text.device)
+    not_empty = torch.tensor([bool(prompt) for prompt in prompts], device=text.device)
     if xl.config.force_zeros_for_empty_prompt:
-        text, pooled = text * text[:, None, None], pooled * text[:, None]
+        text, pooled = text * not_empty[:, None, None], pooled * not_empty[:, None]
     return Conditions(text, pooled, stride=stride(pipe))
 
 
