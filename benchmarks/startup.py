@@ -60,7 +60,7 @@ def _started(clip: Path, base: str, out: Path) -> dict[str, float]:
 
     pipelines.load_image_pipeline = timed  # pyright: ignore
     size = {} if base == "miniature" else {"resolution": 128, "num_frames": 8}
-    job = api.tuning(
+    job = api.Job.tune(
         api.tune_settings({"video": str(clip), "prompt": "a man is skiing", "base": base, **size}), out=out
     )
     for each in job:

@@ -136,7 +136,7 @@ def jobs(folder: Path, results: Results) -> dict[str, Callable[[], None]]:
             {"video": str(clip), "prompt": "a square", "edit": ("a red circle",), "base": str(bases["sd1"]),
              "checkpointing_steps": 2, "formats": ("frames",)} | TINY
         )  # fmt: skip
-        job = api.tuning(settings, out=folder / "resumed")
+        job = api.Job.tune(settings, out=folder / "resumed")
         for each in job:
             if each.step and each.step.number == 3:
                 job.close()
@@ -155,7 +155,7 @@ def jobs(folder: Path, results: Results) -> dict[str, Callable[[], None]]:
             {"video": str(clip), "prompt": "a square", "edit": ("a red circle",), "base": str(bases["sd1"]),
              "formats": ("frames",)} | TINY
         )  # fmt: skip
-        for _ in api.adopting(settings, folder / "plain as official", out=folder / "adopted"):
+        for _ in api.Job.adopt(settings, folder / "plain as official", out=folder / "adopted"):
             pass
         results.digests["adopted: adapter"] = tensors(folder / "adopted/adapter/adapter.safetensors")
         results.edit("adopted", next((folder / "adopted/edits").iterdir()))

@@ -30,8 +30,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def started(words: list[str]) -> Any:
         found: list[Any] = []
-        for job in ("tuning", "editing"):
-            monkeypatch.setattr(api, job, lambda settings, **more: found.append((settings, more)) or iter(()))
+        for job in ("tune", "edit"):
+            monkeypatch.setattr(api.Job, job, lambda settings, **more: found.append((settings, more)) or iter(()))
         main.main([*words, "--json"])
         return found[0]
 

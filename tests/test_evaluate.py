@@ -249,7 +249,7 @@ def test_without_the_source_metrics_that_do_not_use_it_are_computed(run: Path, c
 
 def test_a_stopped_evaluation_keeps_the_scores_of_the_edits_it_finished(run: Path, clip_model: Path) -> None:
     api.evaluate(run, metrics=["clip_text"], clip=str(clip_model))
-    job = api.evaluating([run], metrics=["warp_error"])
+    job = api.Job.evaluate([run], metrics=["warp_error"])
     assert next(each for each in job if each.number == 1).about == "000-a-red-circle"
     job.close()
     first, second = scores_of(run)["edits"]

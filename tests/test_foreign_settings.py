@@ -197,7 +197,7 @@ def test_what_another_program_tuned_is_edited_here(base: Path, clip: Path, tmp_p
         "num_frames": 2,
         "edit": ("a blue square",),
     }
-    job = api.adopting(api.tune_settings({**given, **BRIEF}), tmp_path / "tuneavideo-500.pth", out=tmp_path / "run")
+    job = api.Job.adopt(api.tune_settings({**given, **BRIEF}), tmp_path / "tuneavideo-500.pth", out=tmp_path / "run")
     made = [each.path for each in job if each.path]
     run = RunFolder.open(tmp_path / "run")
     assert run.is_tuned
@@ -219,7 +219,7 @@ def test_a_whole_model_brings_its_own_base(base: Path, clip: Path, tmp_path: Pat
 def test_what_was_not_tuned_is_not_adopted(base: Path, clip: Path, tmp_path: Path) -> None:
     given = api.tune_settings({"video": str(clip), "prompt": "x", "base": str(base)})
     with pytest.raises(CheckpointError, match="no temporal layers"):
-        list(api.adopting(given, base, out=tmp_path / "run"))
+        list(api.Job.adopt(given, base, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -122,7 +122,7 @@ def test_a_run_closed_early_is_resumed_to_the_adapter_of_an_unbroken_one(
     stop: int, run: Path, base: Path, tmp_path: Path
 ) -> None:
     own = RunFolder.open(run).read_settings()
-    job = api.tuning(own.model_copy(update={"edit": (), "validation_steps": None}), out=tmp_path / "broken")
+    job = api.Job.tune(own.model_copy(update={"edit": (), "validation_steps": None}), out=tmp_path / "broken")
     for each in job:
         if each.step and each.step.number == stop:
             job.close()
@@ -142,7 +142,7 @@ def test_a_run_that_is_done_is_not_tuned_again(run: Path) -> None:
 def test_a_run_stopped_among_its_edits_is_resumed_to_all_of_them(base: Path, clip: Path, tmp_path: Path) -> None:
     stated = {"video": str(clip), "prompt": "a square", "edit": ("a circle", "a red circle"), "base": str(base)}
     stated |= {"seeds": (1, 2), "fresh_noise": 0.5}
-    job = api.tuning(api.tune_settings(stated | BRIEF), out=tmp_path / "run")
+    job = api.Job.tune(api.tune_settings(stated | BRIEF), out=tmp_path / "run")
     for each in job:
         if each.stage == "edit" and each.path:
             job.close()

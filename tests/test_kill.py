@@ -26,7 +26,7 @@ from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.config import as_yaml
 from tuneavideo.errors import DiskError, RunError
-from tuneavideo.progress import Job
+from tuneavideo.progress import Events
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
@@ -57,12 +57,12 @@ def unbroken(settings: TuneSettings, tmp_path_factory: pytest.TempPathFactory) -
 def go_on(settings: TuneSettings, out: Path) -> None:
     """What a user does: tune, or resume what is there and not done."""
     if not (out / "settings.yaml").is_file():
-        done(api.tuning(settings, out=out))
+        done(api.Job.tune(settings, out=out))
     elif RunFolder.open(out).edited() != {(EDIT, 0)}:
-        done(api.tuning(api.resumed_settings(out, {}), resume=out))
+        done(api.Job.tune(api.resumed_settings(out, {}), resume=out))
 
 
-def done(job: Job) -> None:
+def done(job: api.Job) -> None:
     for _ in job:
         pass
 
@@ -170,14 +170,14 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_says_how(
 ) -> None:  # fmt: skip
     """Pressed soon after the stage has begun, whatever is going on then."""
     monkeypatch.chdir(tmp_path)
-    real = api.tuning
+    real = api.Job.tune
 
     def pressed() -> None:
         for _ in range(presses):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.02)
 
-    def tuning(*arguments, **options) -> Job:
+    def tuning(*arguments, **options) -> Events:
         for each in real(*arguments, **options):
             if each.stage == stage and not keyboard:
                 keyboard.append(threading.Timer(0.01, pressed))
@@ -185,7 +185,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed_and_says_how(
             yield each
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(api, "tuning", tuning)
+        patch.setattr(api.Job, "tune", tuning)
         main.main(as_words(settings, "run"))
     keyboard[0].join()  # a second press may come when all is over: it must not meet the run that goes on
     said = capfd.readouterr().err
@@ -202,9 +202,9 @@ def test_sigterm_stops_as_ctrl_c_does_with_its_own_exit_code(
 ) -> None:  # fmt: skip
     """As Slurm, containers and `timeout` send it; the handler is the process's own again when all went well."""
     monkeypatch.chdir(tmp_path)
-    real, before = api.tuning, signal.getsignal(signal.SIGTERM)
+    real, before = api.Job.tune, signal.getsignal(signal.SIGTERM)
 
-    def tuning(*arguments, **options) -> Job:
+    def tuning(*arguments, **options) -> Events:
         for each in real(*arguments, **options):
             if each.step and each.step.number == 3:
                 signal.raise_signal(signal.SIGTERM)
@@ -212,7 +212,7 @@ def test_sigterm_stops_as_ctrl_c_does_with_its_own_exit_code(
 
     try:
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            patch.setattr(api, "tuning", tuning)
+            patch.setattr(api.Job, "tune", tuning)
             main.main(as_words(settings.model_copy(update={"checkpointing_steps": 100}), "run"))
     finally:
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -272,7 +272,7 @@ def test_ctrl_c_before_there_is_a_job(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def tune_and_wait(settings: TuneSettings, out: Path, tuning: Path) -> None:
     """Tune for a step, touch the file `tuning`, and hold the folder from then on."""
-    for each in api.tuning(settings, out=out):
+    for each in api.Job.tune(settings, out=out):
         if each.step:
             tuning.touch()
             time.sleep(600)
@@ -352,7 +352,7 @@ def test_tuning_does_not_begin_when_the_disk_will_not_hold_it(
         r"run: tuning needs [\d.]+ MB \(3 states to resume from of [\d.]+ MB, adapter .*, videos .*\), 0.1 MB are free"
     )
     with pytest.raises(DiskError, match=line):
-        done(api.tuning(settings, out=tmp_path / "run"))
+        done(api.Job.tune(settings, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -375,14 +375,14 @@ def test_what_a_run_writes_is_counted_before_it_begins(
     frames = 3 * 3 * 16 * 16 * on_disk
     settings = settings.model_copy(update={"seeds": (0, 1), "fresh_noise": 0.5, **changes})
     run, copy = tmp_path / "run", tmp_path / "copy"
-    most = max(written(run) for _ in api.tuning(settings, out=run)) - frames
+    most = max(written(run) for _ in api.Job.tune(settings, out=run)) - frames
     shutil.copytree(run, copy)
     wish = {"prompt": ["a red circle", "a blue square"], "strength": 0.7}
     before = written(run)
-    added = max(written(run) for _ in api.editing(api.edit_settings(wish | {"run": str(run)}))) - before - frames
+    added = max(written(run) for _ in api.Job.edit(api.edit_settings(wish | {"run": str(run)}))) - before - frames
     for begin, peak in (
-        (lambda: api.tuning(settings, out=tmp_path / "other"), most),
-        (lambda: api.editing(api.edit_settings(wish | {"run": str(copy)})), added),
+        (lambda: api.Job.tune(settings, out=tmp_path / "other"), most),
+        (lambda: api.Job.edit(api.edit_settings(wish | {"run": str(copy)})), added),
     ):
         monkeypatch.setattr(atomic, "free", lambda path, peak=peak: peak - 1)
         with pytest.raises(DiskError, match="are free there"):
@@ -400,7 +400,7 @@ def test_edits_do_not_begin_when_the_disk_will_not_hold_them(
     monkeypatch.setattr(atomic, "free", lambda path: 10_000)
     with pytest.raises(DiskError, match=r"run: 2 edits need .* \(inversion .*, videos .*\), 0.01 MB are free"):
         done(
-            api.editing(
+            api.Job.edit(
                 api.edit_settings({"run": str(run), "prompt": ["a red circle", "a blue square"], "strength": 0.7})
             )
         )
@@ -445,7 +445,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state_to_go_on_from(
 ) -> None:
     """Two good steps, then one that is far too long: the state after it was kept before its loss was known."""
     out = tmp_path / "run"
-    job = api.tuning(settings, out=out)
+    job = api.Job.tune(settings, out=out)
     for each in job:
         if each.step and each.step.number == 2:
             job.close()

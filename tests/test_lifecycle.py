@@ -11,7 +11,7 @@ from safetensors.torch import load, save_file
 from tests.test_job import BRIEF
 from tuneavideo import api
 from tuneavideo.errors import AdapterError, DiskError, RunError, VideoError
-from tuneavideo.progress import Job
+from tuneavideo.progress import Events
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 
@@ -45,7 +45,7 @@ def settings(base: Path, clip: Path, **changes) -> TuneSettings:
     return api.tune_settings({"video": str(clip), "prompt": "a square", "base": str(base)} | QUICK | changes)
 
 
-def at(job: Job, stage: str, act) -> None:
+def at(job: api.Job, stage: str, act) -> None:
     """Run a job to its end, and `act` once when it tells of a stage."""
     acted = False
     for each in job:
@@ -88,7 +88,7 @@ def test_other_commands_change_nothing_that_was_there(run: Path) -> None:
 
 
 def test_a_tuning_that_is_resumed_leaves_files_of_others(base: Path, clip: Path, tmp_path: Path) -> None:
-    job = api.tuning(settings(base, clip, validation_steps=1, edit=("a circle",)), out=tmp_path / "run")
+    job = api.Job.tune(settings(base, clip, validation_steps=1, edit=("a circle",)), out=tmp_path / "run")
     for each in job:
         if each.step:
             job.close()
@@ -100,7 +100,7 @@ def test_a_tuning_that_is_resumed_leaves_files_of_others(base: Path, clip: Path,
 
 def test_a_source_that_is_moved_while_it_is_tuned_on_costs_nothing(base: Path, clip: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    at(api.tuning(settings(base, clip, edit=("a circle",)), out=out), "tune", (out / "source.mp4").unlink)
+    at(api.Job.tune(settings(base, clip, edit=("a circle",)), out=out), "tune", (out / "source.mp4").unlink)
     assert (out / "edits/000-a-circle/edit.mp4").is_file() and (out / "source.mp4").is_file()
 
 
@@ -112,7 +112,7 @@ def test_an_adapter_stays_when_the_clip_is_gone(base: Path, clip: Path, tmp_path
         (out / "source.mp4").unlink()
 
     with pytest.raises(VideoError, match=r"source.mp4 is missing, and so is .*square.mp4.*put one of them back") as why:
-        at(api.tuning(settings(base, clip, edit=("a circle",)), out=out), "tune", lost)
+        at(api.Job.tune(settings(base, clip, edit=("a circle",)), out=out), "tune", lost)
     assert why.value.__notes__ == [f"go on with: tuneavideo tune --resume {out}"]
     assert RunFolder(out).is_tuned and [step["number"] for step in RunFolder(out).steps()] == [1, 2]
 
@@ -125,11 +125,11 @@ def test_a_tuning_that_fails_early_removes_only_what_it_made(
     out.mkdir()
     monkeypatch.setattr("tuneavideo.jobs.tune.inflate", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        at(api.tuning(settings(base, clip), out=out), stage, (out / "notes.txt").touch)
+        at(api.Job.tune(settings(base, clip), out=out), stage, (out / "notes.txt").touch)
     assert tree(out) == {"notes.txt": b""}
     (out / "notes.txt").unlink()
     with pytest.raises(ZeroDivisionError):
-        at(api.tuning(settings(base, clip), out=out), stage, lambda: None)
+        at(api.Job.tune(settings(base, clip), out=out), stage, lambda: None)
     assert tree(tmp_path) == {"run": None, "square.mp4": clip.read_bytes()}  # the folder was there before
 
 
@@ -143,15 +143,15 @@ def test_a_run_killed_before_it_began_can_be_made_again(base: Path, clip: Path, 
 def test_a_run_folder_that_is_deleted_or_moved_while_it_tunes_is_one_line(
     base: Path, clip: Path, tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, out = api.tuning, tmp_path / "run"
+    real, out = api.Job.tune, tmp_path / "run"
 
-    def tuning(*given, **options) -> Job:
+    def tuning(*given, **options) -> Events:
         for each in real(*given, **options):
             if each.step:
                 out.rename(tmp_path / "moved")
             yield each
 
-    monkeypatch.setattr(api, "tuning", tuning)
+    monkeypatch.setattr(api.Job, "tune", tuning)
     words = ["tune", str(clip), "--prompt", "a square", "--base", str(base), "--num-frames", "3"]
     assert "was deleted or moved while it was in use" in refused([*words, "--out", str(out)])
     assert not out.exists() and (tmp_path / "moved/settings.yaml").is_file()
@@ -165,9 +165,9 @@ def test_a_finished_run_is_tuned_on(changes: dict, base: Path, clip: Path, tmp_p
     """From its adapter, which stays until the new one is there, also when it is stopped in between."""
     out = tmp_path / "run"
     run = RunFolder(out)
-    done(api.tuning(settings(base, clip, edit=("a circle",), **changes), out=out))
+    done(api.Job.tune(settings(base, clip, edit=("a circle",), **changes), out=out))
     first = (out / "adapter/adapter.safetensors").read_bytes()
-    job = api.tuning(api.resumed_settings(out, {"max_train_steps": 4}), resume=out)
+    job = api.Job.tune(api.resumed_settings(out, {"max_train_steps": 4}), resume=out)
     for each in job:
         if each.step:
             job.close()
@@ -185,14 +185,14 @@ def test_a_finished_run_is_tuned_on(changes: dict, base: Path, clip: Path, tmp_p
         api.resume(out)
 
 
-def done(job: Job) -> None:
+def done(job: api.Job) -> None:
     for _ in job:
         pass
 
 
 def test_the_same_edit_command_goes_on_after_it_was_stopped(run: Path) -> None:
     wanted = {"run": str(run), "prompt": ("a red circle", "a blue circle"), "seeds": (1, 2), "fresh_noise": 0.5}
-    job = api.editing(api.edit_settings(wanted))
+    job = api.Job.edit(api.edit_settings(wanted))
     for each in job:
         if each.stage == "edit" and each.path:
             job.close()
@@ -229,7 +229,7 @@ def test_a_report_is_not_written_over_another_file(run: Path, tmp_path: Path) ->
 def test_a_benchmark_does_not_write_over_other_files(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("years of work")
     with pytest.raises(DiskError, match=f"{name} exists and was not written by this command"):
-        list(api.benchmarking_miniature(out=tmp_path))
+        list(api.Job.benchmark_miniature(out=tmp_path))
     assert tree(tmp_path) == {name: b"years of work"}
 
 

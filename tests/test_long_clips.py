@@ -126,7 +126,7 @@ def test_a_run_begun_with_feature_reuse_in_windows_is_resumed_as_its_error_says(
     """Such runs were begun before they were refused."""
     brief = BRIEF | {"num_frames": 8, "window": 4, "max_train_steps": 2, "checkpointing_steps": 1}
     stated = {"video": str(film), "prompt": "a red square moves", "edit": ("a circle",), "base": str(base), **brief}
-    job, run = api.tuning(api.tune_settings(stated), out=tmp_path / "run"), RunFolder(tmp_path / "run")
+    job, run = api.Job.tune(api.tune_settings(stated), out=tmp_path / "run"), RunFolder(tmp_path / "run")
     for each in job:
         if each.step:
             job.close()
@@ -150,7 +150,7 @@ def test_a_broken_off_run_of_a_clip_on_the_disk_is_resumed(
     run: Path, film: Path, base: Path, tmp_path: Path, on_disk: None
 ) -> None:
     stated = {"video": str(film), "prompt": "a red square moves", "base": str(base), **BRIEF}
-    job = api.tuning(api.tune_settings(stated), out=tmp_path / "run")
+    job = api.Job.tune(api.tune_settings(stated), out=tmp_path / "run")
     for each in job:
         if each.step and each.step.number == 1:
             job.close()

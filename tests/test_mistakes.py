@@ -182,9 +182,9 @@ def test_a_damaged_checkpoint_is_left_out_and_the_run_ends_the_same(
     stated = BRIEF | {"checkpointing_steps": 1, "video": str(clip), "prompt": "a square", "base": str(base)}
     settings: TuneSettings = api.tune_settings(stated)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for _ in api.tuning(settings, out=whole):
+    for _ in api.Job.tune(settings, out=whole):
         pass
-    job = api.tuning(settings, out=broken)
+    job = api.Job.tune(settings, out=broken)
     for each in job:
         if each.step and each.step.number == 3:
             job.close()

@@ -13,7 +13,7 @@ from tests.conftest import Said
 from tuneavideo.cli import main
 from tuneavideo.cli.console import Show
 from tuneavideo.jobs import plan
-from tuneavideo.progress import Job, Progress, Step, TimeLeft
+from tuneavideo.progress import Events, Progress, Step, TimeLeft
 
 QUICK = ["--max-train-steps", "4", "--num-inference-steps", "3", "--num-inv-steps", "3", "--no-gradient-checkpointing"]
 
@@ -23,7 +23,7 @@ def tune(base: Path, clip: Path, tmp_path: Path) -> list[str]:
     return ["tune", str(clip), "--prompt", "a red square", "--base", str(base), "--out", str(tmp_path / "run"), *QUICK]
 
 
-def job(prompt: str, steps: int = 200) -> Job:
+def job(prompt: str, steps: int = 200) -> Events:
     yield Progress("plan", about="loading", ahead={"tune": steps, "edit": 50})
     for number in range(1, steps + 1):
         yield Progress("tune", number, steps, Step(number, 0.0123, 1e-3, 20.0, 3 * 2**30))
@@ -31,7 +31,7 @@ def job(prompt: str, steps: int = 200) -> Job:
         yield Progress("edit", number, 50, about=prompt)
 
 
-def shown(columns: int, made: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> list[str]:
+def shown(columns: int, made: Events, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> list[str]:
     """The last lines of a terminal of so many columns, without colours."""
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("FORCE_COLOR", "1")

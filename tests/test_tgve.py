@@ -122,25 +122,25 @@ def test_clips_are_tuned_edited_measured_and_laid_out_for_submission_once(
 
     shutil.rmtree(out / "submission/DAVIS_480p/bmx/style")
     seen = []
-    again = api.benchmarking_tgve(configs, out=out, base=str(base), clips=2, config=tmp_path / "brief.yaml",
+    again = api.Job.benchmark_tgve(configs, out=out, base=str(base), clips=2, config=tmp_path / "brief.yaml",
                                   clip=str(clip_model))  # fmt: skip
     seen = [each.stage for each in again]
     assert not {"tune", "encode", "edit", "invert"} & set(seen)
     assert len([*(out / "submission").rglob("*.jpg")]) == 24
     with pytest.raises(SettingsError, match="max_train_steps 1, not 2"):
-        list(api.benchmarking_tgve(configs, out=out, base=str(base), **BRIEF | {"max_train_steps": 2}))
+        list(api.Job.benchmark_tgve(configs, out=out, base=str(base), **BRIEF | {"max_train_steps": 2}))
 
 
 def test_a_benchmark_that_was_stopped_goes_on_with_the_clip_it_was_at(
     configs: Path, base: Path, tmp_path: Path
 ) -> None:
     given = {"out": tmp_path / "out", "base": str(base), "clips": 1, **BRIEF}
-    job = api.benchmarking_tgve(configs, **given)
+    job = api.Job.benchmark_tgve(configs, **given)
     for each in job:
         if each.stage == "edit" and each.path:
             job.close()
             break
-    seen = [each for each in api.benchmarking_tgve(configs, **given)]
+    seen = [each for each in api.Job.benchmark_tgve(configs, **given)]
     assert not any(each.step for each in seen)
     assert len([each for each in seen if each.stage == "edit" and each.path]) == 3
     assert (tmp_path / "out/results.json").is_file()

@@ -13,7 +13,7 @@ from tests.conftest import image_unet, moving_square
 from tests.test_job import BRIEF
 from tuneavideo import api
 from tuneavideo.errors import RunError
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Events, Progress
 from tuneavideo.training import memory_plan
 
 
@@ -36,11 +36,11 @@ def test_a_small_model_has_one_thread_while_it_computes(threads: set[int], base:
     run, clip = tmp_path / "run", moving_square(tmp_path / "square.mp4")
     stated = {"video": str(clip), "prompt": "a square", "edit": ("a circle",), "base": str(base), "num_frames": 3}
     between = set()
-    for _ in api.tuning(api.tune_settings(BRIEF | stated | {"max_train_steps": 2}), out=run):
+    for _ in api.Job.tune(api.tune_settings(BRIEF | stated | {"max_train_steps": 2}), out=run):
         between.add(torch.get_num_threads())
     assert (threads, between) == ({1}, {2})
-    for job in (api.editing(api.edit_settings({"run": str(run), "prompt": ["a red square"]})),
-                api.inverting(api.edit_settings({"run": str(run), "prompt": ["a"], "strength": 0.7}))):  # fmt: skip
+    for job in (api.Job.edit(api.edit_settings({"run": str(run), "prompt": ["a red square"]})),
+                api.Job.invert(api.edit_settings({"run": str(run), "prompt": ["a"], "strength": 0.7}))):  # fmt: skip
         threads.clear()
         for _ in job:
             between.add(torch.get_num_threads())
@@ -57,7 +57,7 @@ def test_a_large_model_and_one_whose_user_chose_have_all_threads(
     if variable:
         monkeypatch.setenv(variable, "2")
 
-    def work() -> Job:
+    def work() -> Events:
         yield Progress("tune", torch.get_num_threads())
 
     (step,) = memory_plan.threaded(work(), image_unet(), 8, side, side)
@@ -69,10 +69,10 @@ def test_a_job_that_fails_or_is_closed_leaves_the_threads_as_they_were(
 ) -> None:
     clip = moving_square(tmp_path / "square.mp4")
     stated = {"video": str(clip), "prompt": "a square", "base": str(base), "num_frames": 3, "max_train_steps": 3}
-    job = api.tuning(api.tune_settings(BRIEF | stated), out=tmp_path / "run")
+    job = api.Job.tune(api.tune_settings(BRIEF | stated), out=tmp_path / "run")
     next(each for each in job if each.step)
     job.close()
     assert torch.get_num_threads() == 2 and list((tmp_path / "run/checkpoints").iterdir())
     with pytest.raises(RunError, match="the loss is"):
-        list(api.tuning(api.resumed_settings(tmp_path / "run", {"learning_rate": 1e30}), resume=tmp_path / "run"))
+        list(api.Job.tune(api.resumed_settings(tmp_path / "run", {"learning_rate": 1e30}), resume=tmp_path / "run"))
     assert torch.get_num_threads() == 2

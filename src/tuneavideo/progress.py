@@ -57,7 +57,7 @@ class Progress:
     ahead: Mapping[str, int] = field(default_factory=dict)
 
 
-Job = Generator[Progress, None, None]
+Events = Generator[Progress, None, None]
 
 WORK = {"tune": 3.0, "preview": 2.5, "invert": 1.0, "edit": 3.0}  # predictions of the network in a step, about
 ORDER = ("tune", "invert", "edit")

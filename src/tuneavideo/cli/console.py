@@ -11,8 +11,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tuneavideo.job import Job
 from tuneavideo.jobs.plan import TOY
-from tuneavideo.progress import Job, Progress, Step, TimeLeft
+from tuneavideo.progress import Events, Progress, Step, TimeLeft
 
 WIDE = 100  # columns from which bars are long
 
@@ -30,7 +31,7 @@ class Show:
         self.time_left = TimeLeft()
         self.began = time.perf_counter()
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job | Events) -> dict[str, Any]:
         """Run the job to its end; returns the run folder, the edits and other files it made."""
         before = {each: signal.signal(each, self._interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -19,7 +19,8 @@ from tuneavideo import __version__
 from tuneavideo.cli import arguments
 from tuneavideo.cli.console import Show, report_done, stopped
 from tuneavideo.errors import SettingsError, TuneAVideoError
-from tuneavideo.progress import Job
+from tuneavideo.job import Job
+from tuneavideo.progress import Events
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,7 +70,7 @@ def demo(argv: Sequence[str]) -> None:
     options = arguments.options(
         "demo", demo.__doc__, argv, out="run folder to make", quick="a few steps only, to see that it runs"
     )
-    done = Show(options.json).run(api.demoing(out=options.out, quick=options.quick))
+    done = Show(options.json).run(api.Job.demo(out=options.out, quick=options.quick))
     report_done(options.json, done, picture=done["files"][-1])
 
 
@@ -93,9 +94,9 @@ def tune(argv: Sequence[str]) -> None:
         stated, folder = _stated(early)
     settings, options = arguments.parse(command, argv, stated)
     if options.resume:
-        job = api.tuning(api.resumed_settings(options.resume, settings), resume=options.resume)
+        job = api.Job.tune(api.resumed_settings(options.resume, settings), resume=options.resume)
     else:
-        job = api.tuning(api.tune_settings(settings), out=options.out or folder)
+        job = api.Job.tune(api.tune_settings(settings), out=options.out or folder)
     report_done(options.json, Show(options.json).run(job))
 
 
@@ -105,7 +106,7 @@ def edit(argv: Sequence[str]) -> None:
 
     example = "tuneavideo edit runs/skiing-1 --prompt 'a panda is skiing'"
     settings, options = _edit_settings("edit", edit.__doc__, argv, example)
-    report_done(options.json, Show(options.json).run(api.editing(settings)))
+    report_done(options.json, Show(options.json).run(api.Job.edit(settings)))
 
 
 def invert(argv: Sequence[str]) -> None:
@@ -114,7 +115,7 @@ def invert(argv: Sequence[str]) -> None:
 
     example = "tuneavideo invert runs/skiing-1"
     settings, options = _edit_settings("invert", invert.__doc__, argv, example, prompt=("-",))
-    report_done(options.json, Show(options.json).run(api.inverting(settings)))
+    report_done(options.json, Show(options.json).run(api.Job.invert(settings)))
 
 
 def adopt(argv: Sequence[str]) -> None:
@@ -133,7 +134,7 @@ def adopt(argv: Sequence[str]) -> None:
     if not options.checkpoint:
         raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of what was tuned")
     own = options.checkpoint.is_dir() and not (early.base or "base" in stated)
-    job = api.adopting(api.tune_settings(settings), options.checkpoint, out=options.out or folder, own_base=own)
+    job = api.Job.adopt(api.tune_settings(settings), options.checkpoint, out=options.out or folder, own_base=own)
     report_done(options.json, Show(options.json).run(job))
 
 
@@ -172,7 +173,7 @@ def mindone(argv: Sequence[str]) -> None:
     if config.dry_run:
         return
     settings = api.tune_settings(config.settings)
-    job = api.adopting(settings, checkpoint, out=config.out) if checkpoint else api.tuning(settings, out=config.out)
+    job = api.Job.adopt(settings, checkpoint, out=config.out) if checkpoint else api.Job.tune(settings, out=config.out)
     report_done(False, Show(False).run(job))
 
 
@@ -182,7 +183,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from tuneavideo.cli import tables
 
     options = arguments.read(arguments.of_evaluate(evaluate.__doc__), argv)
-    job = api.evaluating(
+    job = api.Job.evaluate(
         options.places, metrics=options.metrics, mask=options.mask, clip=options.clip, pick=options.pick
     )
     scores: dict[str, Any] = {}
@@ -197,7 +198,7 @@ def evaluate(argv: Sequence[str]) -> None:
         raise SettingsError(f"nothing was measured of {', '.join(options.metrics) or 'any metric'}")
 
 
-def _noting_scores(job: Job, scores: dict[str, Any]) -> Job:
+def _noting_scores(job: Job, scores: dict[str, Any]) -> Events:
     """The same job; `scores` gets what it measured, by file."""
     for each in job:
         if each.scores:
@@ -213,7 +214,7 @@ def benchmark(argv: Sequence[str]) -> None:
     options = vars(arguments.read(arguments.of_benchmark(benchmark.__doc__), argv))
     name, as_json, _ = (options.pop(key) for key in ("name", "json", "debug"))
     given = {key: value for key, value in options.items() if value}
-    job = (api.benchmarking_tgve if name == "tgve" else api.benchmarking_miniature)(**given)
+    job = (api.Job.benchmark_tgve if name == "tgve" else api.Job.benchmark_miniature)(**given)
     file = Path(Show(as_json, resumable=False).run(job)["files"][-1])
     if as_json:
         print(file.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from tuneavideo.evaluation.metrics.edit_pair import CachedVideo, EditPair, NotMe
 from tuneavideo.evaluation.metrics.judge_metrics import subject_mask
 from tuneavideo.evaluation.metrics.table import CLIP, METRICS, PICK, LoadedModel, Requirement, load_model
 from tuneavideo.evaluation.score_file import Missing, merge, select
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Events, Progress
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import atomic, cache
 from tuneavideo.storage.run_folder import RunFolder
@@ -58,7 +58,7 @@ class EvaluationSettings:
         return [name for name, metric in METRICS.items() if metric.requires not in unsuitable]
 
 
-def evaluate(places: Sequence[Path | str], settings: EvaluationSettings) -> Job:
+def evaluate(places: Sequence[Path | str], settings: EvaluationSettings) -> Events:
     """Score all edits of run folders, or single edit folders.
 
     `scores.json` is written after every edit, so that a stopped evaluation keeps its scores; earlier scores of other

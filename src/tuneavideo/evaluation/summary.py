@@ -10,7 +10,7 @@ from typing import Any
 
 from tuneavideo.evaluation.compare import difference, estimate
 from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, count, edits_of
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Events, Progress
 from tuneavideo.storage import atomic
 
 SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
@@ -18,7 +18,7 @@ SCORES = ("clean", "success", "preserved", "track", "consistency", "background_d
 
 def run_benchmark(
     names: Sequence[str], out: Path, *, seeds: int = 1, part: str = "development", quick: bool = False, processes: int
-) -> Job:
+) -> Events:
     """Run the miniature benchmark and write `rows.jsonl` and `results.json`.
 
     Args:

@@ -28,7 +28,7 @@ from tuneavideo.evaluation.evaluate import EvaluationSettings, evaluate
 from tuneavideo.evaluation.metrics import format_score
 from tuneavideo.evaluation.metrics.table import METRICS
 from tuneavideo.evaluation.score_file import FORMAT
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Events, Progress
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
@@ -38,7 +38,7 @@ SIDE = 480
 SEED = 33  # of all configs of the benchmark; its table has none
 JPEG_QUALITY = 95
 
-Tune = Callable[..., Job]
+Tune = Callable[..., Events]
 CompleteSettings = Callable[[Mapping[str, Any]], TuneSettings]
 
 
@@ -90,7 +90,7 @@ def run(
     complete: CompleteSettings,
     clips: int | None = None,
     evaluation: EvaluationSettings,
-) -> Job:
+) -> Events:
     """Tune, edit and evaluate the clips, and write submission and results; a second call continues a stopped one.
 
     Args:
@@ -188,7 +188,7 @@ def _check_frames(clip: Clip) -> Clip:
     return clip
 
 
-def _tune(folder: RunFolder, settings: TuneSettings, tune: Tune) -> Job:
+def _tune(folder: RunFolder, settings: TuneSettings, tune: Tune) -> Events:
     """Start or resume the run of a clip, unless it is complete."""
     if not folder.settings.is_file():
         yield from tune(settings, out=folder.path)
@@ -203,7 +203,7 @@ def _tune(folder: RunFolder, settings: TuneSettings, tune: Tune) -> Job:
         yield from tune(settings, resume=folder.path)
 
 
-def _evaluate(folder: RunFolder, evaluation: EvaluationSettings) -> Job:
+def _evaluate(folder: RunFolder, evaluation: EvaluationSettings) -> Events:
     """Compute the metrics that any edit of a run lacks."""
     edits = (folder.read_scores() or {"edits": []})["edits"]
     scored = [edit["scores"].keys() for edit in edits] if len(edits) == len(folder.whole_edits()) else [{}]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from tuneavideo import video as videos
 from tuneavideo.jobs.tune import tune
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Events, Progress
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video.montage import contact_sheet
 
 
-def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Job:
-    """See `api.demoing`."""
+def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Events:
+    """See `api.Job.demo`."""
     rows: list[Path] = []
     for each in tune(settings, out=out):
         yield each

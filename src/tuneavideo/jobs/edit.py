@@ -23,7 +23,7 @@ from tuneavideo.jobs.session import EditSession
 from tuneavideo.models import addons, devices, pipelines
 from tuneavideo.models.adapter import Adapter
 from tuneavideo.models.loading import Pipeline
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Events, Progress
 from tuneavideo.settings import EditSettings
 from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
@@ -34,8 +34,8 @@ from tuneavideo.video import DiskVideo, Video
 logger = logging.getLogger(__name__)
 
 
-def edit(settings: EditSettings) -> Job:
-    """See `api.editing`."""
+def edit(settings: EditSettings) -> Events:
+    """See `api.Job.edit`."""
     run = RunFolder.open(settings.run)
     with run.locked(), run.present(), memory_told(run, settings):
         asked = settings.model_dump(mode="json", exclude={"run"})
@@ -56,7 +56,7 @@ def checked_session(settings: EditSettings, count: int, tuned: Pipeline | None =
     return session
 
 
-def with_few_threads(work: Generator[Progress, None, Any], session: EditSession) -> Job:
+def with_few_threads(work: Generator[Progress, None, Any], session: EditSession) -> Events:
     """Steps of `work`, on one thread if the model is small for the clip."""
     yield from threaded(work, session.pipe.unet, *session.moments["mean"].shape[2:])
 
@@ -67,7 +67,7 @@ def due_edits(settings: EditSettings, done: Set[tuple[str, int]]) -> list[tuple[
 
 def make_edits(
     settings: EditSettings, session: EditSession, done: Set[tuple[str, int]] = frozenset(), is_planned: bool = False
-) -> Job:
+) -> Events:
     """Edits with every prompt and seed but those that are `done`; the plan `is_planned` if they come after tuning."""
     due = due_edits(settings, done)
     if not is_planned:
@@ -92,7 +92,7 @@ def batched(requests: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence
     return (requests[at : at + size] for at in range(0, len(requests), size))
 
 
-def announce(settings: EditSettings) -> Job:
+def announce(settings: EditSettings) -> Events:
     yield Progress("open", path=RunFolder.open(settings.run).path, about=base_of(settings))
 
 

@@ -13,15 +13,15 @@ from tuneavideo.interop.writing import tuned_layers
 from tuneavideo.jobs import edit, plan, prepare
 from tuneavideo.models import pipelines
 from tuneavideo.models.adapter import Adapter, fingerprint
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Events, Progress
 from tuneavideo.settings import EditSettings, Inflation, Sampling, TuneSettings
 from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import Span
 
 
-def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = None, own_base: bool = False) -> Job:
-    """See `api.adopting`."""
+def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = None, own_base: bool = False) -> Events:
+    """See `api.Job.adopt`."""
     found = read_checkpoint(checkpoint)
     layers = tuned_layers(found)
     if not any(map(is_temporal, layers)):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from tuneavideo.jobs.edit import announce, checked_session, with_few_threads
-from tuneavideo.progress import Job, Progress
+from tuneavideo.progress import Events, Progress
 from tuneavideo.settings import EditSettings
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training.memory_plan import memory_told
 
 
-def invert(settings: EditSettings) -> Job:
-    """See `api.inverting`."""
+def invert(settings: EditSettings) -> Events:
+    """See `api.Job.invert`."""
     run = RunFolder.open(settings.run)
     settings = settings.model_copy(update={"feature_reuse": 1})  # an inversion computes every step in full
     with run.locked(), run.present(), memory_told(run, settings):

@@ -31,7 +31,7 @@ from tuneavideo.method.tuning import Tuning
 from tuneavideo.models import codec, devices, pipelines
 from tuneavideo.models.adapter import Adapter, fingerprint
 from tuneavideo.models.loading import Pipeline
-from tuneavideo.progress import Job, Progress, Step
+from tuneavideo.progress import Events, Progress, Step
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.storage import atomic, cache
 from tuneavideo.storage.run_folder import RunFolder
@@ -45,8 +45,8 @@ from tuneavideo.video.montage import side_by_side
 PATIENCE = timedelta(days=7)
 
 
-def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:
-    """Tune a base on a clip and make the edits that `settings` name; see `api.tuning`."""
+def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Events:
+    """Tune a base on a clip and make the edits that `settings` name; see `api.Job.tune`."""
     done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
     accelerator = _accelerator(settings)
     with _claim_run_folder(settings, accelerator, out, resume) as run, memory_told(run):
@@ -90,7 +90,7 @@ def _tune(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> G
     return pipe
 
 
-def _edit(settings: TuneSettings, run: RunFolder, done: set[tuple[str, int]], pipe: Pipeline | None) -> Job:
+def _edit(settings: TuneSettings, run: RunFolder, done: set[tuple[str, int]], pipe: Pipeline | None) -> Events:
     """Make the edits of a tuned run that are not `done`, with the pipeline that was tuned if there is one."""
     gc.collect()  # accelerate's wrapper for half precision is part of a cycle
     sampling = run.read_settings().model_dump(include=set(Sampling.model_fields))
@@ -215,7 +215,7 @@ def _ahead(settings: TuneSettings, number: int) -> dict[str, int]:
     return {"tune": left, "preview": previews * shown, **edits}
 
 
-def _train(manager: CheckpointManager, session: EditSession) -> Job:
+def _train(manager: CheckpointManager, session: EditSession) -> Events:
     """Tune to the end, with checkpoints and previews; a job that is closed early keeps its last step."""
     settings = manager.tuning.settings
     try:
@@ -248,7 +248,7 @@ def _steps(tuning: Tuning) -> Iterator[Step]:
         yield dataclasses.replace(step, memory=devices.used_memory(device))
 
 
-def _previewed(manager: CheckpointManager, session: EditSession) -> Job:
+def _previewed(manager: CheckpointManager, session: EditSession) -> Events:
     """The previews that are due at this step and not there yet."""
     tuning, settings = manager.tuning, manager.tuning.settings
     due = settings.validation_steps and tuning.number % settings.validation_steps == 0
