@@ -1,4 +1,4 @@
-"""The demo job: the bundled model tuned on a bundled clip, with a contact sheet of its edits."""
+"""Demo job: the bundled model tuned on a bundled clip, with a contact sheet of its edits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The edit job: run folder and prompts in; edited clips out."""
+"""Edit job: edited clips from a run folder and prompts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,16 @@ def edit(settings: EditSettings) -> Events:
 
 
 def checked_session(settings: EditSettings, count: int, tuned: Pipeline | None = None) -> EditSession:
-    """The model of a run, once it is known to take these settings, and the disk to hold `count` edits."""
+    """Load the session of a run and check that the disk holds `count` edits.
+
+    Args:
+        settings: Settings of the edits.
+        count: Number of edits to be made.
+        tuned: Pipeline whose UNet was just tuned in this run; by default the base is loaded.
+
+    Raises:
+        TuneAVideoError: The run does not take these settings, or the disk is too small.
+    """
     session = load_session(settings, tuned)
     kept = session.inversion_file(settings).is_file()
     disk_space.check_edits(session.run, settings, session.source, session.moments, count, kept=kept)
@@ -88,7 +97,7 @@ def make_edits(
 
 
 def batched(requests: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[tuple[str, int]]]:
-    """One part of `size` after the other; the last may be smaller."""
+    """Split requests into batches of `size`; the last may be smaller."""
     return (requests[at : at + size] for at in range(0, len(requests), size))
 
 
@@ -101,7 +110,7 @@ def base_of(settings: EditSettings) -> str:
 
 
 def load_session(settings: EditSettings, tuned: Pipeline | None = None) -> EditSession:
-    """The model a run made, with the clip it was made on."""
+    """Load the tuned model of a run and the clip it was tuned on; `tuned` is a pipeline that is loaded already."""
     run = RunFolder.open(settings.run)
     own = run.read_settings()
     run.require_tuned()

@@ -1,4 +1,4 @@
-"""A run made of what another program tuned, so that it is edited like any other."""
+"""Import job: a run folder from weights that another program tuned."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
 
 
 def _fill(run: RunFolder, settings: TuneSettings, span: Span, found: Checkpoint) -> None:
-    """The clip's frames and latents, and the adapter last, which says that the run is whole."""
+    """Write the clip, its latents and last the adapter, which marks the run as finished."""
     pipe = pipelines.load_image_pipeline(settings.base)
     clip = prepare.read_clip(settings, span, pipe, run.path)
     videos.write(clip, run.source)

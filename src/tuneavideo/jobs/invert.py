@@ -1,4 +1,4 @@
-"""The inversion job: the latents of a clip at every noise level, kept in the run folder."""
+"""Inversion job: latents of a clip at every timestep, kept in the run folder."""
 
 from __future__ import annotations
 

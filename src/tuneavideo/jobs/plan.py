@@ -1,4 +1,4 @@
-"""What a job is going to do, in lines to be shown before it starts. No torch here."""
+"""Plan of a job, in lines that are shown before it starts. No torch here."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def choose_frames(settings: TuneSettings) -> Span:
 
 
 def default_frames(base: str) -> int:
-    """How many frames a base is tuned on where nobody says."""
+    """Return the number of frames that a base is tuned on by default."""
     return BASES[base].frames if base in BASES else Base.frames
 
 
 def describe_base(base: str) -> str:
-    """Which base is loaded, and what it is."""
+    """Describe the base that is loaded."""
     about = f": {TOY}" if base == "miniature" else f" ({BASES[base].note})" if base in BASES else ""
     return f"loading {base}{about}"
 
 
 def describe_tuning(settings: TuneSettings, span: Span, taken: int, size: tuple[int, int]) -> str:
-    """What is taken of the clip and done with it: `taken` frames of `size` (width and height)."""
+    """Describe a tuning on `taken` frames of `size` (width and height in pixels)."""
     pace = f"{settings.sample_fps:g} a second" if settings.sample_fps else f"every {_ordinal(span.stride or 1)}"
     end = span.begin + taken * span.step
     end = min(end, span.seconds) if span.seconds > span.begin else end
@@ -57,7 +57,7 @@ def describe_tuning(settings: TuneSettings, span: Span, taken: int, size: tuple[
 
 
 def describe_edits(settings: EditSettings, frames: int, size: tuple[int, int]) -> str:
-    """What edits are made: of so many `frames` of `size` (width and height)."""
+    """Describe edits of `frames` frames of `size` (width and height in pixels)."""
     return f"{_edits(settings, len(settings.prompt))}: {frames} frame{'s' * (frames != 1)} at {size[0]} x {size[1]}"
 
 
@@ -97,7 +97,7 @@ def unknown_word_warnings(base: str, prompts: Iterable[str]) -> Iterator[str]:
 
 
 def steps_ahead(settings: Sampling, edits: int) -> dict[str, int]:
-    """Steps of the stages of so many edits."""
+    """Return the number of steps of each stage for so many edits."""
     batches = math.ceil(edits / settings.batch_prompts)
     return {"invert": settings.inversion_steps, "edit": batches * settings.num_inference_steps} if edits else {}
 

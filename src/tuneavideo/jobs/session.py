@@ -1,4 +1,4 @@
-"""What it takes to make edits: a tuned (or half-tuned) model with the clip it was tuned on."""
+"""Edit sessions: a tuned model with the clip it was tuned on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,18 @@ Moments = Mapping[str, Tensor | Reel]
 
 @dataclasses.dataclass
 class EditSession:
-    """See the module; `run` is where inversions are kept, `moments` are the clip's latents."""
+    """A tuned (or partly tuned) model and the clip it was tuned on, from which edits are made.
+
+    Attributes:
+        run: Run folder, which keeps the inversions.
+        pipe: Loaded base.
+        video: Its inflated UNet.
+        moments: `mean` and `std` of the clip's latents, `1 C T H W` each.
+        source: The clip.
+        keep_inversions: Whether inversions are written to the run folder.
+        recent: Inversions of this session, by file.
+        addons: LoRAs, ControlNet and the like that are loaded.
+    """
 
     run: RunFolder
     pipe: Pipeline
@@ -85,9 +96,10 @@ class EditSession:
         return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 
     def invert(self, settings: Sampling) -> Generator[Progress, None, Trajectory]:
-        """The clip's noise at the level where sampling starts; computed once, kept in the run folder.
+        """Invert the clip up to the timestep where sampling starts, or read the inversion from the run folder.
 
-        If edits follow the clip, the trajectory is whole.
+        Returns:
+            Latents at that timestep; with attention injection at every timestep.
         """
         timesteps, whole, clean = self._path(settings), bool(settings.attention_injection), self._clean()
         file = self.inversion_file(settings)
@@ -108,7 +120,7 @@ class EditSession:
         return self.recent[file]
 
     def inversion_file(self, settings: Sampling) -> Path:
-        """Where the inversion for these settings is kept."""
+        """Return the file of the inversion for these settings."""
         whole = ["whole"] if settings.attention_injection else []
         windows = Windows.of(settings, self.source.frames)
         cut = [] if windows.holds(self.source.frames) else [dataclasses.astuple(windows)]

@@ -1,4 +1,4 @@
-"""The tuning job: run folder, clip and base in; adapter, previews and edits out."""
+"""Tuning job: adapter, previews and edits from a clip and a base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps: the layers it added, the image layers it tuned, and their config. Never the base."""
+"""Adapters: the added and the tuned layers of a run, with their config, without the base."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was learned from one clip.
+    """Weights tuned on one clip.
 
     Attributes:
         tensors: Every added and every tuned tensor, under its name in the UNet.

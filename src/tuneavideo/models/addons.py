@@ -1,4 +1,4 @@
-"""What an edit has besides its prompt: LoRAs, textual inversions, a ControlNet, a reference picture.
+"""Add-ons of an edit: LoRAs, textual inversions, a ControlNet, a reference picture.
 
 diffusers' own loaders put them into the stock pipeline *before* its UNet is inflated: they count attention layers and
 find them by name.
@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AddOns:
-    """What was loaded beside a base.
+    """Add-ons that are loaded into a base.
 
     Attributes:
-        control: What a ControlNet adds, if there is one.
+        control: ControlNet, if there is one.
         images: Embeddings `1 I D` of no picture and of the reference picture, if there is an IP-Adapter.
         fingerprint: Digest of all that was loaded, by which inversions are kept apart; empty without add-ons.
     """

@@ -1,4 +1,4 @@
-"""Control at edit time: maps of a clip (edges, depth, or what the user drew), and the ControlNet that reads them."""
+"""ControlNet conditioning: maps of a clip (edges, depth or given ones) and the residuals computed from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from tuneavideo import video as videos
-from tuneavideo.errors import MissingExtra, SettingsError
+from tuneavideo.errors import SettingsError
 from tuneavideo.video import Video
 
 DEPTH_MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
@@ -25,7 +25,7 @@ THRESHOLDS = (100, 200)
 
 @dataclass(frozen=True)
 class Control:
-    """What a ControlNet adds to the UNet for every frame of a clip.
+    """A ControlNet with the maps of a clip.
 
     Attributes:
         net: The ControlNet; it sees frames one by one, as images.
@@ -59,7 +59,6 @@ def maps(kind: str, source: Video) -> Tensor:
 
     Raises:
         SettingsError: `kind` is none of these.
-        MissingExtra: Edges need OpenCV.
         VideoError: The maps cannot be read, or are fewer than the frames.
     """
     if kind in COMPUTED:
@@ -75,10 +74,8 @@ def maps(kind: str, source: Video) -> Tensor:
 
 def edges(source: Video) -> np.ndarray:
     """Canny edges of every frame, white on black, `T H W C` in 0..255."""
-    try:
-        import cv2
-    except ImportError:
-        raise MissingExtra("control canny", "control") from None
+    import cv2
+
     found = [cv2.Canny(frame, *THRESHOLDS) for frame in source.frames_THWC]
     return np.stack(found)[..., None].repeat(3, axis=3)
 
