@@ -24,7 +24,7 @@ from tuneavideo.models import codec, devices, host_memory, pipelines
 from tuneavideo.settings import Inflation, TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import memory, memory_plan, memory_trace
-from tuneavideo.training.memory import GB, Activations, Model, chosen, told
+from tuneavideo.training.memory import GB, Activations, Model, chosen, plan_line
 
 SIZES = {
     "sd1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -211,7 +211,7 @@ def test_the_8_bit_optimizer_is_taken_only_where_it_is_installed(monkeypatch: py
 def test_one_line_tells_what_was_chosen_and_why() -> None:
     own = stated(offload=True)
     made = chosen(own, SD15, 8 * GB, (24, 512, 512), 8)
-    line = told(own, made, SD15, 8 * GB, (24, 512, 512), 8)
+    line = plan_line(own, made, SD15, 8 * GB, (24, 512, 512), 8)
     assert line.startswith("for 8 GB: ") and f"window {made.window}" in line and "needs" in line
     assert "gradient_checkpointing on" in line and "offload" not in line and "\n" not in line
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tuneavideo.errors import DiskError
-from tuneavideo.method.reels import Reel
+from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.storage import atomic, cache
 from tuneavideo.training.checkpoints import _read
 from tuneavideo.video import Video, write
@@ -104,11 +104,11 @@ def test_a_file_that_cannot_be_read_is_not_blamed_on_the_one_that_is_written(tmp
 
 def test_a_reel_that_is_cut_short_is_an_error(tmp_path: Path) -> None:
     """Not a loop without end or numbers of the memory, also where Python leaves out assertions."""
-    reel = Reel(io.BytesIO(bytes(100)), (1, 4, 3, 8, 8))
+    latents = DiskLatents(io.BytesIO(bytes(100)), (1, 4, 3, 8, 8))
     with pytest.raises(EOFError):
-        reel[:, :, [2]]
+        latents[:, :, [2]]
     with pytest.raises(EOFError):
-        list(reel.pieces())
+        list(latents.pieces())
 
 
 def damaged(whole: bytes, chance: random.Random) -> bytes:

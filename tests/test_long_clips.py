@@ -19,9 +19,9 @@ from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.errors import SettingsError
 from tuneavideo.method import inversion, sampling, streaming
+from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.noise import Levels
-from tuneavideo.method.reels import Reel
 from tuneavideo.method.windows import WindowedUNet, Windows
 from tuneavideo.models import host_memory
 from tuneavideo.settings import SAMPLERS, STOCHASTIC_SAMPLERS
@@ -174,7 +174,7 @@ def video() -> VideoUNet:
 
 
 @pytest.fixture
-def reel(tmp_path: Path) -> Reel:
+def latents_on_disk(tmp_path: Path) -> DiskLatents:
     """Latents of fourteen frames, kept as the clip's are."""
     latents = torch.randn(1, 4, 14, 8, 8, generator=torch.Generator().manual_seed(2))
     cache.write(tmp_path / "kept.safetensors", {"latents": latents})
@@ -186,11 +186,11 @@ def reel(tmp_path: Path) -> Reel:
 EVERY = (slice(None), slice(None), slice(None))
 
 
-def test_a_reel_reads_and_writes_frames_as_a_tensor_does(reel: Reel, tmp_path: Path) -> None:
-    tensor = reel[EVERY]
-    assert torch.equal(reel[:, :, [7, 0, 7]], tensor[:, :, [7, 0, 7]])
-    with cache.writing(tmp_path / "new", {"b": reel.shape, "a": (1, 4, 3, 8, 8)}) as made:
-        made["b"].fill(reel)
+def test_latents_on_disk_reads_and_writes_frames_as_a_tensor_does(latents_on_disk: DiskLatents, tmp_path: Path) -> None:
+    tensor = latents_on_disk[EVERY]
+    assert torch.equal(latents_on_disk[:, :, [7, 0, 7]], tensor[:, :, [7, 0, 7]])
+    with cache.writing(tmp_path / "new", {"b": latents_on_disk.shape, "a": (1, 4, 3, 8, 8)}) as made:
+        made["b"].fill(latents_on_disk)
         made["b"][:, :, [3]] = tensor[:, :, [5]]
         made["a"][EVERY] = tensor[:, :, :3]
     tensor[:, :, 3] = tensor[:, :, 5]
@@ -199,28 +199,32 @@ def test_a_reel_reads_and_writes_frames_as_a_tensor_does(reel: Reel, tmp_path: P
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x01", b"cut"])
-def test_a_damaged_file_of_latents_is_not_believed(damage: bytes, reel: Reel, tmp_path: Path) -> None:
+def test_a_damaged_file_of_latents_is_not_believed(damage: bytes, latents_on_disk: DiskLatents, tmp_path: Path) -> None:
     path = tmp_path / "kept.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-9] if damage == b"cut" else data[:-1] + damage)
     assert cache.read(path, by_frames=True) is None
 
 
-def test_a_reel_is_inverted_as_the_tensor_it_holds(video: VideoUNet, reel: Reel, tmp_path: Path) -> None:
+def test_latents_on_disk_is_inverted_as_the_tensor_it_holds(
+    video: VideoUNet, latents_on_disk: DiskLatents, tmp_path: Path
+) -> None:
     unet, text, grid = WindowedUNet(video, Windows(6, 2)), torch.randn(1, 5, 24), LEVELS.inversion_grid(3, "trailing")
-    clean = reel[EVERY]
+    clean = latents_on_disk[EVERY]
     way = [clean, *(step.latents for step in inversion.invert(unet, LEVELS, clean, text, grid))]  # pyright: ignore
     for whole, wished in ((True, way[::-1]), (False, way[-1:])):
-        *_, last = streaming.invert(unet, LEVELS, reel, text, grid, whole=whole, folder=tmp_path)
+        *_, last = streaming.invert(unet, LEVELS, latents_on_disk, text, grid, whole=whole, folder=tmp_path)
         for found, expected in zip(last.latents.split(1), wished, strict=True):
             assert torch.allclose(found[EVERY], expected, atol=1e-5)
-    assert torch.equal(reel[EVERY], clean)
+    assert torch.equal(latents_on_disk[EVERY], clean)
 
 
-def test_an_edit_on_the_disk_follows_its_clip_as_in_memory(video: VideoUNet, reel: Reel, tmp_path: Path) -> None:
+def test_an_edit_on_the_disk_follows_its_clip_as_in_memory(
+    video: VideoUNet, latents_on_disk: DiskLatents, tmp_path: Path
+) -> None:
     unet, (text, negative, caption) = WindowedUNet(video, Windows(6, 2)), torch.randn(3, 1, 5, 24)
     *_, last = streaming.invert(
-        unet, LEVELS, reel, caption, LEVELS.inversion_grid(3, "trailing"), whole=True, folder=tmp_path
+        unet, LEVELS, latents_on_disk, caption, LEVELS.inversion_grid(3, "trailing"), whole=True, folder=tmp_path
     )
     ways, outcomes = [last.latents.split(1), [each[EVERY] for each in last.latents.split(1)]], []
     for way, generate in zip(ways, (partial(streaming.generate, folder=tmp_path), sampling.generate), strict=True):
@@ -234,12 +238,12 @@ def test_an_edit_on_the_disk_follows_its_clip_as_in_memory(video: VideoUNet, ree
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - STOCHASTIC_SAMPLERS))
-def test_a_reel_is_denoised_by_every_sampler_as_the_tensor_it_holds(
-    name: str, video: VideoUNet, reel: Reel, tmp_path: Path
+def test_latents_on_disk_is_denoised_by_every_sampler_as_the_tensor_it_holds(
+    name: str, video: VideoUNet, latents_on_disk: DiskLatents, tmp_path: Path
 ) -> None:
     unet, (text, negative) = WindowedUNet(video, Windows(6, 2)), torch.randn(2, 1, 5, 24)
     outcomes = []
-    for start, generate in ((reel[EVERY], sampling.generate), (reel, streaming.generate)):
+    for start, generate in ((latents_on_disk[EVERY], sampling.generate), (latents_on_disk, streaming.generate)):
         sampler, more = LEVELS.sampler(name, 4, spacing="trailing", strength=0.8), {}
         if generate is streaming.generate:
             more = {"folder": tmp_path}
@@ -248,10 +252,10 @@ def test_a_reel_is_denoised_by_every_sampler_as_the_tensor_it_holds(
     assert torch.allclose(*outcomes, atol=1e-4)
 
 
-def test_fresh_noise_is_mixed_into_a_reel_at_its_share(reel: Reel, tmp_path: Path) -> None:
-    clean, generator = streaming._copy(reel, tmp_path), torch.Generator().manual_seed(1)
-    assert streaming.mix_noise(reel, clean, 0.3, 0.0, generator, folder=tmp_path) is reel
-    mixed = streaming.mix_noise(reel, clean, 0.3, 1.0, generator, folder=tmp_path)
+def test_fresh_noise_is_mixed_into_latents_on_disk_at_its_share(latents_on_disk: DiskLatents, tmp_path: Path) -> None:
+    clean, generator = streaming._copy(latents_on_disk, tmp_path), torch.Generator().manual_seed(1)
+    assert streaming.mix_noise(latents_on_disk, clean, 0.3, 0.0, generator, folder=tmp_path) is latents_on_disk
+    mixed = streaming.mix_noise(latents_on_disk, clean, 0.3, 1.0, generator, folder=tmp_path)
     noise = (mixed[EVERY] - 0.3**0.5 * clean[EVERY]) / 0.7**0.5
     assert float(noise.std()) == pytest.approx(1, abs=0.05)
 

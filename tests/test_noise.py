@@ -137,7 +137,7 @@ def test_sampling_from_another_level_than_inversion_ended_on_is_refused_with_adv
 
 
 def test_more_steps_than_the_model_knows_are_refused() -> None:
-    with pytest.raises(SettingsError, match="the model knows 1000 noise levels"):
+    with pytest.raises(SettingsError, match="1000 timesteps"):
         levels().sampler("ddim", 1001)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from tuneavideo import video as videos
 from tuneavideo.method import editing, inversion
 from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.editing import Trajectory
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import Levels
-from tuneavideo.method.reels import Reel
 from tuneavideo.method.windows import Windows
 from tuneavideo.models import codec
 from tuneavideo.models.addons import AddOns
@@ -28,7 +28,7 @@ from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import AnyVideo, Video
 
-Moments = Mapping[str, Tensor | Reel]
+Moments = Mapping[str, Tensor | DiskLatents]
 
 
 @dataclasses.dataclass
@@ -65,7 +65,7 @@ class EditSession:
     ) -> Generator[Progress, None, list[AnyVideo]]:
         """Invert, denoise towards each prompt (with its seed) in one batch, decode; clips on the disk one by one."""
         trajectory = yield from self.invert(settings)
-        on_disk = isinstance(trajectory.latents, Reel)
+        on_disk = isinstance(trajectory.latents, DiskLatents)
         clean, caption, clips = self._clean(), self._embedded([self.run.read_settings().prompt]), []
         for batch in [[request] for request in requests] if on_disk else [requests]:
             prompts = [prompt for prompt, _ in batch]
@@ -88,7 +88,7 @@ class EditSession:
     def _embedded(self, prompts: list[str]) -> Conditions:
         return self.addons.with_reference(codec.embed(self.pipe, prompts))
 
-    def _decoded(self, latents: Tensor | Reel, settings: Sampling) -> AnyVideo:
+    def _decoded(self, latents: Tensor | DiskLatents, settings: Sampling) -> AnyVideo:
         """An edit, with the source's sound if it plays as fast as the source."""
         fps = settings.fps or self.source.fps
         edit = videos.collect(codec.decode_frames(self.pipe, latents), self.source.frames, fps, self.run.path)
@@ -105,7 +105,7 @@ class EditSession:
         file = self.inversion_file(settings)
         if file in self.recent:
             return self.recent[file]
-        kept = cache.read(file, by_frames=isinstance(clean, Reel)) if self.keep_inversions else None
+        kept = cache.read(file, by_frames=isinstance(clean, DiskLatents)) if self.keep_inversions else None
         if kept:
             passed = tuple(timesteps[::-1] if whole else timesteps[-1:])
             return Trajectory(kept["latents"].to(clean.device), passed)

@@ -1,4 +1,4 @@
-"""What a video UNet is told of its clips besides their noise: texts and, with some models, more."""
+"""What a video UNet is time_ids of its clips besides their noise: texts and, with some models, more."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Conditions:
         text_BLD: Embedding of each prompt, token by token.
         pooled_BD: Embedding of each prompt as a whole (Stable Diffusion XL).
         images_BID: Embeddings of the I reference pictures of each clip (IP-Adapter).
-        stride: Pixels per latent: Stable Diffusion XL is told the size of what it draws.
+        stride: Pixels per latent: Stable Diffusion XL is time_ids the size of what it draws.
     """
 
     text_BLD: Tensor
@@ -67,8 +67,8 @@ class Conditions:
         added: dict[str, Any] = {}
         if self.pooled_BD is not None:
             size = (rows * self.stride, columns * self.stride)
-            told = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=self.pooled_BD.device)
-            added |= {"text_embeds": self.pooled_BD, "time_ids": told.expand(len(self), -1)}
+            time_ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=self.pooled_BD.device)
+            added |= {"text_embeds": self.pooled_BD, "time_ids": time_ids.expand(len(self), -1)}
         if self.images_BID is not None:
             added["image_embeds"] = [self.images_BID]
         return added or None

@@ -1,7 +1,7 @@
 """Inner features of the UNet, used again at the next steps of a sampling (DeepCache, Ma et al. 2024).
 
 From one step to the next the inner layers see almost the same, and they cost most. So they are computed at every so
-many steps; in between only the outermost layers run, on what the inner ones said last.
+many steps; in between only the outermost layers run, on the last outputs of the inner ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUTER = 2
 
 @dataclass
 class Features:
-    """What the inner layers said to one text, and how often they have been asked since a sampling began."""
+    """Outputs of the inner layers for one text, and the number of calls since sampling began."""
 
     text: Tensor
     calls: int = 0

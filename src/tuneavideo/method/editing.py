@@ -1,6 +1,6 @@
 """An edit from end to end: from a clip's latents to noise, and from there, with new prompts, to new latents.
 
-Clips in memory and clips on the disk go the same way; `streaming` has the arithmetic of the latter.
+Clips in memory and clips on disk are edited alike; `streaming` implements the latter.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tuneavideo.errors import SettingsError
 from tuneavideo.method import inversion, sampling, streaming
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.deepcache import reusing
+from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import Levels, Sampler
-from tuneavideo.method.reels import Reel
 from tuneavideo.method.sampling import Source
 from tuneavideo.method.windows import WindowedUNet, Windows
 from tuneavideo.settings import Sampling
@@ -38,13 +38,13 @@ class Trajectory:
     latents: Any  # in memory or on the disk
     timesteps: tuple[int, ...]
 
-    def start(self, sampler: Sampler, levels: Levels, followed: float = 0.0) -> int:
-        """The place in `timesteps` at which sampling starts, and follows the clip in a fraction of its steps.
+    def start(self, sampler: Sampler, levels: Levels, injected: float = 0.0) -> int:
+        """The place in `timesteps` at which sampling starts, with injection in a fraction of its steps.
 
         Raises:
             SettingsError: Sampling passes levels at which the clip is not known.
         """
-        asked = [round(float(t)) for t in sampler.timesteps]
+        needed = [round(float(t)) for t in sampler.timesteps]
         known = f"the inversion has the clip at timesteps {_listed(self.timesteps)}"
         first = next((place for place, t in enumerate(self.timesteps) if inversion.starts_at(sampler, levels, t)), None)
         if first is None:
@@ -52,10 +52,10 @@ class Trajectory:
                 f"sampling starts at timestep {float(sampler.timesteps[0]):g}; {known}. Invert and sample with the "
                 "same num_inference_steps and timestep_spacing, or take another strength"
             )
-        count = math.ceil(followed * len(asked))
-        if tuple(asked[:count]) != self.timesteps[first : first + count]:
+        count = math.ceil(injected * len(needed))
+        if tuple(needed[:count]) != self.timesteps[first : first + count]:
             raise SettingsError(
-                f"attention_injection needs the clip at every level of the sampling, which passes {_listed(asked)}; "
+                f"attention_injection needs the clip at every level of the sampling, which passes {_listed(needed)}; "
                 f"{known}. Invert and sample with the same num_inference_steps and timestep_spacing, take sampler "
                 "ddim, or set attention_injection to 0"
             )
@@ -71,8 +71,8 @@ def prepared(video: VideoUNet, settings: Sampling, frames: int, *, reuse: int = 
     windows = Windows.of(settings, frames)
     if windows.holds(frames) and not on_disk:
         return reusing(video, reuse)
-    for name, stated in (("feature_reuse", reuse > 1), ("controlnet", video.control)):
-        if stated:
+    for name, is_set in (("feature_reuse", reuse > 1), ("controlnet", video.control)):
+        if is_set:
             raise SettingsError(
                 f"{name} does not go with a clip that is edited in windows ({frames} frames, windows of "
                 f"{windows.size}) or from the disk; leave it out, or take fewer frames"
@@ -96,27 +96,27 @@ class InvertedStep:
 
     number: int
     total: int
-    passed: list[Tensor] | Reel
+    passed: list[Tensor] | DiskLatents
     timesteps: tuple[int, ...]
 
     @property
     def trajectory(self) -> Trajectory:
         """What was passed, noisiest first. A trajectory of latents on the disk is complete at the last step only."""
-        latents = self.passed if isinstance(self.passed, Reel) else torch.cat(self.passed[::-1])
+        latents = self.passed if isinstance(self.passed, DiskLatents) else torch.cat(self.passed[::-1])
         return Trajectory(latents, self.timesteps)
 
 
 def invert(
     video: Any,
     levels: Levels,
-    clean: Tensor | Reel,
+    clean: Tensor | DiskLatents,
     empty: Conditions | Tensor,
     timesteps: Sequence[int],
     *,
     whole: bool = True,
     folder: Path | None = None,
 ) -> Iterator[InvertedStep]:
-    """Find the noise a clip came from; yields after every step. The last step has the trajectory.
+    """Invert a clip; yields after every step. The last step has the trajectory.
 
     Args:
         video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
@@ -128,7 +128,7 @@ def invert(
         folder: Where latents lie while they are computed, if `clean` is on the disk.
     """
     passed: list[Tensor] = []
-    if isinstance(clean, Reel):
+    if isinstance(clean, DiskLatents):
         assert folder, "latents on the disk need a folder for others like them"
         steps = streaming.invert(video, levels, clean, empty, [*timesteps], whole=whole, folder=folder)
     else:
@@ -146,7 +146,7 @@ def edit(
     sampler: Sampler,
     settings: Sampling,
     trajectory: Trajectory,
-    clean: Tensor | Reel,
+    clean: Tensor | DiskLatents,
     caption: Conditions | Tensor,
     text: Conditions,
     negative: Conditions,
@@ -154,7 +154,7 @@ def edit(
     *,
     folder: Path | None = None,
 ) -> Iterator[Any]:
-    """Denoise an inverted clip towards B prompts; yields an `EditStep` (or a `ReelStep`) after every step.
+    """Denoise an inverted clip towards B prompts; yields an `EditStep` (or a `DiskStep`) after every step.
 
     Args:
         video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
@@ -172,16 +172,16 @@ def edit(
     Raises:
         SettingsError: The trajectory does not have the levels that the sampler passes.
     """
-    share, count = settings.attention_injection, len(text)
-    latents = trajectory.latents.split(1)[trajectory.start(sampler, levels, share) :]
+    fraction, count = settings.attention_injection, len(text)
+    latents = trajectory.latents.split(1)[trajectory.start(sampler, levels, fraction) :]
     generators: list[Any] = generator if isinstance(generator, list) else [generator] * count
-    told: dict[str, Any] = {
+    options: dict[str, Any] = {
         "batch_guidance": settings.batch_guidance,
         "guidance_interval": settings.guidance_interval,
-        "source": Source(latents, caption, share) if share else None,
+        "source": Source(latents, caption, fraction) if fraction else None,
     }
     fresh, alpha = settings.fresh_noise, sampler.start_alpha
-    if isinstance(clean, Reel):
+    if isinstance(clean, DiskLatents):
         assert folder and count == 1, "clips on the disk are edited one by one"
         start = streaming.mix_noise(latents[0], clean, alpha, fresh, generators[0], folder=folder)
         yield from streaming.generate(
@@ -193,13 +193,13 @@ def edit(
             settings.guidance_scale,
             generator=generators[0],
             folder=folder,
-            **told,
+            **options,
         )
     else:
         start = torch.cat([sampling.mix_noise(latents[0], clean, alpha, fresh, each) for each in generators])
         negative = negative if len(negative) == count else negative.expand(count)
-        told |= {"generator": generators[0] if count == 1 else generator}
-        yield from sampling.generate(video, sampler, start, text, negative, settings.guidance_scale, **told)
+        options |= {"generator": generators[0] if count == 1 else generator}
+        yield from sampling.generate(video, sampler, start, text, negative, settings.guidance_scale, **options)
 
 
 def _listed(timesteps: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""From a clip to the noise it came from (DDIM inversion; Tune-A-Video, section 4.3)."""
+"""DDIM inversion: latents of a clip at every noise level (Tune-A-Video, section 4.3)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class InversionStep:
 
 
 def starts_at(sampler: Sampler, levels: Levels, t: int) -> bool:
-    """Whether `sampler` starts on the level of timestep `t`."""
+    """Return whether `sampler` starts on the level of timestep `t`."""
     return math.isclose(float(levels.alphas[t]), sampler.start_alpha, rel_tol=SAME_LEVEL, abs_tol=1e-6)
 
 
@@ -54,11 +54,11 @@ def path_to(sampler: Sampler, levels: Levels, steps: int, spacing: str | None) -
 def invert(
     video: VideoUNet, levels: Levels, latents_BCTHW: Tensor, text: Conditions | Tensor, timesteps: list[int]
 ) -> Iterator[InversionStep]:
-    """Walk clean latents up through `timesteps`, without guidance; yields after every step.
+    """Invert clean latents through rising `timesteps`, without guidance; yields after every step.
 
     Step i evaluates the UNet at the timestep it goes to and the latents it comes from, as diffusers'
-    `DDIMInverseScheduler` and the published code do. A velocity is turned into noise at the level it was asked for, so
-    that a model is inverted alike whichever of the two it predicts.
+    `DDIMInverseScheduler` and the published code do. A velocity is turned into noise at the timestep of the prediction,
+    so that a model is inverted alike whichever of the two it predicts.
     """
     x = latents_BCTHW
     device = x.device
@@ -71,7 +71,7 @@ def invert(
 
 
 def moved(x: Tensor, output: Tensor, alpha: Tensor, above: Tensor, prediction_type: str) -> Tensor:
-    """Latents at level `alpha`, carried to the level `above` at which the prediction was asked for."""
+    """Move latents from level `alpha` to the level `above` of the prediction."""
     _, noise = split(x, output, above, prediction_type)
     clean, _ = split(x, noise, alpha, "epsilon")
     return ddim_move(clean, noise, above)

@@ -1,6 +1,6 @@
-"""Variants of the loss: the noise levels and the noise it is taken at, and what counts in it.
+"""The loss: squared error with min-SNR weights, and the loss of the untuned model at every timestep.
 
-Shape letters: B clips, C channels, T frames, H W sides. A level `alpha` is the share of signal, as in `noise`.
+Shape letters: B clips, C channels, T frames, H W sides. A level `alpha` is the fraction of signal, as in `noise`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Noise levels: how much noise there is at a timestep, what the model predicts, and how to move between levels.
 
-A *level* is the cumulative signal share `alpha` in 0..1 (written with a bar in the papers): `x = sqrt(alpha) clean +
+A *level* is the cumulative signal fraction `alpha` in 0..1 (written with a bar in the papers): `x = sqrt(alpha) clean +
 sqrt(1 - alpha) noise`. The base model's scheduler config says which levels it knows and whether it predicts the
 noise or the velocity; nothing here assumes a number of timesteps.
 """
@@ -27,7 +27,7 @@ def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
 
 
 def target(clean: Tensor, noise: Tensor, alpha: Tensor, prediction_type: str) -> Tensor:
-    """What the model is asked to predict: the noise, or the velocity (Progressive Distillation, appendix D)."""
+    """Return the training target: the noise, or the velocity (Progressive Distillation, appendix D)."""
     if prediction_type == "epsilon":
         return noise
     alpha = _broadcast(alpha, clean)
@@ -82,20 +82,20 @@ class Levels:
         return [int(t) for t in reversed(Sampler.of(self._scheduler("ddim", steps, spacing), steps).timesteps)]
 
     def sampler(self, name: str, steps: int, *, spacing: str | None = None, strength: float = 1.0) -> Sampler:
-        """A sampler that runs the last `strength` share of `steps` steps."""
+        """A sampler that runs the last `strength` fraction of `steps` steps."""
         return Sampler.of(self._scheduler(name, steps, spacing), steps, strength)
 
     def _scheduler(self, name: str, steps: int, spacing: str | None) -> Any:
         count = len(self.alphas)
         if steps > count:
-            raise SettingsError(f"{steps} steps were asked for; the model knows {count} noise levels: take fewer steps")
+            raise SettingsError(f"{steps} steps requested; the model has {count} timesteps: take fewer steps")
         class_name, overrides = SAMPLERS[name]
         overrides = overrides | ({"timestep_spacing": spacing} if spacing else {})
         return getattr(diffusers, class_name).from_config(self.config, **overrides)
 
 
 class Sampler:
-    """A diffusers scheduler set to its steps, with the level it starts from said aloud."""
+    """A diffusers scheduler set to its steps, with the alpha_bar it starts from."""
 
     def __init__(self, scheduler: Any, skipped: int) -> None:
         self.scheduler = scheduler
@@ -107,18 +107,18 @@ class Sampler:
 
     @classmethod
     def of(cls, scheduler: Any, steps: int, strength: float = 1.0) -> Sampler:
-        """Set any diffusers scheduler to the last `strength` share of `steps` steps."""
+        """Set any diffusers scheduler to the last `strength` fraction of `steps` steps."""
         scheduler.set_timesteps(steps)
         return cls(scheduler, (steps - max(1, round(steps * strength))) * getattr(scheduler, "order", 1))
 
-    def twin(self) -> Sampler:
-        """Another one at the same step; what either remembers of its latents from now on, the other does not."""
-        twin, scheduler = copy.copy(self), copy.copy(self.scheduler)
+    def clone(self) -> Sampler:
+        """Return a copy at the same step with a state of its own."""
+        clone, scheduler = copy.copy(self), copy.copy(self.scheduler)
         for name, value in vars(scheduler).items():
             if isinstance(value, list):
                 setattr(scheduler, name, list(value))
-        twin.scheduler = scheduler
-        return twin
+        clone.scheduler = scheduler
+        return clone
 
     def enter(self, x: Tensor) -> Tensor:
         """Latents at level `start_alpha` in the scale this sampler works in (Euler and its kin grow with sigma)."""
@@ -126,13 +126,13 @@ class Sampler:
         return x / self.start_alpha**0.5 if grows else x
 
     def scaled(self, x: Tensor, t: Tensor) -> Tensor:
-        """`x` as the model wants to see it at timestep `t`."""
+        """Scale the model's input `x` for timestep `t`."""
         return self.scheduler.scale_model_input(x, t)
 
     def step(
         self, output: Tensor, t: Tensor, x: Tensor, generator: torch.Generator | list[torch.Generator] | None
     ) -> Tensor:
-        """One step towards the clean latents."""
+        """Return the latents after one step."""
         extra = {"generator": generator} if self._takes_generator else {}
         return self.scheduler.step(output, t, x, return_dict=False, **extra)[0]
 

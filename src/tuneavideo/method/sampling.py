@@ -1,4 +1,4 @@
-"""Guided sampling from noise to a clip, as a generator of steps, and the clip that edits may follow."""
+"""Guided sampling from noise to a clip, as a generator of steps, with attention injection from a source clip."""
 
 from __future__ import annotations
 
@@ -32,40 +32,43 @@ class EditStep:
     stop: bool = False
 
 
-def mix_noise(inverted: Tensor, clean: Tensor, alpha: float, share: float, generator: torch.Generator | None) -> Tensor:
-    """Replace a share of the noise in `inverted` (at level `alpha`, found from `clean`) by fresh noise.
+def mix_noise(
+    inverted: Tensor, clean: Tensor, alpha: float, fraction: float, generator: torch.Generator | None
+) -> Tensor:
+    """Replace a fraction of the noise in `inverted` (at level `alpha`, found from `clean`) by fresh noise.
 
     The variance of the noise stays what it was; 0 changes nothing, 1 leaves only the noisy clip, as SDEdit starts.
     """
-    if not share:
+    if not fraction:
         return inverted
     level = torch.tensor(alpha, device=clean.device)
     noise = (inverted - level.sqrt() * clean) / (1 - level).sqrt()
     fresh = randn_tensor(clean.shape, generator=generator, device=torch.device(clean.device), dtype=clean.dtype)
-    return ddim_move(clean, (1 - share**2) ** 0.5 * noise + share * fresh, level)
+    return ddim_move(clean, (1 - fraction**2) ** 0.5 * noise + fraction * fresh, level)
 
 
-Leader = tuple[Tensor, Conditions]
-"""Latents `1 C T H W` and caption of the clip that decides where attention looks."""
+Injected = tuple[Tensor, Conditions]
+"""Latents `1 C T H W` and caption of the source clip, whose queries and keys are injected."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The clip that is edited, which its edits may follow.
+    """The source clip of attention injection.
 
     Attributes:
         latents: `1 C T H W` before each step of the sampler: the inversion, backwards.
         text: Conditions of its caption, or the bare embedding `1 L D`.
-        share: Of the first steps, in which edits attend where the clip does (Plug-and-Play, Tumanyan et al. 2023).
+        fraction: Of the steps, the first ones, in which queries and keys of the source are injected into the edits
+            (Plug-and-Play, Tumanyan et al. 2023).
     """
 
     latents: Sequence[Any]
     text: Conditions | Tensor
-    share: float
+    fraction: float
 
-    def leader(self, number: int, total: int) -> Leader | None:
-        """What leads step `number` (counted from 0)."""
-        return (self.latents[number], Conditions.of(self.text)) if number < self.share * total else None
+    def injected(self, number: int, total: int) -> Injected | None:
+        """Return latents and caption to inject at step `number` (counted from 0), or None."""
+        return (self.latents[number], Conditions.of(self.text)) if number < self.fraction * total else None
 
 
 @torch.no_grad()
@@ -92,8 +95,8 @@ def generate(
         negative: What it should not show (the empty prompt, usually).
         guidance_scale: Classifier-free guidance (Ho & Salimans, eq. 6, with w = scale - 1); 1 or less is none.
         batch_guidance: Both predictions in one batch, or one after the other.
-        guidance_interval: Shares of the steps between which there is guidance (Kynkaanniemi et al. 2024).
-        source: The clip, for edits that follow it.
+        guidance_interval: Fractions of the steps between which there is guidance (Kynkaanniemi et al. 2024).
+        source: The source clip of attention injection.
         generator: For samplers that add noise; a list has one for each clip.
     """
     x, timesteps = sampler.enter(start_BCTHW), sampler.timesteps.to(start_BCTHW.device)
@@ -102,8 +105,8 @@ def generate(
         x, guided = step.latents, Guided(video, step.text, step.negative, batch_guidance)
         seen, at = sampler.scaled(x, t), number / len(timesteps)
         scale = step.guidance_scale if guidance_interval[0] <= at < guidance_interval[1] else 1.0
-        leader = source.leader(number, len(timesteps)) if source else None
-        x = sampler.step(guided(seen, t, scale, leader).to(x.dtype), t, x, generator)
+        injected = source.injected(number, len(timesteps)) if source else None
+        x = sampler.step(guided(seen, t, scale, injected).to(x.dtype), t, x, generator)
         step = replace(step, number=number + 1, latents=x)
         yield step
         if step.stop:
@@ -119,21 +122,21 @@ class Guided:
     negative: Conditions
     batched: bool
 
-    def __call__(self, x: Tensor, t: Tensor, scale: float, leader: Leader | None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, scale: float, injected: Injected | None) -> Tensor:
         if scale <= 1:
-            return self._predict(x, t, self.text, leader)
+            return self._predict(x, t, self.text, injected)
         if self.batched:
-            both = self._predict(torch.cat([x, x]), t, self.negative.joined(self.text), leader)
+            both = self._predict(torch.cat([x, x]), t, self.negative.joined(self.text), injected)
             without, towards = both.chunk(2)
         else:
-            without, towards = (self._predict(x, t, text, leader) for text in (self.negative, self.text))
+            without, towards = (self._predict(x, t, text, injected) for text in (self.negative, self.text))
         return without + scale * (towards - without)
 
-    def _predict(self, x: Tensor, t: Tensor, text: Conditions, leader: Leader | None) -> Tensor:
-        if leader is None:
+    def _predict(self, x: Tensor, t: Tensor, text: Conditions, injected: Injected | None) -> Tensor:
+        if injected is None:
             return self.video(x, t, text)
         self.video.clip.led = True
         try:
-            return self.video(torch.cat([leader[0], x]), t, leader[1].joined(text))[1:]
+            return self.video(torch.cat([injected[0], x]), t, injected[1].joined(text))[1:]
         finally:
             self.video.clip.led = False

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tuneavideo.method import sampling
 from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.inversion import moved
 from tuneavideo.method.noise import Levels, Sampler
-from tuneavideo.method.reels import Reel
 from tuneavideo.method.sampling import Guided, Source
 from tuneavideo.method.windows import WindowedUNet
 from tuneavideo.models import codec, host_memory
@@ -30,12 +30,12 @@ from tuneavideo.video import DiskVideo
 
 
 @dataclass(frozen=True)
-class ReelStep:
-    """Latents of a clip after step `number` of `total`; the same reel at every step."""
+class DiskStep:
+    """Latents of a clip after step `number` of `total`; the same latents on disk at every step."""
 
     number: int
     total: int
-    latents: Reel
+    latents: DiskLatents
 
 
 def encode(pipe: Pipeline, clip: DiskVideo, path: Path) -> None:
@@ -50,8 +50,14 @@ def encode(pipe: Pipeline, clip: DiskVideo, path: Path) -> None:
 
 
 def mix_noise(
-    inverted: Reel, clean: Reel, alpha: float, share: float, generator: torch.Generator | None, *, folder: Path
-) -> Reel:
+    inverted: DiskLatents,
+    clean: DiskLatents,
+    alpha: float,
+    share: float,
+    generator: torch.Generator | None,
+    *,
+    folder: Path,
+) -> DiskLatents:
     """See `sampling.mix_noise`; fresh noise is drawn frame by frame."""
     if not share:
         return inverted
@@ -65,21 +71,21 @@ def mix_noise(
 def invert(
     video: WindowedUNet,
     levels: Levels,
-    latents: Reel,
+    latents: DiskLatents,
     text: Conditions | Tensor,
     timesteps: list[int],
     *,
     whole: bool,
     folder: Path,
-) -> Iterator[ReelStep]:
-    """See `inversion.invert`; the latents of all steps are one reel, in a file without a name in `folder`.
+) -> Iterator[DiskStep]:
+    """See `inversion.invert`; the latents of all steps are in one temporary file in `folder`.
 
-    It holds the last step's latents, or, for the `whole` way, those of all steps, the last first, and the clean ones.
+    The file holds the last step's latents, or with `whole` those of all steps, the last first, and the clean ones.
     """
     x, alpha = _copy(latents, folder), levels.final_alpha.to(latents.device)
-    way = _blank((len(timesteps) + 1 if whole else 1, *latents.shape[1:]), latents.device, folder)
-    stations = way.split(1)
-    stations[-1].fill(latents)
+    trajectory = _blank((len(timesteps) + 1 if whole else 1, *latents.shape[1:]), latents.device, folder)
+    steps_latents = trajectory.split(1)
+    steps_latents[-1].fill(latents)
     for number, t in enumerate(timesteps, start=1):
         above, now = levels.alphas[t].to(x.device), torch.tensor(t, device=x.device)
         predict = partial(_predicted, video.video, t=now, text=text)
@@ -87,15 +93,15 @@ def invert(
             part = x[:, :, frames]
             x[:, :, frames] = moved(part, output.to(part.dtype), alpha, above, levels.prediction_type)
         alpha = above
-        stations[-1 - number if whole else 0].fill(x)
-        yield ReelStep(number, len(timesteps), way)
+        steps_latents[-1 - number if whole else 0].fill(x)
+        yield DiskStep(number, len(timesteps), trajectory)
 
 
 @torch.no_grad()
 def generate(
     video: WindowedUNet,
     sampler: Sampler,
-    start: Reel,
+    start: DiskLatents,
     text: Conditions,
     negative: Conditions,
     guidance_scale: float,
@@ -105,39 +111,39 @@ def generate(
     source: Source | None = None,
     generator: torch.Generator | None = None,
     folder: Path,
-) -> Iterator[ReelStep]:
-    """See `sampling.generate`, of one clip; latents of all steps are one reel, in a file without a name in `folder`.
+) -> Iterator[DiskStep]:
+    """See `sampling.generate`, of one clip; latents of all steps are in one temporary file in `folder`.
 
-    Every frame has a twin of the sampler. Of DDIM and Euler these remember nothing; samplers that look back keep their
+    Every frame has a clone of the sampler. Those of DDIM and Euler hold no state; multistep samplers keep their
     last predictions in memory. Noise that a sampler adds is drawn frame by frame.
     """
     x, timesteps = _copy(start, folder), sampler.timesteps.to(start.device)
-    twins = [sampler.twin() for _ in range(x.shape[2])]
+    samplers = [sampler.clone() for _ in range(x.shape[2])]
     for place in _places(x):
         x[place] = sampler.enter(x[place])
     guided = Guided(video.video, Conditions.of(text), Conditions.of(negative), batch_guidance)
 
-    def look(frames: list[int], t: Tensor, leader: Any) -> Tensor:
-        seen = torch.cat([twins[each].scaled(x[:, :, [each]], t) for each in frames], dim=2)
-        return torch.cat([leader[0][:, :, frames], seen]) if leader else seen
+    def read(frames: list[int], t: Tensor, injected: Any) -> Tensor:
+        seen = torch.cat([samplers[each].scaled(x[:, :, [each]], t) for each in frames], dim=2)
+        return torch.cat([injected[0][:, :, frames], seen]) if injected else seen
 
-    def predict(part: Tensor, t: Tensor, scale: float, leader: Any) -> Tensor:
-        return _alone(guided(part[-1:], t, scale, (part[:1], leader[1]) if leader else None))
+    def predict(part: Tensor, t: Tensor, scale: float, injected: Any) -> Tensor:
+        return _alone(guided(part[-1:], t, scale, (part[:1], injected[1]) if injected else None))
 
     for number, t in enumerate(timesteps):
         inside = guidance_interval[0] <= number / len(timesteps) < guidance_interval[1]
-        leader = source.leader(number, len(timesteps)) if source else None
+        injected = source.injected(number, len(timesteps)) if source else None
         parts = video.windows.blended(
-            partial(predict, t=t, scale=guidance_scale if inside else 1.0, leader=leader),
-            partial(look, t=t, leader=leader),
+            partial(predict, t=t, scale=guidance_scale if inside else 1.0, injected=injected),
+            partial(read, t=t, injected=injected),
             x.shape[2],
             float(t),
         )
         for frames, output in parts:
             for each, one in zip(frames, output.split(1, dim=2), strict=True):
                 before = x[:, :, [each]]
-                x[:, :, [each]] = twins[each].step(one.to(before.dtype), t, before, generator)
-        yield ReelStep(number + 1, len(timesteps), x)
+                x[:, :, [each]] = samplers[each].step(one.to(before.dtype), t, before, generator)
+        yield DiskStep(number + 1, len(timesteps), x)
 
 
 def _predicted(video: VideoUNet, part: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
@@ -151,21 +157,21 @@ def _alone(output: Tensor) -> Tensor:
     return output
 
 
-def _frames(x: Reel, frames: list[int]) -> Tensor:
+def _frames(x: DiskLatents, frames: list[int]) -> Tensor:
     return x[:, :, frames]
 
 
-def _places(x: Reel) -> list[tuple[slice, slice, list[int]]]:
+def _places(x: DiskLatents) -> list[tuple[slice, slice, list[int]]]:
     """Every frame by itself."""
     return [(slice(None), slice(None), [number]) for number in range(x.shape[2])]
 
 
-def _copy(reel: Reel, folder: Path) -> Reel:
-    copy = _blank(reel.shape, reel.device, folder)
-    copy.fill(reel)
+def _copy(latents: DiskLatents, folder: Path) -> DiskLatents:
+    copy = _blank(latents.shape, latents.device, folder)
+    copy.fill(latents)
     return copy
 
 
-def _blank(shape: tuple[int, ...], device: Any, folder: Path) -> Reel:
-    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it goes with the reel
-    return Reel(file, shape, device=device)
+def _blank(shape: tuple[int, ...], device: Any, folder: Path) -> DiskLatents:
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it is deleted with its latents
+    return DiskLatents(file, shape, device=device)

@@ -18,9 +18,9 @@ from torch import Tensor
 from tuneavideo.errors import RunError
 from tuneavideo.method import losses
 from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet, trainable_parameters
 from tuneavideo.method.noise import Levels, add_noise, target
-from tuneavideo.method.reels import Reel
 from tuneavideo.method.windows import Windows
 from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
@@ -49,7 +49,7 @@ class Tuning:
         self,
         video: VideoUNet,
         levels: Levels,
-        moments: Mapping[str, Tensor | Reel],
+        moments: Mapping[str, Tensor | DiskLatents],
         text: Conditions | Tensor,
         settings: TuneSettings,
         accelerator: Accelerator,

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.reels import Reel
+from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.models.devices import unload
 from tuneavideo.models.loading import Pipeline
 from tuneavideo.video import AnyVideo, Video
@@ -53,14 +53,14 @@ def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
     return [Video(np.stack(list(decode_frames(pipe, latents[None]))), fps) for latents in latents_BCTHW]
 
 
-def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[np.ndarray]:
+def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor | DiskLatents) -> Iterator[np.ndarray]:
     """The frames of a clip's latents, uint8 `H W C`, one at a time."""
     for pixels_CHW in decode_pixels(pipe, latents_1CTHW):
         yield rearrange((pixels_CHW * 255).round().to(torch.uint8), "c h w -> h w c").numpy()
 
 
 @torch.no_grad()
-def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor | Reel) -> Iterator[Tensor]:
+def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor | DiskLatents) -> Iterator[Tensor]:
     """The frames of a clip's latents, `C H W` in 0..1 on the CPU, one at a time and not rounded."""
     vae, device = pipe.vae, pipe._execution_device
     for number in range(latents_1CTHW.shape[2]):

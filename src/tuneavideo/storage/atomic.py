@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written under another name, forced to the disk, renamed. Nobody else does it."""
+"""Atomic writes: a file is written under a temporary name, synced to disk and renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write(path: Path, contents: bytes | str) -> None:
-    """Write a file, and its folder if need be. Raises DiskError when the place cannot be written or is full."""
+    """Write a file atomically, with its folder. Raises DiskError when the place cannot be written or is full."""
     with replacing(path) as draft:
         draft.write_bytes(contents.encode() if isinstance(contents, str) else contents)
 
@@ -36,13 +36,13 @@ def refuse_foreign(path: Path, mark: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path, None, None]:
-    """A temporary name beside `path` for a file or folder: becomes `path` when the block ends well, vanishes when not.
+    """Yield a temporary name beside `path`, renamed to `path` when the block ends without an error, else removed.
 
     Raises:
         DiskError: The place cannot be written or is full. Errors of other files that the block opens pass unchanged.
     """
     draft = path.with_name(f".{uuid4().hex}{PART}")
-    with told(path, draft):
+    with disk_errors(path, draft):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield draft
@@ -54,7 +54,7 @@ def replacing(path: Path) -> Generator[Path, None, None]:
 
 
 @contextmanager
-def told(path: Path, *drafts: Path, advice: str = "choose another place") -> Generator[None, None, None]:
+def disk_errors(path: Path, *drafts: Path, advice: str = "choose another place") -> Generator[None, None, None]:
     """Turn the system's error for a place that cannot be written into a DiskError, even when a library wrapped it.
 
     An error that names a file counts only when that is `path`, one of `drafts`, or a folder above or a file below them.
@@ -70,7 +70,7 @@ def told(path: Path, *drafts: Path, advice: str = "choose another place") -> Gen
 
 
 def is_draft(path: Path) -> bool:
-    """Whether `path` has a name that only `replacing` gives."""
+    """Return whether `path` has a name that only `replacing` gives."""
     return _DRAFT.fullmatch(path.name) is not None
 
 
@@ -78,24 +78,24 @@ def check_writable(folder: Path, advice: str) -> None:
     """Raise DiskError, with this advice, when nothing can be written in `folder` or where it would be made."""
     place = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     draft = place / f".{uuid4().hex}{PART}"
-    with told(folder, draft, place, advice=advice):
+    with disk_errors(folder, draft, place, advice=advice):
         draft.mkdir()
         draft.rmdir()
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder and below it."""
+    """Remove temporary files of killed processes in a folder and below it."""
     for draft in filter(is_draft, list(folder.rglob(f".*{PART}"))):
         _remove(draft)
 
 
 def free(path: Path) -> int:
-    """Free bytes where `path` is or will be."""
+    """Return the free bytes where `path` is or will be."""
     return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
 
 
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """Return bytes as text, such as `1.5 GB`."""
     return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 

@@ -1,4 +1,4 @@
-"""What needs computing only once, kept on disk under a key made of its contents."""
+"""Cache of tensors on disk, under keys made of the contents they were computed from."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tuneavideo.errors import DiskError
-from tuneavideo.method.reels import Reel, create, opened
+from tuneavideo.method.disk_latents import DiskLatents, create, opened
 from tuneavideo.storage import atomic
 
 Tensors = dict[str, Tensor]
 DIGITS = 24
 # Of every weight, about so many numbers tell one network from another: training and merging move all of them.
-MARKS = 1024
+SAMPLES = 1024
 
 
 def key(*parts: Any) -> str:
-    """A short name for contents: arrays and tensors by their bytes, modules by `marks`, others as JSON."""
+    """Return a hash of contents: arrays and tensors by their bytes, modules by `weight_samples`, others as JSON."""
     digest = hashlib.sha256()
     for part in parts:
-        items = marks(part) if isinstance(part, nn.Module) else [("", part)]
+        items = weight_samples(part) if isinstance(part, nn.Module) else [("", part)]
         for name, value in items:
             digest.update(name.encode() + b"\0")
             for piece in _pieces(value):
@@ -37,19 +37,19 @@ def key(*parts: Any) -> str:
     return digest.hexdigest()[:DIGITS]
 
 
-def marks(network: nn.Module) -> list[tuple[str, Any]]:
-    """The shape of every weight and `MARKS` of its numbers, evenly spaced: a second less than all of them take."""
-    marked: list[tuple[str, Any]] = []
+def weight_samples(network: nn.Module) -> list[tuple[str, Any]]:
+    """Return the shape of every weight and `SAMPLES` of its numbers, evenly spaced; faster than hashing all of them."""
+    samples: list[tuple[str, Any]] = []
     for name, weight in sorted(network.state_dict().items()):
         numbers = weight.detach().reshape(-1)
-        marked += [(name, list(weight.shape)), (name, numbers[:: max(1, len(numbers) // MARKS)])]
-    return marked
+        samples += [(name, list(weight.shape)), (name, numbers[:: max(1, len(numbers) // SAMPLES)])]
+    return samples
 
 
 def read(path: Path, *, by_frames: bool = False) -> dict[str, Any] | None:
-    """Tensors kept in the safetensors file `path`; None when it is missing or not what `write` wrote, to the bit.
+    """Read the safetensors file `path`; None when it is missing or its checksum is wrong.
 
-    By frames they stay there, as reels.
+    With `by_frames` they stay on disk, as `DiskLatents`.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -60,21 +60,21 @@ def read(path: Path, *, by_frames: bool = False) -> dict[str, Any] | None:
     return tensors if tensors and digest == checksum(tensors) else None
 
 
-def write(path: Path, tensors: Mapping[str, Tensor | Reel]) -> None:
-    """Keep tensors in `path`, whole or not at all. Raises DiskError when the disk takes nothing."""
-    reels = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Reel)}
-    if reels:
-        with writing(path, {name: reel.shape for name, reel in reels.items()}) as made:
-            for name, reel in reels.items():
-                made[name].fill(reel)
+def write(path: Path, tensors: Mapping[str, Tensor | DiskLatents]) -> None:
+    """Write tensors to `path` atomically. Raises DiskError when that fails."""
+    on_disk = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DiskLatents)}
+    if on_disk:
+        with writing(path, {name: latents.shape for name, latents in on_disk.items()}) as made:
+            for name, latents in on_disk.items():
+                made[name].fill(latents)
         return
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     atomic.write(path, save(here, metadata={"digest": checksum(here)}))
 
 
 @contextmanager
-def writing(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Generator[dict[str, Reel], None, None]:
-    """Latents to be filled in on the disk; they become `path` when the block ends well, which `read` takes too."""
+def writing(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Generator[dict[str, DiskLatents], None, None]:
+    """Yield latents on disk to be filled in; they become `path` when the block ends without an error."""
     with atomic.replacing(path) as draft, draft.open("w+b", buffering=0) as file:
         blank = create(file, shapes, {"digest": "-" * DIGITS})
         yield blank
@@ -82,9 +82,9 @@ def writing(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Generator[dict
 
 
 def cached(name: str, compute: Callable[[], Tensors]) -> Tensors:
-    """What the cache folder keeps under `name`; computed when it is missing or damaged, and kept.
+    """Read `name` from the cache folder, or compute and keep it when it is missing or damaged.
 
-    A disk that takes nothing costs time later, not the result.
+    A full disk is no error.
     """
     path = atomic.cache_folder() / f"{name}.safetensors"
     tensors = read(path)
@@ -95,15 +95,15 @@ def cached(name: str, compute: Callable[[], Tensors]) -> Tensors:
     return tensors
 
 
-def checksum(tensors: Mapping[str, Tensor | Reel]) -> str:
-    """A digest of tensors with their names, types and shapes."""
+def checksum(tensors: Mapping[str, Tensor | DiskLatents]) -> str:
+    """Return a digest of tensors with their names, types and shapes."""
     return key(*(part for item in sorted(tensors.items()) for part in item))
 
 
 def _pieces(part: Any) -> Iterator[bytes]:
-    if isinstance(part, Tensor | Reel):
+    if isinstance(part, Tensor | DiskLatents):
         yield f"{part.dtype}{tuple(part.shape)}".encode()
-        yield from part.pieces() if isinstance(part, Reel) else [_bytes(part)]
+        yield from part.pieces() if isinstance(part, DiskLatents) else [_bytes(part)]
     elif isinstance(part, np.ndarray):
         yield f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
     else:

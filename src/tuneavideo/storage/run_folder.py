@@ -1,4 +1,4 @@
-"""RunFolder: names, writes and reads every file of a run. Nobody else joins its paths."""
+"""The run folder: paths, reading and writing of every file of a run."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class RunFolder:
 
     @classmethod
     def create(cls, clip: str, out: Path | str | None = None, root: Path | str = "runs") -> RunFolder:
-        """A new folder: `out`, which must not hold anything yet, or the next free `<root>/<clip>-<n>`.
+        """Create a folder: `out`, which must be empty, or the next free `<root>/<clip>-<n>`.
 
         Raises:
             RunError: `out` holds something.
             DiskError: The place cannot be written.
         """
         path = Path(root if out is None else out)
-        with atomic.told(path, advice=OTHER_PLACE):
+        with atomic.disk_errors(path, advice=OTHER_PLACE):
             if out is not None:
                 made = not path.exists()
                 path.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
-        """A folder that `create` made. Raises RunError when it is none."""
+        """Return the folder of an existing run. Raises RunError when it is none."""
         run = cls(Path(path))
         if not run.settings.is_file():
             around = next((each for each in run.path.parents if cls(each).settings.is_file()), None)
@@ -93,7 +93,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Generator[None, None, None]:
-        """Keep other processes out, and clear away what a killed one has left unfinished.
+        """Lock the folder against other processes, and remove unfinished files of killed ones.
 
         The lock is the operating system's: it ends with the process, however that ends.
 
@@ -103,7 +103,7 @@ class RunFolder:
         """
         lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)  # a job may be closed in another thread
         try:
-            with atomic.told(self.path, advice=COPY):
+            with atomic.disk_errors(self.path, advice=COPY):
                 lock.acquire()
         except Timeout:
             raise RunError(
@@ -130,11 +130,11 @@ class RunFolder:
 
     @property
     def is_new(self) -> bool:
-        """Whether the run is marked as begun, with nothing in it yet that is worth keeping."""
+        """Return whether the run was created and holds no results yet."""
         return (self.path / NEW).is_file()
 
     def keep(self) -> None:
-        """Take the mark of a new run away: from now on there is work in it."""
+        """Remove the file that marks a new run."""
         (self.path / NEW).unlink(missing_ok=True)
 
     def discard(self) -> None:
@@ -157,17 +157,17 @@ class RunFolder:
         return dict(note[2:].split(": ", 1) for note in notes if ": " in note)
 
     def write_settings(self, settings: TuneSettings, about: dict[str, Any]) -> None:
-        """The first file of a run: resolved settings, and as comments what they were resolved with."""
+        """Write the resolved settings, with package versions and the base's fingerprint as comments."""
         notes = "".join(f"# {name}: {value}\n" for name, value in about.items())
         atomic.write(self.settings, notes + as_yaml(settings))
 
     def read_settings(self) -> TuneSettings:
-        """The settings the run was made with."""
+        """Read the settings of the run."""
         return checked(TuneSettings, read_yaml(self.settings, TuneSettings), str(self.settings))
 
     @property
     def quoted(self) -> str:
-        """The folder as a shell takes it."""
+        """The path, quoted for a shell."""
         return shlex.quote(str(self.path))
 
     @property

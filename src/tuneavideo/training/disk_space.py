@@ -82,5 +82,5 @@ def _raw(clip: AnyVideo) -> int:
 
 
 def _bytes(tensor: Any) -> int:
-    """Bytes of a tensor's or reel's numbers."""
+    """Bytes of a tensor's in memory or on disk."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize

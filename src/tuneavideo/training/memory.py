@@ -176,7 +176,7 @@ def saving_flags(settings: TuneSettings, *, offload: bool) -> str:
     return " ".join(flag for flag, needed in flags.items() if needed)
 
 
-def told(
+def plan_line(
     before: TuneSettings, plan: TuneSettings, model: Model, room: float, size: tuple[int, int, int], stride: int
 ) -> str:
     """What was chosen and why, in one line."""

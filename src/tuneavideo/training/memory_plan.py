@@ -79,7 +79,7 @@ def _planned(
         plan = memory.chosen(settings, model, room, size, stride)
         if settings.memory and not settings.mixed_precision:
             plan = plan.model_copy(update={"mixed_precision": accelerator.mixed_precision})
-        return plan, memory.told(settings, plan, model, room, size, stride)
+        return plan, memory.plan_line(settings, plan, model, room, size, stride)
     if "gradient_checkpointing" in settings.model_fields_set or device.type != "cpu":
         return settings, ""
     model = memory.Model.of(pipe, settings, width, casts=casts)
@@ -87,7 +87,7 @@ def _planned(
     window, sites = min(plan.window or clip.frames, clip.frames), (clip.height // stride) * (clip.width // stride)
     if model.tuning(plan, window, sites) > room:
         return settings, ""
-    return plan, memory.told(settings, plan, model, room, size, stride)
+    return plan, memory.plan_line(settings, plan, model, room, size, stride)
 
 
 def _without_reuse_in_windows(

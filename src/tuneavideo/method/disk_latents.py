@@ -1,4 +1,4 @@
-"""Latents of long clips on the disk: tensors of a safetensors file that are read and written by frames."""
+"""Latents of long clips on disk: tensors of a safetensors file, read and written by frames."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Place = tuple[slice, slice, Sequence[int] | slice]
 
 
 @dataclass(frozen=True)
-class Reel:
-    """A float32 tensor `B C T H W` in a file. With B = 1, `reel[:, :, frames]` reads and writes those frames only.
+class DiskLatents:
+    """A float32 tensor `B C T H W` in a file. With B = 1, `latents[:, :, frames]` reads and writes those frames only.
 
     Attributes:
         file: Open, unbuffered.
@@ -51,7 +51,7 @@ class Reel:
             self.file.seek(at)
             self.file.write(np.ascontiguousarray(image).data)
 
-    def to(self, device: torch.device | str) -> Reel:
+    def to(self, device: torch.device | str) -> DiskLatents:
         """The same latents, put on another device when they are read."""
         return replace(self, device=device)
 
@@ -66,17 +66,17 @@ class Reel:
             left -= len(piece)
             yield piece
 
-    def split(self, size: int) -> list[Reel]:
-        """Reels of one clip each; `size` is 1."""
+    def split(self, size: int) -> list[DiskLatents]:
+        """Split into latents of one clip each; `size` is 1."""
         if size != 1:
-            raise ValueError(f"a reel is read clip by clip, not {size} at a time")
+            raise ValueError(f"latents on disk are read clip by clip, not {size} at a time")
         shape = (1, *self.shape[1:])
         return [
             replace(self, shape=shape, offset=self.offset + 4 * math.prod(shape) * at) for at in range(self.shape[0])
         ]
 
-    def fill(self, other: Reel) -> None:
-        """Take over the latents of a reel of the same shape."""
+    def fill(self, other: DiskLatents) -> None:
+        """Copy latents of the same shape."""
         at = self.offset
         for piece in other.pieces():
             self.file.seek(at)
@@ -90,27 +90,30 @@ class Reel:
         """Where each channel of each frame lies in the file, and in `frames`."""
         clips, channels, count, height, width = self.shape
         if clips != 1:
-            raise ValueError(f"a reel of {clips} clips is split first")
+            raise ValueError(f"latents of {clips} clips must be split first")
         for channel in range(channels):
             for place, number in enumerate(numbers):
                 yield self.offset + 4 * height * width * (channel * count + number), frames[0, channel, place]
 
 
-def opened(path: Path) -> dict[str, Reel] | None:
-    """The reels of a safetensors file that is whole; None if it holds anything else."""
+def opened(path: Path) -> dict[str, DiskLatents] | None:
+    """Open the latents of a complete safetensors file; None if it holds anything else."""
     file = path.open("rb", buffering=0)
     size = int.from_bytes(file.read(8), "little")
     header: dict[str, Any] = json.loads(file.read(size))
     header.pop("__metadata__", None)
     if any(each["dtype"] != "F32" or len(each["shape"]) != 5 for each in header.values()):
         return None
-    return {name: Reel(file, tuple(each["shape"]), 8 + size + each["data_offsets"][0]) for name, each in header.items()}
+    return {
+        name: DiskLatents(file, tuple(each["shape"]), 8 + size + each["data_offsets"][0])
+        for name, each in header.items()
+    }
 
 
 def create(
     file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
-) -> dict[str, Reel]:
-    """Begin a safetensors file with reels of these shapes, whose latents are still to be written."""
+) -> dict[str, DiskLatents]:
+    """Create a safetensors file of latents of these shapes, still to be written."""
     ends = np.cumsum([4 * math.prod(shape) for shape in shapes.values()]).tolist()
     header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
     for (name, shape), begin, end in zip(shapes.items(), [0, *ends], ends, strict=False):
@@ -121,6 +124,6 @@ def create(
     file.write(len(told).to_bytes(8, "little") + told)
     file.truncate(8 + len(told) + ends[-1])
     return {
-        name: Reel(file, tuple(shape), 8 + len(told) + begin)
+        name: DiskLatents(file, tuple(shape), 8 + len(told) + begin)
         for (name, shape), begin in zip(shapes.items(), [0, *ends], strict=False)
     }
