@@ -18,7 +18,7 @@ from benchmarks.reference import TUNED, Reference
 from benchmarks.resident import Peak
 from benchmarks.sized import Parts, parts
 from tuneavideo.evaluation.flops import count_flops
-from tuneavideo.kernels import products
+from tuneavideo.kernels import channels_last, products
 from tuneavideo.method import editing, inversion
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.deepcache import reusing
@@ -206,6 +206,8 @@ def tune(row: Row, network: Parts, device: str) -> Bench:
 
 def _prepared(row: Row, video: VideoUNet) -> VideoUNet:
     products.lay_out(video.unet)
+    if video.unet.device.type == "cuda":
+        channels_last.lay_out(video.unet)
     if row.channels_last:
         torch.nn.Module.to(video.unet, memory_format=torch.channels_last)
     if row.compiled:
@@ -322,6 +324,8 @@ def reference_edits(row: Row, network: Parts, device: str) -> Bench:
 
 def decode(row: Row, network: Parts, device: str) -> Bench:
     """A clip, frame by frame."""
+    if device == "cuda":
+        channels_last.lay_out(network.vae)
     latents = _latents(row, network, device).to(DTYPES[row.precision])
 
     def run() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Generator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tuneavideo import video as videos
-from tuneavideo.method import editing, inversion
+from tuneavideo.method import editing, graphs, inversion
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.editing import Trajectory
@@ -81,9 +82,13 @@ class EditSession:
             clips += [self._decoded(each, settings) for each in latents.split(1)]
         return clips
 
+    @cached_property
+    def _recorded(self) -> VideoUNet:
+        return graphs.recording(self.video)
+
     def _prepared(self, settings: Sampling, reuse: int = 1) -> Any:
         on_disk = not isinstance(self.source, Video)
-        return editing.prepared(self.video, settings, self.source.frames, reuse=reuse, on_disk=on_disk)
+        return editing.prepared(self._recorded, settings, self.source.frames, reuse=reuse, on_disk=on_disk)
 
     def _embedded(self, prompts: list[str]) -> Conditions:
         return self.addons.with_reference(codec.embed(self.pipe, prompts))

@@ -245,7 +245,8 @@ def _steps(tuning: Tuning) -> Iterator[Step]:
         step = next(steps, None)
         if step is None:
             return
-        yield dataclasses.replace(step, memory=devices.used_memory(device))
+        held = tuning.peak if tuning.recording else 0  # what a recorded step takes was allocated when it was recorded
+        yield dataclasses.replace(step, memory=max(held, devices.used_memory(device)))
 
 
 def _previewed(manager: CheckpointManager, session: EditSession) -> Events:

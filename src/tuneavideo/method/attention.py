@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, scaled_dot_product_attention
 
-from tuneavideo.kernels import tiles
+from tuneavideo import kernels
+from tuneavideo.kernels import channels_last, tiles
 
 # Fast attention kernels take a batch of at most 65,535; temporal attention has one entry per clip and site.
 MAX_BATCH = 32768
+# Channels of a head, of all clips together, that the kernel for shared maps holds.
+WIDEST = 256
 
 
 @dataclass
@@ -75,6 +80,14 @@ def referred(x_BTLC: Tensor, start: int, frames: int, references: Sequence[str])
     return torch.cat([REFERENCES[name](x_BTLC, start, frames) for name in references], dim=2)
 
 
+@cache
+def numbers(start: int, frames: int, references: tuple[str, ...]) -> list[list[int]]:
+    """For frames `start`, `start` + 1, ..., the numbers of the frames they refer to."""
+    every_1T11 = torch.arange(frames)[None, :, None, None]
+    found = [REFERENCES[name](every_1T11, start, frames).flatten().tolist() for name in references]
+    return [list(each) for each in zip(*found, strict=True)]
+
+
 class SparseCausalAttention(Attention):
     """Self-attention of an image UNet that looks at the first and the previous frame (Tune-A-Video, eq. 4).
 
@@ -90,6 +103,8 @@ class SparseCausalAttention(Attention):
 
     def forward(self, hidden_states: Tensor, *_, **__) -> Tensor:
         """`N L C` to `N L C`."""
+        if kernels.suit(hidden_states, "gather"):
+            return self._on_gpu(hidden_states)
         frames, references = self.clip.frames, self.clip.references
         x_BTLC = rearrange(hidden_states, "(b t) l c -> b t l c", t=frames)
         start = only_first(frames, references)
@@ -106,6 +121,39 @@ class SparseCausalAttention(Attention):
             k_BTMC, v_BTMC = (referred(x, start, frames, references) for x in (k_BTLC, v_BTLC))
             parts.append(self._attend(q_BTLC[:, start:], k_BTMC, v_BTMC))
         return self.to_out[1](self.to_out[0](rearrange(torch.cat(parts, dim=1), "b t l c -> (b t) l c")))
+
+    def _on_gpu(self, x_NLC: Tensor) -> Tensor:
+        """The same, one clip after the other: what lies together is never copied, or cut apart on the way back."""
+        frames, references = self.clip.frames, self.clip.references
+        start, leaders_NLC = only_first(frames, references), self.clip.leaders(x_NLC)
+        of_k, of_v = self.to_k(leaders_NLC), self.to_v(x_NLC)
+        q_BTLC, k_BTLC, v_BTLC = (x.unflatten(0, (-1, frames)) for x in (self.to_q(leaders_NLC), of_k, of_v))
+        looked = numbers(start, frames, references)
+        if self.clip.led and kernels.suit(x_NLC, "shared") and len(v_BTLC) * v_BTLC.shape[3] <= WIDEST * self.heads:
+            asking, asked = q_BTLC[0], k_BTLC[0]
+            begun = [self._shared(asking[:start], asked, v_BTLC, [[0]] * start)] if start else []
+            rest = [self._shared(asking[start:], asked, v_BTLC, looked)] if looked else []
+            y_BTLC = torch.cat([*begun, *rest], dim=1)
+            return self.to_out[1](self.to_out[0](y_BTLC.flatten(0, 1)))
+        index = kernels.frames_index(x_NLC.device, *chain.from_iterable(looked))
+        pointwise, parts = kernels.module("pointwise"), []
+        (k_B1LC, k_BXLC), (v_B1LC, v_BXLC) = (pointwise.gathered(x, index) for x in (k_BTLC, v_BTLC))
+        apart = [clips_of(x) for x in (q_BTLC, k_B1LC, k_BXLC, v_B1LC, v_BXLC)]
+        for number in range(len(v_BTLC)):
+            q_TLC, k_1LC, k_XLC, v_1LC, v_XLC = (of[number % len(of)] for of in apart)
+            begun_TLC, rest_TLC = q_TLC.split([start, frames - start])
+            if start:
+                parts.append(attend(self, begun_TLC.flatten(0, 1)[None], k_1LC, v_1LC).unflatten(1, (start, -1))[0])
+            if looked:
+                k_TMC, v_TMC = (x.unflatten(0, (frames - start, -1)).flatten(1, 2) for x in (k_XLC, v_XLC))
+                parts.append(attend(self, rest_TLC, k_TMC, v_TMC))
+        return self.to_out[1](self.to_out[0](torch.cat(parts)))
+
+    def _shared(self, q_FLC: Tensor, k_TLC: Tensor, v_BTLC: Tensor, looked: list[list[int]]) -> Tensor:
+        """What each clip sees where the leader looks, of frames that look at those that are listed: `B F L C`."""
+        index = kernels.frames_index(q_FLC.device, *chain.from_iterable(looked)).view(len(looked), -1)
+        shared = kernels.module("shared_map")
+        return shared.attend(q_FLC, k_TLC, v_BTLC, index, heads=self.heads, scale=self.scale)
 
     def _attend(self, q_BTLC: Tensor, k_BTMC: Tensor, v_BTMC: Tensor) -> Tensor:
         """Every entry of `T` looks at the keys of the same entry."""
@@ -127,6 +175,18 @@ class TemporalAttention(Attention):
         y_STC = attend(self, self.to_q(leaders), self.to_k(leaders), self.to_v(hidden_states))
         return self.to_out[1](self.to_out[0](y_STC))
 
+    def of_images(self, x_NLC: Tensor) -> Tensor:
+        """The same of images, `N L C` to `N L C`, on GPUs without moving them to another order."""
+        frames = self.clip.frames
+        if kernels.suit(x_NLC, "time") and frames <= kernels.MOST_FRAMES:
+            leaders = self.clip.leaders(x_NLC)
+            q, k, v = self.to_q(leaders), self.to_k(leaders), self.to_v(x_NLC)
+            along = kernels.module("along_time")
+            y_NLC = along.attend(q, k, v, frames=frames, heads=self.heads, scale=self.scale)
+            return self.to_out[1](self.to_out[0](y_NLC))
+        y_STC = self(rearrange(x_NLC, "(b t) l c -> (b l) t c", t=frames))
+        return rearrange(y_STC, "(b l) t c -> (b t) l c", l=x_NLC.shape[1])
+
 
 class TextAttention(Attention):
     """Cross-attention of an image UNet that takes the text of a clip once instead of once per frame.
@@ -143,15 +203,33 @@ class TextAttention(Attention):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """`N L C` to `N L C`; a text `B L D`, of clips instead of images, is one that their frames share."""
         text: Any = encoder_hidden_states
-        frames, x_NLC = self.clip.frames, self.clip.followed(self.clip.leaders(hidden_states))
+        frames, leaders_NLC = self.clip.frames, self.clip.leaders(hidden_states)
+        x_NLC = self.clip.followed(leaders_NLC)
         if isinstance(text, tuple):  # an IP-Adapter adds something for each image
             words, pictures = text
             text = (words.repeat_interleave(len(x_NLC) // len(words), dim=0), pictures)
         if not isinstance(text, Tensor) or len(text) == len(x_NLC):
             return super().forward(x_NLC, text, *args, **kwargs)
+        if self._of_few(leaders_NLC, text):
+            k_BMC, v_BMC = self.to_k(text), self.to_v(text)
+            if not (k_BMC.requires_grad or v_BMC.requires_grad):
+                q_BLC = self.to_q(leaders_NLC).unflatten(0, (-1, frames)).flatten(1, 2)
+                few = kernels.module("few_keys")
+                y_BLC = few.attend(q_BLC, k_BMC, v_BMC, heads=self.heads, scale=self.scale)
+                return self.to_out[1](self.to_out[0](y_BLC.unflatten(1, (frames, -1)).flatten(0, 1)))
         x_BLC = rearrange(x_NLC, "(b t) l c -> b (t l) c", t=frames)
         y_BLC = attend(self, self.to_q(x_BLC), self.to_k(text), self.to_v(text))
         return rearrange(self.to_out[1](self.to_out[0](y_BLC)), "b (t l) c -> (b t) l c", t=frames)
+
+    def _of_few(self, x_NLC: Tensor, text_BMD: Tensor) -> bool:
+        """Whether words and channels are few enough for the kernel that takes them whole."""
+        few = text_BMD.shape[1] <= kernels.FEW and self.inner_dim <= kernels.FEW * self.heads
+        return few and kernels.suit(x_NLC, "text")
+
+
+def clips_of(x_BTLC: Tensor) -> Sequence[Tensor]:
+    """Each clip; one alone as it lies."""
+    return [x_BTLC.squeeze(0)] if len(x_BTLC) == 1 else x_BTLC.unbind()
 
 
 def projected(layer: nn.Module, x_BTLC: Tensor) -> Tensor:
@@ -170,10 +248,13 @@ def attend(attn: Attention, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor) -> Tens
         v_NHMD = rearrange(v_NHMD, "(b n) h m d -> n h m (b d)", b=clips)
         y_NHLD = tiles.attend(q_NHLD, k_NHMD, v_NHMD, attn.scale)
         return rearrange(y_NHLD, "n h l (b d) -> (b n) l (h d)", b=clips)
-    led = (x.repeat(clips, 1, 1, 1) if clips > 1 else x for x in (q_NHLD, k_NHMD))
-    batches = zip(*(x.split(MAX_BATCH) for x in (*led, v_NHMD)), strict=True)
-    parts = [scaled_dot_product_attention(*batch, scale=attn.scale) for batch in batches]
-    y_NHLD = parts[0] if len(parts) == 1 else torch.cat(parts)
+    q_NHLD, k_NHMD = (x.repeat(clips, 1, 1, 1) if clips > 1 else x for x in (q_NHLD, k_NHMD))
+    if v_NHMD.is_cuda and len(v_NHMD) <= MAX_BATCH:  # there a split, even in one, would cost copies of gradients
+        y_NHLD = scaled_dot_product_attention(q_NHLD, k_NHMD, v_NHMD, scale=attn.scale)
+    else:
+        batches = zip(*(x.split(MAX_BATCH) for x in (q_NHLD, k_NHMD, v_NHMD)), strict=True)
+        parts = [scaled_dot_product_attention(*batch, scale=attn.scale) for batch in batches]
+        y_NHLD = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rearrange(y_NHLD, "n h l d -> n l (h d)")
 
 
@@ -184,12 +265,46 @@ class VideoBlock(BasicTransformerBlock):
     norm_temp: nn.LayerNorm
     attn_temp: TemporalAttention
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Any = None,
+        encoder_attention_mask: Tensor | None = None, *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
         """`N L C` to `N L C`."""
-        x_NLC = super().forward(hidden_states, *args, **kwargs)
+        if self._as_published(*args, **kwargs) and kernels.suit(hidden_states, "block"):
+            return self._joined(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask)
+        whole = (hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, *args)
+        x_NLC = super().forward(*whole, **kwargs)
+        if kernels.suit(x_NLC, "time"):
+            return x_NLC + self.attn_temp.of_images(self.norm_temp(x_NLC))
         x_STC = rearrange(x_NLC, "(b t) l c -> (b l) t c", t=self.clip.frames)
         y_STC = self.attn_temp(self.norm_temp(x_STC))
         return x_NLC + rearrange(y_STC, "(b l) t c -> (b t) l c", l=x_NLC.shape[1])
+
+    def _as_published(self, timestep: Any = None, cross_attention_kwargs: Any = None, *_: Any, **__: Any) -> bool:
+        """Whether the block is norm, attention, norm, attention, norm, feed-forward, and nothing else."""
+        return (
+            self.norm_type == "layer_norm" and self.pos_embed is None and self._chunk_size is None
+            and self.attn2 is not None and not self.only_cross_attention and not cross_attention_kwargs
+        )  # fmt: skip
+
+    def _joined(self, x_NLC: Tensor, mask: Tensor | None, text: Any, text_mask: Tensor | None) -> Tensor:
+        """The same, with what is added and the norm after it in one pass."""
+        x_NLC, normed = _added_and_normed(self.norm1, x_NLC)
+        x_NLC, normed = _added_and_normed(self.norm2, self.attn1(normed, attention_mask=mask), x_NLC)
+        text_attention: Any = self.attn2
+        y_NLC = text_attention(normed, encoder_hidden_states=text, attention_mask=text_mask)
+        x_NLC, normed = _added_and_normed(self.norm3, y_NLC, x_NLC)
+        x_NLC, normed = _added_and_normed(self.norm_temp, self.ff(normed), x_NLC)
+        return kernels.module("pointwise").added(self.attn_temp.of_images(normed), x_NLC)
+
+
+def _added_and_normed(norm: Any, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`x + more` and its layer norm."""
+    learns = norm.weight is not None and norm.weight.requires_grad and torch.is_grad_enabled()
+    if type(norm) is not nn.LayerNorm or learns or len(norm.normalized_shape) != 1:
+        total = x if more is None else x + more
+        return total, norm(total)
+    return kernels.module("pointwise").layer_norm(x, more, norm.weight, norm.bias, norm.eps)
 
 
 class ClipGroupNorm(nn.GroupNorm):
@@ -199,6 +314,8 @@ class ClipGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """`N C H W` to `N C H W`."""
+        if kernels.suit(input, "norm"):
+            return channels_last.maps(channels_last.normalised(self, input), input)
         if self.clip.frames == 1:
             return super().forward(input)
         x_BCTHW = rearrange(input, "(b t) c h w -> b c t h w", t=self.clip.frames)

@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from tuneavideo.errors import RunError
-from tuneavideo.method import losses
+from tuneavideo.method import graphs, losses
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet, trainable_parameters
@@ -25,6 +25,8 @@ from tuneavideo.method.windows import Windows
 from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
 
+# Steps that a tuning takes before one is recorded: they build kernels and show how much memory a step takes.
+BEFORE_RECORDING = 2
 # How many predictions of the untuned model losses are compared with, and the part of tuning that they may take: 1 / 33.
 FEWEST_REFERENCES, MOST_REFERENCES, MEASURING = 4, 16, 33
 
@@ -73,6 +75,10 @@ class Tuning:
         self.text = Conditions.of(text).to(device)
         self.number = 0
         self.untuned: Tensor | None = None  # loss at every timestep before tuning
+        self.ahead = dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]()
+        self.taken, self.peak = 0, 0
+        self.recording: graphs.Recording | bool | None = None
+        self.gradients = list[Tensor | None]()
 
     def __iter__(self) -> Iterator[Step]:
         """Tune on from step `number`; yields after every optimiser step.
@@ -85,11 +91,16 @@ class Tuning:
         while self.number < self.settings.max_train_steps:
             began = time.perf_counter()
             learned, drawn = zip(*map(self.learn, range(self.settings.gradient_accumulation_steps)), strict=True)
+            self._draw_ahead()
             loss, relative = self._losses(torch.stack(learned), torch.cat(drawn))
             self._move(loss)
             self.number += 1
             rate = float(self.schedule.get_last_lr()[0])
+            self.taken += 1
+            if self.accelerator.device.type == "cuda" and not self.recording:
+                self.peak = torch.cuda.max_memory_allocated(self.accelerator.device)
             yield Step(self.number, loss, rate, time.perf_counter() - began, relative_loss=relative)
+        self.recording, self.gradients = None, []  # they hold the memory of a step
 
     def loss(self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
         """Return the squared error of the prediction at timesteps `t_B`, in float32, weighted by min-SNR if set."""
@@ -200,12 +211,53 @@ class Tuning:
         Returns:
             Its loss, a scalar, and the timestep of each of its clips, shape B.
         """
-        clean, noise, t_B = self.draw(batch)
+        clean, noise, t_B = self.ahead.pop((self.number, batch), None) or self.draw(batch)
+        if recording := self._recorded(clean, noise, t_B):
+            return recording(clean, noise, t_B), t_B
         batches = self.settings.gradient_accumulation_steps
         with nullcontext() if batch + 1 == batches else self.accelerator.no_sync(self.video.unet):
             loss = self.loss(clean, noise, t_B)
             self.accelerator.backward(loss / batches)
         return loss.detach(), t_B
+
+    def _recorded(self, *inputs: Tensor) -> Any:
+        """The step of one batch, recorded; none where it is not to be, or not yet."""
+        if self.recording is None and self.taken >= BEFORE_RECORDING and self._is_simple():
+            self.recording = graphs.recorded(self._loss_and_gradients, inputs) or False
+            self.gradients = [parameter.grad for parameter in self.parameters.values()]
+            if not self.recording:
+                self.optimizer.zero_grad()
+        if not self.recording:
+            return None
+        for parameter, gradient in zip(self.parameters.values(), self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.recording
+
+    def _loss_and_gradients(self, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
+        loss = self.loss(clean, noise, t_B)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _is_simple(self) -> bool:
+        """Whether a step is one batch, on one GPU whose memory holds a second set of activations."""
+        settings, device = self.settings, self.accelerator.device
+        if device.type != "cuda" or not graphs.switched_on or settings.memory is not None:
+            return False
+        if settings.gradient_checkpointing or settings.gradient_accumulation_steps > 1:
+            return False
+        held = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+        alone = self.accelerator.num_processes == 1 and self.accelerator.scaler is None
+        return alone and free > 2 * (self.peak - held)
+
+    def _draw_ahead(self) -> None:
+        """On a GPU, what the next step needs, while this one is computed."""
+        if self.accelerator.device.type != "cuda":
+            return
+        self.number += 1
+        for batch in range(self.settings.gradient_accumulation_steps):
+            self.ahead[self.number, batch] = self.draw(batch)
+        self.number -= 1
 
     def _move(self, loss: float) -> None:
         """Move the weights, unless that would spoil them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.disk_latents import DiskLatents
-from tuneavideo.models.devices import unload
+from tuneavideo.models.devices import free_and_total, unload
 from tuneavideo.models.loading import Pipeline
 from tuneavideo.video import AnyVideo, Video
+
+# Frames that a VAE takes at a time on a GPU, and free memory for each: four times what one of 768 x 768 needs.
+MOST_AT_ONCE, FREE_A_FRAME = 6, 6 * 2**30
 
 
 def default_size(pipe: Pipeline) -> int:
@@ -31,7 +35,7 @@ def stride(pipe: Pipeline) -> int:
 def encode(pipe: Pipeline, video: Video) -> dict[str, Tensor]:
     """Moments of the clip's latents: `mean` and `std`, each `1 C T H W`, scaled as the UNet expects them.
 
-    Frames go through the VAE one by one, so memory does not grow with the clip.
+    Frames go through the VAE one by one, on a GPU a few at a time, so memory does not grow with the clip.
     """
     means, stds = zip(*encode_frames(pipe, video), strict=True)
     return {"mean": torch.stack(means, dim=2), "std": torch.stack(stds, dim=2)}
@@ -41,11 +45,24 @@ def encode(pipe: Pipeline, video: Video) -> dict[str, Tensor]:
 def encode_frames(pipe: Pipeline, video: AnyVideo) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and standard deviation of each frame's latents, `1 C H W`."""
     vae, device = pipe.vae, pipe._execution_device
-    for frame_HWC in video.images:
-        pixels = torch.tensor(frame_HWC, dtype=torch.float32) / 127.5 - 1
-        moments = vae.encode(rearrange(pixels, "h w c -> 1 c h w").to(device, vae.dtype)).latent_dist
-        yield moments.mean.float() * vae.config.scaling_factor, moments.std.float() * vae.config.scaling_factor
+    for frames in _batched(video.images, at_once(device)):
+        images = [rearrange(torch.tensor(each, dtype=torch.float32) / 127.5 - 1, "h w c -> 1 c h w") for each in frames]
+        pixels_NCHW = images[0] if len(images) == 1 else torch.cat(images)
+        moments = vae.encode(pixels_NCHW.to(device, vae.dtype)).latent_dist
+        means, stds = (x.float() * vae.config.scaling_factor for x in (moments.mean, moments.std))
+        yield from zip(means.split(1), stds.split(1), strict=True)
     unload(vae)
+
+
+def at_once(device: torch.device) -> int:
+    """Return how many frames go through a VAE at a time: on a GPU as many as leave most of its free memory free."""
+    return max(1, min(MOST_AT_ONCE, free_and_total(device)[0] // FREE_A_FRAME)) if device.type == "cuda" else 1
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    left = iter(items)
+    while batch := list(islice(left, size)):
+        yield batch
 
 
 def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
@@ -63,10 +80,11 @@ def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor | DiskLatents) -> Iterat
 def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor | DiskLatents) -> Iterator[Tensor]:
     """The frames of a clip's latents, `C H W` in 0..1 on the CPU, one at a time and not rounded."""
     vae, device = pipe.vae, pipe._execution_device
-    for number in range(latents_1CTHW.shape[2]):
-        latents_NCHW = latents_1CTHW[:, :, [number]][:, :, 0] / vae.config.scaling_factor
-        pixels_CHW = vae.decode(latents_NCHW.to(device, vae.dtype)).sample[0].float()
-        yield (pixels_CHW / 2 + 0.5).clamp(0, 1).cpu()
+    for numbers in _batched(range(latents_1CTHW.shape[2]), at_once(device)):
+        frames = [latents_1CTHW[:, :, [number]][:, :, 0] for number in numbers]
+        latents_NCHW = (frames[0] if len(frames) == 1 else torch.cat(frames)) / vae.config.scaling_factor
+        pixels_NCHW = vae.decode(latents_NCHW.to(device, vae.dtype)).sample.float()
+        yield from (pixels_NCHW / 2 + 0.5).clamp(0, 1).cpu()
     unload(vae)
 
 

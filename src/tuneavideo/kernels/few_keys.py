@@ -1,0 +1,97 @@
+"""Attention of many tokens to few, such as the words of a text that does not learn, in Triton.
+
+One tile holds all keys, so a map is made in one piece, and on the way back again; only queries get a gradient.
+"""
+
+# Where nothing is computed on GPUs there is no Triton.
+# pyright: reportMissingImports=false, reportIndexIssue=false
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HIGH = 64  # queries of a program
+
+
+@triton.jit
+def _tile(q, k, v, L, M, C, heads, scale, D: tl.constexpr, LED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+          COLS: tl.constexpr):  # fmt: skip
+    """Where the queries of a program lie, which there are, their map, keys and values."""
+    rows, n, d = tl.program_id(0) * HIGH + tl.arange(0, HIGH), tl.arange(0, WIDE), tl.arange(0, COLS)
+    clip, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    inside = (rows[:, None] < L) & (d[None, :] < D)
+    known = (n[:, None] < M) & (d[None, :] < D)
+    at = rows[:, None].to(tl.int64) * C + head * D + d[None, :]
+    own = clip * L * C + at
+    of_keys = (clip * M + n[:, None]) * C + head * D + d[None, :]
+    asked, told = tl.load(k + of_keys, mask=known, other=0.0), tl.load(v + of_keys, mask=known, other=0.0)
+    asking = tl.load(q + (at if LED else own), mask=inside, other=0.0)
+    s = tl.where(n[None, :] < M, tl.dot(asking, tl.trans(asked)) * scale, -1e30)
+    p = tl.exp(s - tl.max(s, 1)[:, None])
+    return own, inside, p / tl.sum(p, 1)[:, None], asked, told
+
+
+@triton.jit
+def _see(q, k, v, y, L, M, C, heads, scale, D: tl.constexpr, LED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+         COLS: tl.constexpr):  # fmt: skip
+    own, inside, p, _, told = _tile(q, k, v, L, M, C, heads, scale, D, LED, HIGH, WIDE, COLS)
+    tl.store(y + own, tl.dot(p.to(told.dtype), told).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _see_gradient(q, k, v, dy, dq, L, M, C, heads, scale, D: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+                  COLS: tl.constexpr):  # fmt: skip
+    own, inside, p, asked, told = _tile(q, k, v, L, M, C, heads, scale, D, False, HIGH, WIDE, COLS)
+    dp = tl.dot(tl.load(dy + own, mask=inside, other=0.0), tl.trans(told))
+    ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
+    tl.store(dq + own, tl.dot(ds.to(asked.dtype), asked).to(dq.dtype.element_ty), mask=inside)
+
+
+def _options(v: Tensor, tokens: int, heads: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    width = v.shape[2] // heads
+    options = {
+        "D": width, "HIGH": HIGH, "WIDE": max(16, triton.next_power_of_2(v.shape[1])),
+        "COLS": max(16, triton.next_power_of_2(width)), "num_warps": 4,
+    }  # fmt: skip
+    return (triton.cdiv(tokens, HIGH), len(v) * heads), options
+
+
+class _FewKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+        (_, tokens, channels), keys = q.shape, v.shape[1]
+        grid, options = _options(v, tokens, heads)
+        y = q.new_empty(len(v), tokens, channels)
+        with torch.cuda.device_of(v):
+            _see[grid](q, k, v, y, tokens, keys, channels, heads, scale, LED=len(q) < len(v), **options)
+        ctx.save_for_backward(q, k, v)
+        ctx.told = heads, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v), (heads, scale), dy = ctx.saved_tensors, ctx.told, gradients[0].contiguous()
+        (_, tokens, channels), keys = q.shape, v.shape[1]
+        grid, options = _options(v, tokens, heads)
+        dq = torch.empty_like(q)
+        with torch.cuda.device_of(v):
+            _see_gradient[grid](q, k, v, dy, dq, tokens, keys, channels, heads, scale, **options)
+        return dq, None, None, None, None
+
+
+def attend(q_BLC: Tensor, k_BMC: Tensor, v_BMC: Tensor, *, heads: int, scale: float) -> Tensor:
+    """Attention to at most 128 keys of at most 128 channels a head: `B L C`.
+
+    Args:
+        q_BLC: Queries of B clips, or of one that all share.
+        k_BMC: Keys, which get no gradient.
+        v_BMC: Values, which get no gradient.
+        heads: C is a multiple of it.
+        scale: Of the products of queries and keys.
+    """
+    q, k, v = (x.contiguous() for x in (q_BLC, k_BMC, v_BMC))
+    return _FewKeys.apply(q, k, v, heads, scale)  # pyright: ignore[reportReturnType]
