@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneavideo.errors import RunError
+from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder, slug
 
@@ -125,3 +125,13 @@ def test_a_folder_inside_a_run_names_the_run(tmp_path: Path) -> None:
     (tmp_path / "a-1/settings.yaml").touch()
     with pytest.raises(RunError, match="it belongs to the run .*a-1$"):
         RunFolder.open(tmp_path / "a-1/edits/000-a")
+
+
+def test_a_tuned_run_of_an_earlier_version_is_read_without_settings_that_were_removed(tmp_path: Path) -> None:
+    run = RunFolder.create("clip.mp4", tmp_path / "run")
+    run.settings.write_text("video: clip.mp4\nprompt: a square\nlora_rank: 2\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="lora_rank"):
+        run.read_settings()
+    run.adapter.mkdir()
+    (run.adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert run.read_settings().prompt == "a square"

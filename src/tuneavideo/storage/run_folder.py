@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tuneavideo.config import as_yaml, checked, read_yaml
+from tuneavideo.config import REMOVED, as_yaml, checked, parse_yaml, stated_values
 from tuneavideo.errors import DiskError, RunError
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import atomic
@@ -162,8 +162,11 @@ class RunFolder:
         atomic.write(self.settings, notes + as_yaml(settings))
 
     def read_settings(self) -> TuneSettings:
-        """Read the settings of the run."""
-        return checked(TuneSettings, read_yaml(self.settings, TuneSettings), str(self.settings))
+        """Read the settings of the run; of a tuned one without those that later versions removed."""
+        values = parse_yaml(self.settings)
+        if self.is_tuned:
+            values = {name: value for name, value in values.items() if name not in REMOVED}
+        return checked(TuneSettings, stated_values(TuneSettings, values, str(self.settings)), str(self.settings))
 
     @property
     def quoted(self) -> str:
