@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import base_folder
 from tests.families import family_folder
-from tests.test_style import PROMPT, style_files
+from tests.shared.style import PROMPT, style_files
 
 from tuneavideo import api, miniature
 from tuneavideo.video import Video, read, write

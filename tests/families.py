@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.conftest import base_folder, image_unet
-from tests.test_inflation import SHAPES
+from tests.shared.inflation import SHAPES
 
 XL = SHAPES["xl"] | {"projection_class_embeddings_input_dim": 16 + 6 * 8}
 UNETS = {"sd1": SHAPES["sd1"], "sd2": SHAPES["sd2"], "turbo": SHAPES["sd2"], "xl": XL}

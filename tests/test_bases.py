@@ -20,7 +20,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.conftest import moving_square
 from tests.families import UNETS, family_folder, original
-from tests.test_job import BRIEF
+from tests.shared.bases import Malicious
+from tests.shared.job import BRIEF
 from tuneavideo import TuneAVideoPipeline, TuneAVideoXLPipeline, api
 from tuneavideo.bases import BASES
 from tuneavideo.cli import main
@@ -208,16 +209,6 @@ def test_our_configs_make_models_of_the_published_sizes(family: str) -> None:
 def test_a_file_is_asked_whether_it_predicts_the_velocity(bases: dict[str, Path]) -> None:
     assert not loading._predicts_velocity(pipelines.load_image_pipeline("miniature"))  # trained to predict the noise
     assert loading._predicts_velocity(pipelines.load_image_pipeline(str(bases["sd2"])))
-
-
-class Malicious:
-    """A pickle that writes a file when it is loaded."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.file,)
 
 
 @pytest.mark.parametrize("place", ["unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "model.ckpt"])

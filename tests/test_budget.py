@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_job import BRIEF
+from tests.shared.job import BRIEF
 from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.config import layers

@@ -21,7 +21,7 @@ from torch.utils import backend_registration
 
 from tests.conftest import base_folder, clip_folder, moving_square
 from tests.families import family_folder
-from tests.test_style import PROMPT, style_files
+from tests.shared.style import PROMPT, style_files
 from tuneavideo import TuneAVideoPipeline, api, video
 from tuneavideo.video import read
 

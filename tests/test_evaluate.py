@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Said
-from tests.test_metrics import passing, still
+from tests.shared.metrics import passing, still
 from tuneavideo import api, miniature
 from tuneavideo.cli import main, tables
 from tuneavideo.errors import RunError

@@ -11,8 +11,8 @@ from einops import rearrange
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.conftest import image_unet
-from tests.test_job import BRIEF
-from tests.test_noise import STABLE
+from tests.shared.job import BRIEF
+from tests.shared.noise import STABLE
 from tuneavideo import api
 from tuneavideo.errors import SettingsError
 from tuneavideo.method.attention import SparseCausalAttention, TemporalAttention, referred

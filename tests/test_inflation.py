@@ -12,38 +12,17 @@ from diffusers.models.attention_processor import Attention
 from torch.nn.functional import group_norm
 
 from tests.conftest import image_unet
+from tests.shared.inflation import SHAPES, randomised
 from tuneavideo.errors import ModelError
 from tuneavideo.method.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, only_first, referred
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import added_parameters, deflate, inflate, trainable_parameters, video_unet
 from tuneavideo.settings import Inflation, TuneSettings
 
-SHAPES = {
-    "sd1": {},
-    "sd2": {"use_linear_projection": True, "attention_head_dim": (2, 4), "num_attention_heads": None},
-    "xl": {
-        "use_linear_projection": True,
-        "transformer_layers_per_block": (1, 2),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 72,
-    },
-}
-
 
 def conditions(unet: UNet2DConditionModel, clips: int) -> Conditions:
     pooled = None if unet.config.addition_embed_type is None else torch.randn(clips, 24)
     return Conditions(torch.randn(clips, 5, 24), pooled)
-
-
-def randomised(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Temporal layers as after tuning: nothing at zero."""
-    torch.manual_seed(5)
-    for parameter in added_parameters(unet).values():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return unet
 
 
 def test_every_frame_refers_to_the_first_frame_and_the_one_before() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.clips import clapped
 from tests.conftest import Said, base_folder, moving_square
+from tests.shared.job import BRIEF, same
 from tuneavideo import api, miniature
 from tuneavideo.cli import main
 from tuneavideo.errors import RunError, SettingsError, VideoError
@@ -25,8 +26,6 @@ from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import read
 
 CLIP = str(miniature.clips()[0]["path"])
-BRIEF = {"num_frames": 3, "max_train_steps": 4, "learning_rate": 1e-2, "num_inference_steps": 3,
-         "gradient_checkpointing": False, "guidance_scale": 3.0}  # fmt: skip
 FLAGS = [
     word for name, value in BRIEF.items() if value is not False for word in (f"--{name.replace('_', '-')}", str(value))
 ]
@@ -42,11 +41,6 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         clip, "a red square moves", edit=["a blue circle moves"], base=str(base), out=out, stride=2,
         validation_steps=2, formats=("mp4", "gif", "frames"), mixed_precision="no", **BRIEF,
     )  # fmt: skip
-
-
-def same(a: Path, b: Path) -> bool:
-    left, right = load_file(a / "adapter/adapter.safetensors"), load_file(b / "adapter/adapter.safetensors")
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_run_folder_holds_all_of_a_run_and_nothing_to_resume(run: Path) -> None:

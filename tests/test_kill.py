@@ -21,7 +21,7 @@ import torch
 
 from tests import forks
 from tests.conftest import moving_square
-from tests.test_job import BRIEF
+from tests.shared.job import BRIEF
 from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.config import as_yaml

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load, save_file
 
-from tests.test_job import BRIEF
+from tests.shared.job import BRIEF
 from tuneavideo import api
 from tuneavideo.errors import AdapterError, DiskError, RunError, VideoError
 from tuneavideo.progress import Events

@@ -13,8 +13,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from tests.conftest import Said, image_unet
-from tests.test_job import same
-from tests.test_noise import STABLE
+from tests.shared.job import same
+from tests.shared.noise import STABLE
 from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.errors import SettingsError

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.test_tuning import tuning
+from tests.shared.tuning import tuning
 from tuneavideo.method import losses
 
 

@@ -6,7 +6,6 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from tests.conftest import clip_folder
+from tests.shared.metrics import SIDE, passing, still
 from tuneavideo import miniature
 from tuneavideo.errors import ModelError, VideoError
 from tuneavideo.evaluation.metrics import background, clip, flicker, judge_metrics, motion, warp
@@ -23,26 +23,6 @@ from tuneavideo.evaluation.metrics.flow import Dis, Raft, consistent_pixels, loa
 from tuneavideo.evaluation.metrics.judge import Judge
 from tuneavideo.evaluation.metrics.table import METRICS, load_model
 from tuneavideo.video import Video, read, write, write_image
-
-SIDE = 64
-
-
-def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Blotches a few pixels wide, such as flow can follow, H W 3."""
-    raw = np.random.default_rng(seed).normal(size=(*shape, 3))
-    return np.clip(128 + 220 * cv2.GaussianBlur(raw, (0, 0), 1.5), 0, 255).astype(np.uint8)
-
-
-def passing(step: tuple[int, int], seed: int = 0, frames: int = 6) -> Video:
-    """A texture that moves by `step` (x, y) from frame to frame."""
-    far = 5 * max(map(abs, (*step, 1)))
-    sheet = noise((SIDE + 2 * far, SIDE + 2 * far), seed)
-    corners = [(far - t * step[1], far - t * step[0]) for t in range(frames)]
-    return Video(np.stack([sheet[y : y + SIDE, x : x + SIDE] for y, x in corners]), 8)
-
-
-def still(seed: int = 0, frames: int = 6) -> Video:
-    return passing((0, 0), seed, frames)
 
 
 def beside(left: Video, right: Video) -> Video:

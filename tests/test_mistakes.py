@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Said, base_folder, image_unet
-from tests.test_job import BRIEF
+from tests.shared.job import BRIEF
 from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.settings import TuneSettings

@@ -8,15 +8,13 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, EulerDiscreteSchedule
 from torch import Tensor
 
 from tests.conftest import image_unet
+from tests.shared.noise import STABLE
 from tuneavideo.errors import SettingsError
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.inversion import invert, path_to
 from tuneavideo.method.noise import Levels, add_noise, ddim_move, split, target
 from tuneavideo.method.sampling import generate, mix_noise
 from tuneavideo.settings import SAMPLERS
-
-STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-          "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
 
 
 def levels(**changes) -> Levels:

@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from tests.conftest import image_unet, moving_square
-from tests.test_adapter import learned
+from tests.shared.adapter import learned
 from tuneavideo import TuneAVideoPipeline, api
 from tuneavideo.bases import BASES
 from tuneavideo.errors import AdapterError, SettingsError

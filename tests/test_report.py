@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.browser import Browser, chromium
 from tests.conftest import moving_square
-from tests.test_job import BRIEF
+from tests.shared.job import BRIEF
 from tuneavideo import api
 from tuneavideo.cli import main
 from tuneavideo.errors import DiskError, RunError

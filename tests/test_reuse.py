@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.conftest import image_unet
-from tests.test_inflation import randomised
+from tests.shared.inflation import randomised
 from tuneavideo.method.deepcache import inner_layers, reusing
 from tuneavideo.method.inflate import VideoUNet, inflate
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from tests.conftest import image_unet, moving_square
-from tests.test_job import BRIEF
+from tests.shared.job import BRIEF
 from tuneavideo import api
 from tuneavideo.errors import RunError
 from tuneavideo.progress import Events, Progress

@@ -13,27 +13,15 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
 
-from tests.conftest import image_unet
-from tests.test_noise import STABLE
+from tests.shared.noise import STABLE
+from tests.shared.tuning import tuning
 from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.inflate import inflate, trainable_parameters
+from tuneavideo.method.inflate import trainable_parameters
 from tuneavideo.method.noise import Levels
 from tuneavideo.method.tuning import Tuning
-from tuneavideo.settings import PRESETS, TuneSettings
+from tuneavideo.settings import PRESETS
 from tuneavideo.training.optimizers import make_optimizer
-
-
-def tuning(
-    frames: int = 3, prediction: str = "epsilon", accelerator: Accelerator | None = None, **changes: Any
-) -> Tuning:
-    torch.manual_seed(8)
-    settings = TuneSettings(**({"video": "-", "prompt": "-", "learning_rate": 1e-2, "max_train_steps": 4} | changes))
-    moments = {"mean": torch.randn(1, 4, frames, 8, 8), "std": torch.full((1, 4, frames, 8, 8), 0.1)}
-    video = inflate(image_unet(), settings.inflation)
-    text = torch.randn(1, 5, 24)
-    levels = Levels.of(DDIMScheduler(**STABLE, prediction_type=prediction))
-    return Tuning(video, levels, moments, text, settings, accelerator or Accelerator(cpu=True), make_optimizer)
 
 
 def weights(work: Tuning) -> dict[str, torch.Tensor]:

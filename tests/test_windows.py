@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import image_unet
-from tests.test_tuning import tuning
+from tests.shared.tuning import tuning
 from tuneavideo.config import checked
 from tuneavideo.errors import SettingsError
 from tuneavideo.method.inflate import VideoUNet, inflate
