@@ -33,6 +33,7 @@ from tuneavideo.method.tuning import Tuning
 from tuneavideo.models import codec
 from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
+from tuneavideo.training.optimizers import make_optimizer
 
 
 class Watched(Accelerator):
@@ -55,7 +56,8 @@ class Replay(Tuning):
 
     def __init__(self, video: VideoUNet, known: Levels, golden: Golden) -> None:
         text, unused, self.watched = golden["encoder_hidden_states"][0], golden["latents"][0], Watched()
-        super().__init__(video, known, {"mean": unused, "std": unused}, text, tune_settings(golden), self.watched)
+        moments, settings = {"mean": unused, "std": unused}, tune_settings(golden)
+        super().__init__(video, known, moments, text, settings, self.watched, make_optimizer)
         self.golden, self.seen = golden, {}
         self.video.unet.register_forward_hook(self._see)
 
