@@ -64,6 +64,9 @@ class Replay(Tuning):
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(self.golden[name][self.number] for name in ("latents", "noise", "timesteps"))
 
+    def _is_simple(self) -> bool:
+        return False  # a recorded step calls no hooks
+
     def _see(self, _: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         for name, x_NCHW in (("noisy_latents", inputs[0]), ("pred", outputs[0])):
             self.seen[name] = rearrange(x_NCHW, "(b t) c h w -> b c t h w", t=self.video.clip.frames)

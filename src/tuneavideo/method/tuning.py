@@ -252,7 +252,7 @@ class Tuning:
 
     def _draw_ahead(self) -> None:
         """On a GPU, what the next step needs, while this one is computed."""
-        if self.accelerator.device.type != "cuda":
+        if self.accelerator.device.type != "cuda" or self.number + 1 >= self.settings.max_train_steps:
             return
         self.number += 1
         for batch in range(self.settings.gradient_accumulation_steps):
