@@ -136,7 +136,7 @@ def _check(name: str, tensors: Sequence[torch.Tensor], there: Sequence[There], g
 
 def _place() -> str:
     frame = sys._getframe()
-    while frame and "/tuneavideo/" not in frame.f_code.co_filename:
+    while frame and "/src/tuneavideo/" not in frame.f_code.co_filename:
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_name}" if frame else ""
 
