@@ -135,3 +135,11 @@ def test_a_tuned_run_of_an_earlier_version_is_read_without_settings_that_were_re
     run.adapter.mkdir()
     (run.adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
     assert run.read_settings().prompt == "a square"
+
+
+def test_a_new_run_that_is_discarded_leaves_a_folder_named_base(tmp_path: Path) -> None:
+    run = RunFolder.create("clip.mp4", tmp_path / "run")
+    run.base.mkdir()
+    (run.base / "own.txt").write_text("mine", encoding="utf-8")
+    run.discard()
+    assert [path.name for path in run.path.iterdir()] == ["base"] and (run.base / "own.txt").is_file()

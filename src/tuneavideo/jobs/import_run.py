@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from tuneavideo import video as videos
@@ -27,11 +28,13 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
     if not any(map(is_temporal, layers)):
         raise CheckpointError(f"{checkpoint} has no temporal layers: it was not tuned on a clip")
     run = RunFolder.create(settings.video, out)
+    converted = False
     with run.locked():
         try:
             yield Progress("open", path=run.path, about=settings.base)
             if own_base:
-                convert(checkpoint, run.base, "diffusers")
+                convert(checkpoint, run.base, "diffusers")  # refuses a folder that is there
+                converted = True
                 settings = settings.model_copy(update={"base": str(run.base.absolute())})
             if settings.stride is None and settings.sample_fps is None:  # as other programs take them
                 settings = settings.model_copy(update={"stride": 1})
@@ -41,6 +44,8 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
             _fill(run, settings, span, found)
             run.keep()
         except Exception:
+            if converted:
+                shutil.rmtree(run.base, ignore_errors=True)
             run.discard()
             raise
     yield Progress("tune", path=run.path)

@@ -122,7 +122,7 @@ class _AlongTime(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v), (frames, heads, scale), dy = ctx.saved_tensors, ctx.told, gradients[0].contiguous()
         if len(q) < len(v):
-            raise NotImplementedError("clips that are led do not learn")
+            raise NotImplementedError("attention injection has no gradients; it is used in edits only")
         grid, sizes, options = _options(q, v, frames, heads)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         with torch.cuda.device_of(v):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import unicodedata
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -145,7 +144,6 @@ class RunFolder:
         weights = self.adapter / "adapter.safetensors"  # without its config it is no adapter
         for file in (self.source, self.latents, self._steps, weights, self.settings, self.path / LOCK, self.path / NEW):
             file.unlink(missing_ok=True)
-        shutil.rmtree(self.base, ignore_errors=True)
         _remove_if_empty(self.adapter)
         if made:
             _remove_if_empty(self.path)
