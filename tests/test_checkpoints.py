@@ -113,6 +113,8 @@ def test_pytorch_files_are_written_as_torch_reads_them(tmp_path: Path) -> None:
     for mapped in (True, False):
         loaded = torch.load(tmp_path / "x.bin", weights_only=True, mmap=mapped)
         assert same({name: LazyTensor.of(tensor) for name, tensor in loaded.items()}, tensors())
+    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
+        assert archive.testzip() is None  # checksums are those of the contents
 
 
 # Security

@@ -55,7 +55,7 @@ def concatenated(parts: Sequence[LazyTensor]) -> LazyTensor:
 def to_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes, little-endian in C order; a contiguous CPU tensor is not copied."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())
 
 
 def from_file(path: Path, pieces: Sequence[tuple[int, int]], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -6,12 +6,13 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -92,21 +93,27 @@ def read_torch(path: Path) -> tuple[Tensors, list[str]]:
 
 
 def write_torch(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write a dict for `torch.load`: first the archive without contents, then one tensor after the other.
+    """Write a dict for `torch.load`, one tensor after the other. Raises DiskError."""
+    with FakeTensorMode():
+        empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+    with atomic.replacing(path) as draft, draft.open("wb") as file, skip_data(materialize_fake_tensors=True):
+        archive = _Archive(file, tensors.values())
+        try:
+            torch.serialization._save(empty, archive, pickle, 2, False)
+        finally:  # an archive without an end aborts the program when it is deleted
+            archive.file.write_end_of_file()
 
-    The archive's CRC-32 sums are those of empty contents; PyTorch does not read them. Raises DiskError.
-    """
-    with atomic.replacing(path) as draft:
-        with FakeTensorMode():
-            empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
-        with draft.open("wb") as file, skip_data(materialize_fake_tensors=True):
-            torch.save(empty, file)
-        with FakeTensorMode():
-            placed = torch.load(draft, weights_only=True)
-        with draft.open("r+b") as file:
-            for name, tensor in tensors.items():
-                file.seek(_offset(placed[name]) or 0)
-                file.write(to_bytes(tensor.read()))
+
+class _Archive:
+    """Archive for `torch.serialization._save` that reads each tensor when its bytes are written."""
+
+    def __init__(self, file: BinaryIO, tensors: Iterable[LazyTensor]) -> None:
+        self.file, self.tensors = torch._C.PyTorchFileWriter(file), iter(tensors)
+        self.write_record = self.file.write_record
+
+    def write_record_metadata(self, name: str, size: int) -> None:
+        content: Any = torch.from_numpy(np.frombuffer(to_bytes(next(self.tensors).read()), np.uint8))
+        self.write_record(name, content.untyped_storage(), size)
 
 
 def _from_safetensors(path: Path, name: str) -> Tensor:
