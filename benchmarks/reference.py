@@ -22,10 +22,10 @@ from torch.nn.functional import group_norm, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.sized import Parts
-from tuneavideo.method.attention import Clip, ClipGroupNorm, SparseCausalAttention, TextAttention, VideoBlock
+from tuneavideo.method.attention import ClipGroupNorm, ClipLayout, SparseCausalAttention, TextAttention, VideoBlock
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import inflate, trainable_parameters
-from tuneavideo.method.noise import Levels, add_noise, ddim_move, split, target
+from tuneavideo.method.noise import NoiseSchedule, add_noise, ddim_move, split, target
 
 TUNED = ("attn1.to_q", "attn2.to_q", "attn_temp")
 
@@ -39,7 +39,7 @@ def scores(attention: Attention, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor) ->
 
 
 class PlainSparseCausalAttention(Attention):
-    clip: Clip
+    clip: ClipLayout
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         frames = self.clip.frames
@@ -56,7 +56,7 @@ class PlainSparseCausalAttention(Attention):
 
 
 class PlainBlock(BasicTransformerBlock):
-    clip: Clip
+    clip: ClipLayout
     norm_temp: nn.LayerNorm
     attn_temp: Attention
 
@@ -68,7 +68,7 @@ class PlainBlock(BasicTransformerBlock):
 
 
 class PlainClipNorm(nn.GroupNorm):
-    clip: Clip
+    clip: ClipLayout
 
     def forward(self, input: Tensor) -> Tensor:
         x_BCTHW = rearrange(input, "(b t) c h w -> b c t h w", t=self.clip.frames)
@@ -96,7 +96,7 @@ class Reference:
     """
 
     parts: Parts
-    levels: Levels
+    levels: NoiseSchedule
     frozen: tuple[str, ...] = ()
     reentrant: bool = False
     tuned: dict[str, nn.Parameter] = field(init=False)

@@ -140,7 +140,7 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
     from tuneavideo import api
     from tuneavideo.method import editing, inversion
     from tuneavideo.method.inflate import video_unet
-    from tuneavideo.method.noise import Levels
+    from tuneavideo.method.noise import NoiseSchedule
     from tuneavideo.method.windows import WindowedUNet, Windows
     from tuneavideo.models import codec, pipelines
     from tuneavideo.storage import cache
@@ -149,7 +149,7 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
 
     run = RunFolder(api.tune(clip, "a man", out=work / "run", num_frames=frames, window=WINDOW, max_train_steps=100))
     pipe, source = pipelines.load_pipeline("miniature", adapter=run.adapter), read(run.source)
-    levels, kept = Levels.of(pipe.scheduler), cache.read(run.latents)
+    noise_schedule, kept = NoiseSchedule.of(pipe.scheduler), cache.read(run.latents)
     assert kept
     negative, caption, *texts = codec.embed(pipe, ["", "a man", *EDITS]).split(1)
     settings = run.read_settings().model_copy(update={"num_inference_steps": steps})
@@ -160,12 +160,14 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
     }
     for name, windows in cuts.items():
         began, unet = time.process_time(), WindowedUNet(video_unet(pipe.unet), windows)
-        path = inversion.path_to(editing.sampler_of(levels, settings), levels, steps, "trailing")
-        *_, inverted = editing.invert(unet, levels, kept["mean"], negative, path)
+        path = inversion.path_to(editing.sampler_of(noise_schedule, settings), noise_schedule, steps, "trailing")
+        *_, inverted = editing.invert(unet, noise_schedule, kept["mean"], negative, path)
         grid, made = inverted.timesteps[::-1], []
         for text in texts:
-            sampler, trajectory = editing.sampler_of(levels, settings), inverted.trajectory
-            *_, edit = editing.edit(unet, levels, sampler, settings, trajectory, kept["mean"], caption, text, negative)
+            sampler, trajectory = editing.sampler_of(noise_schedule, settings), inverted.trajectory
+            *_, edit = editing.edit(
+                unet, noise_schedule, sampler, settings, trajectory, kept["mean"], caption, text, negative
+            )
             made.append(codec.decode(pipe, edit.latents, 8.0)[0].frames_THWC)
         cut = Windows(WINDOW, 0) if windows.holds(frames) else windows
         borders = [span.start for span in cut.spans(frames, float(grid[0]))[1:]]  # of the last step

@@ -29,7 +29,7 @@ from tuneavideo.errors import ModelError
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import video_unet
 from tuneavideo.method.inversion import invert
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.sampling import generate
 from tuneavideo.models import codec, loading, pipelines
 from tuneavideo.video import read
@@ -58,10 +58,10 @@ def test_every_family_tunes_and_edits(kind: str, bases: dict[str, Path], clip: P
 def round_trip(base: Path, clip: Path) -> float:
     """PSNR in dB of a clip that was inverted and generated again, against what its latents decode to."""
     pipe = pipelines.load_pipeline(str(base))
-    levels, video, empty = Levels.of(pipe.scheduler), video_unet(pipe.unet), codec.embed(pipe, [""])
+    noise_schedule, video, empty = NoiseSchedule.of(pipe.scheduler), video_unet(pipe.unet), codec.embed(pipe, [""])
     clean = codec.encode(pipe, read(clip, count=2, size=(16, 16)))["mean"]
-    *_, up = invert(video, levels, clean, empty, levels.inversion_grid(25, "trailing"))
-    *_, down = generate(video, levels.sampler("ddim", 25, spacing="trailing"), up.latents, empty, empty, 1.0)
+    *_, up = invert(video, noise_schedule, clean, empty, noise_schedule.inversion_grid(25, "trailing"))
+    *_, down = generate(video, noise_schedule.sampler("ddim", 25, spacing="trailing"), up.latents, empty, empty, 1.0)
     (back,), (there,) = (codec.decode(pipe, latents, 8) for latents in (down.latents, clean))
     return 10 * np.log10(255**2 / max(1e-3, np.mean((back.frames_THWC.astype(float) - there.frames_THWC) ** 2)))
 
@@ -72,7 +72,7 @@ def test_the_velocity_is_inverted_as_well_as_the_noise_without_any_signal_at_the
     zero = shutil.copytree(bases["sd2"], tmp_path / "zero")
     config = zero / "scheduler/scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rescale_betas_zero_snr": True}))
-    assert Levels.of(pipelines.load_image_pipeline(str(zero)).scheduler).alphas[-1] == 0
+    assert NoiseSchedule.of(pipelines.load_image_pipeline(str(zero)).scheduler).alphas[-1] == 0
     noise, velocity, without = (round_trip(base, clip) for base in (bases["turbo"], bases["sd2"], zero))
     assert noise > 40 and velocity > noise - 0.5 and without > 40
 

@@ -18,11 +18,11 @@ from tuneavideo.errors import SettingsError
 from tuneavideo.method.attention import SparseCausalAttention, TemporalAttention, referred
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.inversion import invert, path_to
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.sampling import Source, generate
 from tuneavideo.settings import OTHER_LEVELS, SAMPLERS, Inflation
 
-LEVELS = Levels.of(DDIMScheduler(**STABLE))
+LEVELS = NoiseSchedule.of(DDIMScheduler(**STABLE))
 CLIP, TEXT = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 24)
 
 
@@ -41,7 +41,7 @@ def test_in_a_led_batch_every_clip_looks_where_the_first_does_and_sees_its_own(k
     layer = next(layer for layer in video.unet.modules() if isinstance(layer, kind))
     frames, width = 3, layer.to_q.in_features
     x = torch.randn(2 * 6, 4, width)  # two clips, of two sets of three frames or of six sites
-    layer.clip.clips, layer.clip.frames, layer.clip.led = 2, frames, True
+    layer.clip.clips, layer.clip.frames, layer.clip.inject = 2, frames, True
     references = ("first", "previous")
 
     def seen(y: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_in_a_led_batch_every_clip_looks_where_the_first_does_and_sees_its_own(k
     try:
         made = layer(x)
     finally:
-        layer.clip.led = False
+        layer.clip.inject = False
     leader = x[:6]
     q, k = layer.to_q(leader).repeat(2, 1, 1), seen(layer.to_k(leader)).repeat(2, 1, 1)
     mixed = scaled_dot_product_attention(
@@ -69,7 +69,7 @@ def test_a_clip_that_follows_itself_is_what_it_was(video: VideoUNet) -> None:
         for source in (Source(way, TEXT, 1.0), None)
     )
     assert torch.allclose(led, alone, atol=1e-4)
-    assert not video.clip.led
+    assert not video.clip.inject
 
 
 def sampler_again():
@@ -83,7 +83,7 @@ def test_edits_follow_in_the_first_steps_only(video: VideoUNet) -> None:
         clip = video.clip
 
         def __call__(self, x, *rest):
-            seen.append((len(x), video.clip.led))
+            seen.append((len(x), video.clip.inject))
             return video(x, *rest)
 
     way, other = [CLIP] * 4, torch.randn_like(CLIP)

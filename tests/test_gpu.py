@@ -12,7 +12,7 @@ from tuneavideo import kernels, miniature
 from tuneavideo.kernels import channels_last
 from tuneavideo.method import graphs
 from tuneavideo.method.inflate import VideoUNet, inflate
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.settings import TuneSettings
 from tuneavideo.training.optimizers import make_optimizer
@@ -49,7 +49,7 @@ def asked(video: VideoUNet, clips: int, frames: int) -> tuple[torch.Tensor, torc
 def test_a_unet_predicts_the_same_with_kernels(clips, frames, led, monkeypatch):
     torch.manual_seed(0)
     video = small_unet()
-    video.clip.led = led
+    video.clip.inject = led
     inputs = asked(video, clips, frames)
     found = video(*inputs)
     monkeypatch.setattr(kernels, "suit", lambda *_: False)
@@ -76,7 +76,13 @@ def test_recorded_steps_have_the_losses_of_others(monkeypatch):
         scheduler = DDIMScheduler.from_pretrained(miniature.MODEL / "scheduler")
         moments = {"mean": x, "std": torch.ones_like(x)}
         tuning = Tuning(
-            video, Levels.of(scheduler), moments, text, settings, Accelerator(mixed_precision="bf16"), make_optimizer
+            video,
+            NoiseSchedule.of(scheduler),
+            moments,
+            text,
+            settings,
+            Accelerator(mixed_precision="bf16"),
+            make_optimizer,
         )
         told = [(step.loss, bool(tuning.recording)) for step in tuning]
         assert told[-1][1] == recorded

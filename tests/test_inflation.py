@@ -14,7 +14,14 @@ from torch.nn.functional import group_norm
 from tests.conftest import image_unet
 from tests.shared.inflation import SHAPES, randomised
 from tuneavideo.errors import ModelError
-from tuneavideo.method.attention import Clip, ClipGroupNorm, SparseCausalAttention, VideoBlock, only_first, referred
+from tuneavideo.method.attention import (
+    ClipGroupNorm,
+    ClipLayout,
+    SparseCausalAttention,
+    VideoBlock,
+    only_first,
+    referred,
+)
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import added_parameters, deflate, inflate, trainable_parameters, video_unet
 from tuneavideo.settings import Inflation, TuneSettings
@@ -90,7 +97,7 @@ def test_group_norms_span_the_clip_where_asked() -> None:
     x = torch.randn(6, 16, 4, 4)
     norm = torch.nn.GroupNorm(8, 16)
     per_frame = norm(x)
-    norm.__class__, norm.clip = ClipGroupNorm, Clip(frames=3)
+    norm.__class__, norm.clip = ClipGroupNorm, ClipLayout(frames=3)
     spanning = group_norm(x.unflatten(0, (2, 3)).transpose(1, 2), 8).transpose(1, 2).flatten(0, 1)
     assert torch.allclose(norm(x), spanning, atol=1e-6)
     assert not torch.allclose(per_frame, spanning, atol=1e-2)
@@ -184,5 +191,5 @@ def test_each_frame_attends_to_the_tokens_it_refers_to(references: tuple[str, ..
         numbers = {"first": 0, "previous": max(t - 1, 0), "own": t}
         seen = torch.cat([x_TLC[numbers[name]] for name in references])
         expected.append(layer(x_TLC[t : t + 1], seen[None]))
-    layer.__class__, layer.clip = SparseCausalAttention, Clip(frames, references)
+    layer.__class__, layer.clip = SparseCausalAttention, ClipLayout(frames, references)
     assert torch.allclose(layer(x_TLC), torch.cat(expected), atol=1e-6)

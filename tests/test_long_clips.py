@@ -21,7 +21,7 @@ from tuneavideo.errors import SettingsError
 from tuneavideo.method import inversion, sampling, streaming
 from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet, inflate
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.windows import WindowedUNet, Windows
 from tuneavideo.models import host_memory
 from tuneavideo.settings import SAMPLERS, STOCHASTIC_SAMPLERS
@@ -30,7 +30,7 @@ from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import DiskVideo, Video, clip, read, read_any, write
 from tuneavideo.video.montage import side_by_side
 
-LEVELS = Levels.of(DDIMScheduler(**STABLE))
+LEVELS = NoiseSchedule.of(DDIMScheduler(**STABLE))
 BRIEF = {"num_frames": 40, "window": 8, "max_train_steps": 3, "learning_rate": 1e-2, "num_inference_steps": 2,
          "num_inv_steps": 2, "gradient_checkpointing": False, "guidance_scale": 3.0, "mixed_precision": "no",
          "formats": ("mp4", "frames")}  # fmt: skip

@@ -13,7 +13,7 @@ from tuneavideo import miniature
 from tuneavideo.cli import main
 from tuneavideo.method.inflate import video_unet
 from tuneavideo.method.inversion import invert, path_to
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.sampling import generate
 from tuneavideo.models import codec, pipelines
 from tuneavideo.video import read
@@ -49,10 +49,10 @@ def test_words_it_does_not_know_do_no_harm(pipe: StableDiffusionPipeline) -> Non
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_inversion_then_generation_returns_the_clip(spacing: str, pipe: StableDiffusionPipeline) -> None:
     clip = read(miniature.clips()[0]["path"], stride=4, count=3, size=(64, 64))
-    clean, levels = codec.encode(pipe, clip)["mean"], Levels.of(pipe.scheduler)
+    clean, noise_schedule = codec.encode(pipe, clip)["mean"], NoiseSchedule.of(pipe.scheduler)
     empty, video = codec.embed(pipe, [""]), video_unet(pipe.unet)
-    sampler = levels.sampler("ddim", 50, spacing=spacing)
-    *_, up = invert(video, levels, clean, empty, path_to(sampler, levels, 50, spacing))
+    sampler = noise_schedule.sampler("ddim", 50, spacing=spacing)
+    *_, up = invert(video, noise_schedule, clean, empty, path_to(sampler, noise_schedule, 50, spacing))
     *_, down = generate(video, sampler, up.latents, empty, empty, 1.0)
     (back,), (there,) = (codec.decode(pipe, latents, 8) for latents in (down.latents, clean))
     assert psnr(back.frames_THWC, there.frames_THWC) >= 30
@@ -96,7 +96,7 @@ def test_tuning_learns_the_clip(pipe: StableDiffusionPipeline) -> None:
     settings = checked(TuneSettings, layers(stated, {}))
     text = codec.embed(fresh, ["a dog is jumping on the grass"])
     tuning = Tuning(
-        video_unet(fresh.unet), Levels.of(fresh.scheduler), codec.encode(fresh, clip), text, settings,
+        video_unet(fresh.unet), NoiseSchedule.of(fresh.scheduler), codec.encode(fresh, clip), text, settings,
         Accelerator(cpu=True), make_optimizer,
     )  # fmt: skip
 

@@ -12,13 +12,13 @@ from tests.shared.noise import STABLE
 from tuneavideo.errors import SettingsError
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.inversion import invert, path_to
-from tuneavideo.method.noise import Levels, add_noise, ddim_move, split, target
+from tuneavideo.method.noise import NoiseSchedule, add_noise, ddim_move, split, target
 from tuneavideo.method.sampling import generate, mix_noise
 from tuneavideo.settings import SAMPLERS
 
 
-def levels(**changes) -> Levels:
-    return Levels.of(DDIMScheduler(**(STABLE | changes)))
+def levels(**changes) -> NoiseSchedule:
+    return NoiseSchedule.of(DDIMScheduler(**(STABLE | changes)))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_right_prediction_gives_back_the_clean_latents_and_the_noise(kind: str
 def test_noise_and_targets_are_those_of_diffusers(kind: str) -> None:
     scheduler = DDIMScheduler(**STABLE, prediction_type=kind)
     clean, noise, t = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4, 3, 8, 8), torch.tensor([7, 800])
-    alpha = Levels.of(scheduler).alphas[t]
+    alpha = NoiseSchedule.of(scheduler).alphas[t]
     assert torch.allclose(add_noise(clean, noise, alpha), scheduler.add_noise(clean, noise, t), atol=1e-6)
     if kind == "v_prediction":
         velocity = scheduler.get_velocity(clean, noise, t)
@@ -103,7 +103,7 @@ def test_every_sampler_starts_where_a_trailing_inversion_ends(name: str, steps: 
 class Knowing:
     """A stand-in for a perfect model: it knows the clean latents."""
 
-    def __init__(self, clean: Tensor, own: Levels) -> None:
+    def __init__(self, clean: Tensor, own: NoiseSchedule) -> None:
         self.clean, self.own = clean, own
 
     def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -141,12 +141,12 @@ def test_more_steps_than_the_model_knows_are_refused() -> None:
 
 def test_levels_are_those_of_the_scheduler_however_it_was_made() -> None:
     for scheduler in (DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear"), DDIMScheduler(500, beta_end=0.01)):
-        assert torch.equal(Levels.of(scheduler).alphas, scheduler.alphas_cumprod)
+        assert torch.equal(NoiseSchedule.of(scheduler).alphas, scheduler.alphas_cumprod)
 
 
 def test_samplers_are_what_their_names_say_whatever_the_base_ships() -> None:
     shipped = EulerDiscreteScheduler(beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True)
-    own = Levels.of(shipped)
+    own = NoiseSchedule.of(shipped)
     assert own.sampler("ddim", 5).scheduler.config.clip_sample is False
     assert own.sampler("dpm++", 5).scheduler.config.use_karras_sigmas is False
     assert own.sampler("dpm++-karras", 5).scheduler.config.use_karras_sigmas is True

@@ -49,7 +49,7 @@ def test_a_unet_in_bf16_predicts_what_it_does_in_full_precision(led: bool, monke
     monkeypatch.setattr(tiles, "has_tiles", lambda: False)
     video = inflate(image_unet(2))
     x, text = torch.randn(3, 4, 4, 8, 8), torch.randn(3, 5, 24)
-    video.clip.led = led
+    video.clip.inject = led
     full = video(x, torch.tensor(300), text)
     torch.nn.Module.to(video.unet, torch.bfloat16)
     assert error(video(x, torch.tensor(300), text), full.double()) < 0.02

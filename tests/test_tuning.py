@@ -18,7 +18,7 @@ from tests.shared.tuning import tuning
 from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import trainable_parameters
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.settings import PRESETS
 from tuneavideo.training.optimizers import make_optimizer
@@ -134,7 +134,7 @@ def test_half_precision_keeps_what_learns_in_float32() -> None:
     work = tuning()
     work.video.unet.to(torch.bfloat16)
     again = Tuning(
-        work.video, Levels.of(DDIMScheduler(**STABLE)), {"mean": work.mean, "std": work.std}, work.text,
+        work.video, NoiseSchedule.of(DDIMScheduler(**STABLE)), {"mean": work.mean, "std": work.std}, work.text,
         work.settings, Accelerator(cpu=True), make_optimizer,
     )  # fmt: skip
     chosen = trainable_parameters(work.video.unet, work.settings.trainable_modules)

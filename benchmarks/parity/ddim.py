@@ -13,7 +13,7 @@ from benchmarks.parity.golden import SPACING, Golden, Place, levels, opened
 from benchmarks.parity.pipe import decoded
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.inversion import invert
-from tuneavideo.method.noise import Levels, ddim_move, split
+from tuneavideo.method.noise import NoiseSchedule, ddim_move, split
 from tuneavideo.method.sampling import generate
 
 # name: (what it starts from, what it should and what it should not show)
@@ -30,7 +30,7 @@ class Walk:
     """A model on its way between clean latents and noise, in `steps` steps."""
 
     video: VideoUNet
-    levels: Levels
+    levels: NoiseSchedule
     steps: int
 
     def inverted(self, x: Tensor, text: Tensor) -> list[Tensor]:
@@ -56,7 +56,7 @@ def ddim(place: Place, golden: Golden) -> Iterator[Difference]:
             yield from decoded(name, place.pipe, golden[f"sampled_g{match[1]}"], golden[name])
 
 
-def schedule(golden: Golden, known: Levels, steps: int) -> Iterator[Difference]:
+def schedule(golden: Golden, known: NoiseSchedule, steps: int) -> Iterator[Difference]:
     """Noise levels, timesteps, seeded noise."""
     yield relative("alphas_cumprod", known.alphas, golden["alphas_cumprod"], DDIM)
     yield relative("final_alpha_cumprod", known.final_alpha, golden["final_alpha_cumprod"], DDIM)
@@ -68,7 +68,7 @@ def schedule(golden: Golden, known: Levels, steps: int) -> Iterator[Difference]:
         yield absolute(name, drawn, golden[name], LAYER)
 
 
-def single_steps(golden: Golden, known: Levels, steps: int) -> Iterator[Difference]:
+def single_steps(golden: Golden, known: NoiseSchedule, steps: int) -> Iterator[Difference]:
     """Steps from a timestep towards the clean latents, or to it from them, with a given prediction."""
     sampler = known.sampler("ddim", steps, spacing=SPACING)
     for name, match in golden.matching(r"unit_ddim_step_t(\d+)"):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tuneavideo.method.inflate import VideoUNet, added_parameters, inflate
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.settings import PRESETS
 
 OFFICIAL = PRESETS["official"]
@@ -95,7 +95,7 @@ def give(unet: UNet2DConditionModel, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"the UNet has no {unknown[0]}")
 
 
-def levels(set_alpha_to_one: bool = False) -> Levels:
+def levels(set_alpha_to_one: bool = False) -> NoiseSchedule:
     """The noise levels of Stable Diffusion 1, with which all was recorded."""
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    return Levels.of(DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=set_alpha_to_one))
+    return NoiseSchedule.of(DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=set_alpha_to_one))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.parity.compare import LAYER, Difference, absolute, gradients_agree
 from benchmarks.parity.golden import Golden, On, Place
-from tuneavideo.method.attention import Clip
+from tuneavideo.method.attention import ClipLayout
 from tuneavideo.method.inflate import inflate
 
 
@@ -76,7 +76,7 @@ LAYERS: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], nn.Module]
 }
 
 
-def called(layer: nn.Module, inputs: dict[str, Tensor], clip: Clip, about: dict[str, Any]) -> Tensor:
+def called(layer: nn.Module, inputs: dict[str, Tensor], clip: ClipLayout, about: dict[str, Any]) -> Tensor:
     """Output of an image layer for clips `B C T H W`, or for tokens of images `N L C`, laid out like the input."""
     others = dict(inputs)
     x = others.pop("x" if "x" in inputs else "hidden_states")

@@ -28,7 +28,7 @@ from benchmarks.parity.ddim import Walk
 from benchmarks.parity.golden import OFFICIAL, Golden, On, Place, give, image_unet, levels, opened
 from benchmarks.parity.pipe import decoded, embedded
 from tuneavideo.method.inflate import VideoUNet, added_parameters, inflate
-from tuneavideo.method.noise import Levels, target
+from tuneavideo.method.noise import NoiseSchedule, target
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.models import codec
 from tuneavideo.progress import Step
@@ -54,7 +54,7 @@ class Watched(Accelerator):
 class Replay(Tuning):
     """Draws what was recorded instead of random numbers; keeps what the UNet was `seen` to get and to give."""
 
-    def __init__(self, video: VideoUNet, known: Levels, golden: Golden) -> None:
+    def __init__(self, video: VideoUNet, known: NoiseSchedule, golden: Golden) -> None:
         text, unused, self.watched = golden["encoder_hidden_states"][0], golden["latents"][0], Watched()
         moments, settings = {"mean": unused, "std": unused}, tune_settings(golden)
         super().__init__(video, known, moments, text, settings, self.watched, make_optimizer)
@@ -104,7 +104,7 @@ def tune_settings(golden: Golden) -> TuneSettings:
     return TuneSettings(**OFFICIAL | shared | rest | ({} if frozen else {"frozen_modules": ()}))
 
 
-def replayed(golden: Golden, known: Levels, video: VideoUNet) -> Iterator[Difference]:
+def replayed(golden: Golden, known: NoiseSchedule, video: VideoUNet) -> Iterator[Difference]:
     """Tune as the published run did; all that is not tuned stays what it was, bit for bit."""
     before = {name: value.clone() for name, value in video.unet.state_dict().items()}
     replay = Replay(video, known, golden)
@@ -142,7 +142,9 @@ def updates(prefix: str, golden: Golden, replay: Tuning, before: dict[str, Tenso
             yield absolute(prefix + name, ours[name], theirs, 0.0)
 
 
-def validated(golden: Golden, known: Levels, video: VideoUNet, pipe: StableDiffusionPipeline) -> Iterator[Difference]:
+def validated(
+    golden: Golden, known: NoiseSchedule, video: VideoUNet, pipe: StableDiffusionPipeline
+) -> Iterator[Difference]:
     """The validation that ended the published run, each stage from what is recorded of the one before."""
     config, empty = golden.about["config"]["validation_data"], codec.embed(pipe, [""])
     path = Walk(video, known, config["num_inv_steps"]).inverted(golden["val.latent_in"], empty)

@@ -24,7 +24,7 @@ from tuneavideo.method import editing, sampling
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.editing import Trajectory
 from tuneavideo.method.inflate import VideoUNet, deflate, inflate, video_unet
-from tuneavideo.method.noise import Levels, Sampler
+from tuneavideo.method.noise import NoiseSchedule, Sampler
 from tuneavideo.method.sampling import EditStep
 from tuneavideo.models import codec, loading
 from tuneavideo.models.adapter import Adapter, Attached
@@ -178,7 +178,7 @@ class _SeesClips(_Stock):
             SettingsError: No clip is given and there is none in a run folder, or a setting is unknown or wrong.
         """
         chosen = self._settings(_stated(settings, num_inference_steps=num_inference_steps))
-        levels, steps = Levels.of(self.scheduler), chosen.inversion_steps
+        noise_schedule, steps = NoiseSchedule.of(self.scheduler), chosen.inversion_steps
         if video is None:
             video, clean = self._tuned_clip()
         else:
@@ -188,9 +188,9 @@ class _SeesClips(_Stock):
         empty, caption = codec.embed(self, [""]), codec.embed(self, [prompt])
         unet, clean = editing.prepared(self._video(), chosen, clean.shape[2]), clean.to(self._execution_device)
         with self.progress_bar(total=steps) as bar:
-            grid = levels.inversion_grid(steps, chosen.timestep_spacing)
+            grid = noise_schedule.inversion_grid(steps, chosen.timestep_spacing)
             last = None
-            for last in editing.invert(unet, levels, clean, empty, grid):  # noqa: B007 - the last one is wanted
+            for last in editing.invert(unet, noise_schedule, clean, empty, grid):  # noqa: B007 - the last one is wanted
                 bar.update()
         assert last, "an inversion has steps"
         self.maybe_free_model_hooks()
@@ -313,7 +313,7 @@ class _SeesClips(_Stock):
         trajectory = replace(clip.trajectory, latents=clip.trajectory.latents.to(device))
         unet = editing.prepared(self._video(), chosen, trajectory.latents.shape[2], reuse=chosen.feature_reuse)
         return editing.edit(
-            unet, Levels.of(self.scheduler), sampler, chosen, trajectory, trajectory.latents[-1:],
+            unet, NoiseSchedule.of(self.scheduler), sampler, chosen, trajectory, trajectory.latents[-1:],
             clip.caption.to(device), text, negative, generator,
         )  # fmt: skip
 
@@ -337,7 +337,7 @@ class _SeesClips(_Stock):
     def _sampler(self, stated: Mapping[str, Any], chosen: Sampling) -> Sampler:
         if self._samples_itself(stated):
             return Sampler.of(self.scheduler, chosen.num_inference_steps, chosen.strength)
-        return editing.sampler_of(Levels.of(self.scheduler), chosen)
+        return editing.sampler_of(NoiseSchedule.of(self.scheduler), chosen)
 
     def _tuned_clip(self) -> tuple[Video, Tensor]:
         """The clip of the adapter's run folder, and its latents as they were when it was tuned."""

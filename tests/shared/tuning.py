@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from tests.conftest import image_unet
 from tests.shared.noise import STABLE
 from tuneavideo.method.inflate import inflate
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.settings import TuneSettings
 from tuneavideo.training.optimizers import make_optimizer
@@ -25,5 +25,5 @@ def tuning(
     moments = {"mean": torch.randn(1, 4, frames, 8, 8), "std": torch.full((1, 4, frames, 8, 8), 0.1)}
     video = inflate(image_unet(), settings.inflation)
     text = torch.randn(1, 5, 24)
-    levels = Levels.of(DDIMScheduler(**STABLE, prediction_type=prediction))
-    return Tuning(video, levels, moments, text, settings, accelerator or Accelerator(cpu=True), make_optimizer)
+    noise_schedule = NoiseSchedule.of(DDIMScheduler(**STABLE, prediction_type=prediction))
+    return Tuning(video, noise_schedule, moments, text, settings, accelerator or Accelerator(cpu=True), make_optimizer)

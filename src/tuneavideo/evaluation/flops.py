@@ -43,7 +43,7 @@ class CountingUNet:
             results: list[Tensor] = []
             self.total += count_flops(lambda: results.append(self.video(*args)))
             return results[0]
-        key = (tuple(args[0].shape), self.clip.led)
+        key = (tuple(args[0].shape), self.clip.inject)
         if key not in self.counts:
             self.counts[key] = count_flops(lambda: self.video(*args))
         self.total += self.counts[key]

@@ -34,7 +34,7 @@ from tuneavideo.evaluation.metrics.judge import Judge, Reading
 from tuneavideo.evaluation.metrics.judge_metrics import ATTRIBUTES, subject_squares
 from tuneavideo.method import editing, inversion
 from tuneavideo.method.inflate import VideoUNet, inflate
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.models import codec, pipelines, quiet
 from tuneavideo.settings import Sampling, TuneSettings
@@ -206,22 +206,22 @@ def _edit(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tup
     clip = videos.read(
         settings.video, start=settings.start, stride=settings.stride or 1, count=count, size=(side, side)
     )
-    moments, levels = codec.encode(pipe, clip), Levels.of(pipe.scheduler)
+    moments, noise_schedule = codec.encode(pipe, clip), NoiseSchedule.of(pipe.scheduler)
     empty = codec.embed(pipe, [settings.negative_prompt])
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
     stages: dict[str, Any] = {}
     if tuned:
         stages["tune"] = _tune(pipe, video, settings, moments)
     pipe.unet.requires_grad_(False).eval()
-    sampler, clean = editing.sampler_of(levels, settings), moments["mean"]
-    path = inversion.path_to(sampler, levels, settings.inversion_steps, settings.timestep_spacing)
+    sampler, clean = editing.sampler_of(noise_schedule, settings), moments["mean"]
+    path = inversion.path_to(sampler, noise_schedule, settings.inversion_steps, settings.timestep_spacing)
     with _measured(stages, "invert", CountingUNet(video)) as unet:
-        *_, inverted = editing.invert(unet, levels, clean, empty, path)
+        *_, inverted = editing.invert(unet, noise_schedule, clean, empty, path)
     text, caption = codec.embed(pipe, list(prompts)), codec.embed(pipe, [settings.prompt])
     generators = [torch.Generator().manual_seed(settings.seed) for _ in prompts]
     with _measured(stages, "edit", CountingUNet(video, settings.feature_reuse)) as unet:
         *_, last = editing.edit(
-            unet, levels, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators
+            unet, noise_schedule, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators
         )  # fmt: skip
     return clip, codec.decode(pipe, last.latents, clip.fps), stages
 
@@ -230,7 +230,9 @@ def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str
     """Tune, or load the weights from the cache, which variants that differ in sampling alone share."""
     own = settings.model_dump(mode="json", exclude=set(Sampling.model_fields))
     caption = codec.embed(pipe, [settings.prompt])
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True), make_optimizer)
+    tuning = Tuning(
+        video, NoiseSchedule.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True), make_optimizer
+    )
     per_batch = count_flops(lambda: tuning.learn(0))
     pipe.unet.zero_grad()
 

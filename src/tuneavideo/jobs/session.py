@@ -18,7 +18,7 @@ from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.editing import Trajectory
 from tuneavideo.method.inflate import VideoUNet
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.windows import Windows
 from tuneavideo.models import codec
 from tuneavideo.models.addons import AddOns
@@ -57,9 +57,9 @@ class EditSession:
     addons: AddOns = dataclasses.field(default_factory=AddOns)
 
     @property
-    def levels(self) -> Levels:
+    def noise_schedule(self) -> NoiseSchedule:
         """Noise levels of the base."""
-        return Levels.of(self.pipe.scheduler)
+        return NoiseSchedule.of(self.pipe.scheduler)
 
     def edit(
         self, requests: Sequence[tuple[str, int]], settings: Sampling
@@ -72,8 +72,8 @@ class EditSession:
             prompts = [prompt for prompt, _ in batch]
             negative, text = self._embedded([settings.negative_prompt, *prompts]).split([1, len(prompts)])
             latents, steps = clean, editing.edit(
-                self._prepared(settings, settings.feature_reuse), self.levels,
-                editing.sampler_of(self.levels, settings), settings, trajectory, clean, caption, text, negative,
+                self._prepared(settings, settings.feature_reuse), self.noise_schedule,
+                editing.sampler_of(self.noise_schedule, settings), settings, trajectory, clean, caption, text, negative,
                 [torch.Generator().manual_seed(seed) for _, seed in batch], folder=self.run.path,
             )  # fmt: skip
             for step in steps:
@@ -116,7 +116,7 @@ class EditSession:
             return Trajectory(kept["latents"].to(clean.device), passed)
         video, empty, folder = self._prepared(settings), self._embedded([""]), self.run.path
         step = None
-        for step in editing.invert(video, self.levels, clean, empty, timesteps, whole=whole, folder=folder):
+        for step in editing.invert(video, self.noise_schedule, clean, empty, timesteps, whole=whole, folder=folder):
             yield Progress("invert", step.number, step.total)
         assert step, "an inversion has steps"
         self.recent[file] = step.trajectory
@@ -135,8 +135,8 @@ class EditSession:
 
     def _path(self, settings: Sampling) -> list[int]:
         """Timesteps of the inversion."""
-        sampler = editing.sampler_of(self.levels, settings)
-        return inversion.path_to(sampler, self.levels, settings.inversion_steps, settings.timestep_spacing)
+        sampler = editing.sampler_of(self.noise_schedule, settings)
+        return inversion.path_to(sampler, self.noise_schedule, settings.inversion_steps, settings.timestep_spacing)
 
     def _clean(self) -> Any:
         return self.moments["mean"].to(self.pipe._execution_device)

@@ -26,7 +26,7 @@ from tuneavideo.jobs.prepare import encode_clip, encode_text, precision_of, read
 from tuneavideo.jobs.session import EditSession, Moments
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet, inflate
-from tuneavideo.method.noise import Levels
+from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.models import codec, devices, pipelines
 from tuneavideo.models.adapter import Adapter, fingerprint
@@ -71,7 +71,7 @@ def _tune(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> G
     moments, text = _encode(settings, accelerator, pipe, run, clip, moments)
     base_fingerprint = fingerprint(pipe.unet)
     video = inflate(pipe.unet, settings.inflation, seed=settings.seed)
-    tuning = Tuning(video, Levels.of(pipe.scheduler), moments, text, settings, accelerator, make_optimizer)
+    tuning = Tuning(video, NoiseSchedule.of(pipe.scheduler), moments, text, settings, accelerator, make_optimizer)
     manager = CheckpointManager(run, tuning, accelerator)
     if accelerator.is_main_process:
         manager.check_room(clip, moments)

@@ -1,7 +1,7 @@
 """The layers that make an image UNet see a clip.
 
 Shape letters: B clips, T frames, N = B*T images, L tokens of an image, M tokens looked at, H heads, D head channels,
-C channels. Each layer is a subclass of the image layer it takes the place of, and shares one `Clip` that says how
+C channels. Each layer is a subclass of the image layer it takes the place of, and shares one `ClipLayout` that says how
 many frames the batch of images holds.
 """
 
@@ -30,25 +30,31 @@ WIDEST = 256
 
 
 @dataclass
-class Clip:
-    """How the images of a batch make up clips; one object, shared by all layers of a UNet and set by `VideoUNet`.
+class ClipLayout:
+    """How the images of a batch form clips; one object, shared by all layers of a UNet and set by `VideoUNet`.
 
-    An inflated UNet therefore serves one request at a time. With `led`, every clip of the batch looks where the first
-    one does: attention takes queries and keys of that one, and values of its own (Plug-and-Play, section 4).
+    An inflated UNet therefore serves one request at a time.
+
+    Attributes:
+        frames: Frames per clip.
+        references: Frames that self-attention refers to (see `REFERENCES`).
+        clips: Clips in the batch.
+        inject: Attention injection: every clip takes the queries and keys of the first one, the source, and values of
+            its own (Plug-and-Play, section 4).
     """
 
     frames: int = 1
     references: tuple[str, ...] = ("first", "previous")
     clips: int = 1
-    led: bool = False
+    inject: bool = False
 
-    def leaders(self, x: Tensor) -> Tensor:
-        """The part of a batch that decides where to look."""
-        return x[: len(x) // self.clips] if self.led else x
+    def source_part(self, x: Tensor) -> Tensor:
+        """Return the part of a batch that queries and keys are computed from: with injection, the first clip."""
+        return x[: len(x) // self.clips] if self.inject else x
 
-    def followed(self, x: Tensor) -> Tensor:
-        """What was made of the leaders, for the whole batch."""
-        return x.repeat(self.clips, *(1,) * (x.ndim - 1)) if self.led else x
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Repeat what was computed from the source part for the whole batch."""
+        return x.repeat(self.clips, *(1,) * (x.ndim - 1)) if self.inject else x
 
 
 def previous(x_BTLC: Tensor, start: int, frames: int) -> Tensor:
@@ -96,7 +102,7 @@ class SparseCausalAttention(Attention):
     diffusers replaces processors when slicing, fusing or loading IP-Adapters.
     """
 
-    clip: Clip
+    clip: ClipLayout
     to_k: nn.Linear
     to_v: nn.Linear
     to_out: nn.ModuleList
@@ -109,8 +115,8 @@ class SparseCausalAttention(Attention):
         x_BTLC = rearrange(hidden_states, "(b t) l c -> b t l c", t=frames)
         start = only_first(frames, references)
         last = frames if "own" in references else max(frames - 1, 1)  # nobody looks at the last frame
-        leaders_BTLC = self.clip.leaders(x_BTLC)
-        q_BTLC, k_BTLC = self.to_q(leaders_BTLC), projected(self.to_k, leaders_BTLC[:, :last])
+        source_BTLC = self.clip.source_part(x_BTLC)
+        q_BTLC, k_BTLC = self.to_q(source_BTLC), projected(self.to_k, source_BTLC[:, :last])
         v_BTLC = projected(self.to_v, x_BTLC[:, :last])
         parts = []
         if start:
@@ -125,11 +131,11 @@ class SparseCausalAttention(Attention):
     def _on_gpu(self, x_NLC: Tensor) -> Tensor:
         """The same, one clip after the other: what lies together is never copied, or cut apart on the way back."""
         frames, references = self.clip.frames, self.clip.references
-        start, leaders_NLC = only_first(frames, references), self.clip.leaders(x_NLC)
-        of_k, of_v = self.to_k(leaders_NLC), self.to_v(x_NLC)
-        q_BTLC, k_BTLC, v_BTLC = (x.unflatten(0, (-1, frames)) for x in (self.to_q(leaders_NLC), of_k, of_v))
+        start, source_NLC = only_first(frames, references), self.clip.source_part(x_NLC)
+        of_k, of_v = self.to_k(source_NLC), self.to_v(x_NLC)
+        q_BTLC, k_BTLC, v_BTLC = (x.unflatten(0, (-1, frames)) for x in (self.to_q(source_NLC), of_k, of_v))
         looked = numbers(start, frames, references)
-        if self.clip.led and kernels.suit(x_NLC, "shared") and len(v_BTLC) * v_BTLC.shape[3] <= WIDEST * self.heads:
+        if self.clip.inject and kernels.suit(x_NLC, "shared") and len(v_BTLC) * v_BTLC.shape[3] <= WIDEST * self.heads:
             asking, asked = q_BTLC[0], k_BTLC[0]
             begun = [self._shared(asking[:start], asked, v_BTLC, [[0]] * start)] if start else []
             rest = [self._shared(asking[start:], asked, v_BTLC, looked)] if looked else []
@@ -164,23 +170,23 @@ class SparseCausalAttention(Attention):
 class TemporalAttention(Attention):
     """Attention along time at every site."""
 
-    clip: Clip
+    clip: ClipLayout
     to_k: nn.Linear
     to_v: nn.Linear
     to_out: nn.ModuleList
 
     def forward(self, hidden_states: Tensor, *_, **__) -> Tensor:
         """`S T C` to `S T C`, for S sites of all clips."""
-        leaders = self.clip.leaders(hidden_states)
-        y_STC = attend(self, self.to_q(leaders), self.to_k(leaders), self.to_v(hidden_states))
+        source = self.clip.source_part(hidden_states)
+        y_STC = attend(self, self.to_q(source), self.to_k(source), self.to_v(hidden_states))
         return self.to_out[1](self.to_out[0](y_STC))
 
     def of_images(self, x_NLC: Tensor) -> Tensor:
         """The same of images, `N L C` to `N L C`, on GPUs without moving them to another order."""
         frames = self.clip.frames
         if kernels.suit(x_NLC, "time") and frames <= kernels.MOST_FRAMES:
-            leaders = self.clip.leaders(x_NLC)
-            q, k, v = self.to_q(leaders), self.to_k(leaders), self.to_v(x_NLC)
+            source = self.clip.source_part(x_NLC)
+            q, k, v = self.to_q(source), self.to_k(source), self.to_v(x_NLC)
             along = kernels.module("along_time")
             y_NLC = along.attend(q, k, v, frames=frames, heads=self.heads, scale=self.scale)
             return self.to_out[1](self.to_out[0](y_NLC))
@@ -195,7 +201,7 @@ class TextAttention(Attention):
     one was (Prompt-to-Prompt, section 3, with queries in place of maps).
     """
 
-    clip: Clip
+    clip: ClipLayout
     to_k: nn.Linear
     to_v: nn.Linear
     to_out: nn.ModuleList
@@ -203,17 +209,17 @@ class TextAttention(Attention):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """`N L C` to `N L C`; a text `B L D`, of clips instead of images, is one that their frames share."""
         text: Any = encoder_hidden_states
-        frames, leaders_NLC = self.clip.frames, self.clip.leaders(hidden_states)
-        x_NLC = self.clip.followed(leaders_NLC)
+        frames, source_NLC = self.clip.frames, self.clip.source_part(hidden_states)
+        x_NLC = self.clip.broadcast(source_NLC)
         if isinstance(text, tuple):  # an IP-Adapter adds something for each image
             words, pictures = text
             text = (words.repeat_interleave(len(x_NLC) // len(words), dim=0), pictures)
         if not isinstance(text, Tensor) or len(text) == len(x_NLC):
             return super().forward(x_NLC, text, *args, **kwargs)
-        if self._of_few(leaders_NLC, text):
+        if self._of_few(source_NLC, text):
             k_BMC, v_BMC = self.to_k(text), self.to_v(text)
             if not (k_BMC.requires_grad or v_BMC.requires_grad):
-                q_BLC = self.to_q(leaders_NLC).unflatten(0, (-1, frames)).flatten(1, 2)
+                q_BLC = self.to_q(source_NLC).unflatten(0, (-1, frames)).flatten(1, 2)
                 few = kernels.module("few_keys")
                 y_BLC = few.attend(q_BLC, k_BMC, v_BMC, heads=self.heads, scale=self.scale)
                 return self.to_out[1](self.to_out[0](y_BLC.unflatten(1, (frames, -1)).flatten(0, 1)))
@@ -261,7 +267,7 @@ def attend(attn: Attention, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor) -> Tens
 class VideoBlock(BasicTransformerBlock):
     """A transformer block of an image UNet, followed by attention along time at every site."""
 
-    clip: Clip
+    clip: ClipLayout
     norm_temp: nn.LayerNorm
     attn_temp: TemporalAttention
 
@@ -310,7 +316,7 @@ def _added_and_normed(norm: Any, x: Tensor, more: Tensor | None = None) -> tuple
 class ClipGroupNorm(nn.GroupNorm):
     """Group normalisation whose statistics span all frames of a clip."""
 
-    clip: Clip
+    clip: ClipLayout
 
     def forward(self, input: Tensor) -> Tensor:
         """`N C H W` to `N C H W`."""

@@ -20,7 +20,7 @@ from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.deepcache import reusing
 from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet
-from tuneavideo.method.noise import Levels, Sampler
+from tuneavideo.method.noise import NoiseSchedule, Sampler
 from tuneavideo.method.sampling import Source
 from tuneavideo.method.windows import WindowedUNet, Windows
 from tuneavideo.settings import Sampling
@@ -38,7 +38,7 @@ class Trajectory:
     latents: Any  # in memory or on the disk
     timesteps: tuple[int, ...]
 
-    def start(self, sampler: Sampler, levels: Levels, injected: float = 0.0) -> int:
+    def start(self, sampler: Sampler, noise_schedule: NoiseSchedule, injected: float = 0.0) -> int:
         """The place in `timesteps` at which sampling starts, with injection in a fraction of its steps.
 
         Raises:
@@ -46,7 +46,9 @@ class Trajectory:
         """
         needed = [round(float(t)) for t in sampler.timesteps]
         known = f"the inversion has the clip at timesteps {_listed(self.timesteps)}"
-        first = next((place for place, t in enumerate(self.timesteps) if inversion.starts_at(sampler, levels, t)), None)
+        first = next(
+            (place for place, t in enumerate(self.timesteps) if inversion.starts_at(sampler, noise_schedule, t)), None
+        )
         if first is None:
             raise SettingsError(
                 f"sampling starts at timestep {float(sampler.timesteps[0]):g}; {known}. Invert and sample with the "
@@ -80,9 +82,9 @@ def prepared(video: VideoUNet, settings: Sampling, frames: int, *, reuse: int = 
     return WindowedUNet(video, windows)
 
 
-def sampler_of(levels: Levels, settings: Sampling) -> Sampler:
+def sampler_of(noise_schedule: NoiseSchedule, settings: Sampling) -> Sampler:
     """The sampler that `settings` ask for, at its first step."""
-    return levels.sampler(
+    return noise_schedule.sampler(
         settings.sampler,
         settings.num_inference_steps,
         spacing=settings.timestep_spacing,
@@ -108,7 +110,7 @@ class InvertedStep:
 
 def invert(
     video: Any,
-    levels: Levels,
+    noise_schedule: NoiseSchedule,
     clean: Tensor | DiskLatents,
     empty: Conditions | Tensor,
     timesteps: Sequence[int],
@@ -120,7 +122,7 @@ def invert(
 
     Args:
         video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
-        levels: Noise levels of the base.
+        noise_schedule: Noise schedule of the base model.
         clean: Latents of the clip, `1 C T H W`.
         empty: Conditions of the empty prompt.
         timesteps: Rising; `inversion.path_to` finds those that end where sampling starts.
@@ -130,9 +132,9 @@ def invert(
     passed: list[Tensor] = []
     if isinstance(clean, DiskLatents):
         assert folder, "latents on the disk need a folder for others like them"
-        steps = streaming.invert(video, levels, clean, empty, [*timesteps], whole=whole, folder=folder)
+        steps = streaming.invert(video, noise_schedule, clean, empty, [*timesteps], whole=whole, folder=folder)
     else:
-        steps, passed = inversion.invert(video, levels, clean, empty, [*timesteps]), [clean]
+        steps, passed = inversion.invert(video, noise_schedule, clean, empty, [*timesteps]), [clean]
     for step in steps:
         latents, below = step.latents, timesteps[: step.number]
         if isinstance(latents, Tensor):
@@ -142,7 +144,7 @@ def invert(
 
 def edit(
     video: Any,
-    levels: Levels,
+    noise_schedule: NoiseSchedule,
     sampler: Sampler,
     settings: Sampling,
     trajectory: Trajectory,
@@ -158,7 +160,7 @@ def edit(
 
     Args:
         video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
-        levels: Noise levels of the base.
+        noise_schedule: Noise schedule of the base model.
         sampler: Such as `sampler_of` returns.
         settings: Guidance, attention injection and fresh noise.
         trajectory: Of the clip, as `invert` returns it.
@@ -173,7 +175,7 @@ def edit(
         SettingsError: The trajectory does not have the levels that the sampler passes.
     """
     fraction, count = settings.attention_injection, len(text)
-    latents = trajectory.latents.split(1)[trajectory.start(sampler, levels, fraction) :]
+    latents = trajectory.latents.split(1)[trajectory.start(sampler, noise_schedule, fraction) :]
     generators: list[Any] = generator if isinstance(generator, list) else [generator] * count
     options: dict[str, Any] = {
         "batch_guidance": settings.batch_guidance,

@@ -63,7 +63,7 @@ class RecordingUNet(VideoUNet):
             return super().__call__(x_BCTHW, t, text)
         known: dict[Any, Any] = vars(self)["known"]
         inputs = (x_BCTHW, t, told.text_BLD)
-        key = (self.clip.led, *((x.shape, x.dtype) for x in inputs))
+        key = (self.clip.inject, *((x.shape, x.dtype) for x in inputs))
         if key not in known:  # the first call builds kernels
             known[key] = None
             return super().__call__(*inputs)

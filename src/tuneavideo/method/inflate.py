@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from tuneavideo.errors import ModelError, SettingsError
 from tuneavideo.method.attention import (
-    Clip,
     ClipGroupNorm,
+    ClipLayout,
     SparseCausalAttention,
     TemporalAttention,
     TextAttention,
@@ -45,7 +45,7 @@ class VideoUNet:
     """An inflated UNet called with clips. The only place where a clip becomes a batch of images."""
 
     unet: UNet2DConditionModel
-    clip: Clip
+    clip: ClipLayout
     control: Callable[..., dict[str, Any]] | None = None  # see `control.Control`
 
     def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def inflate(unet: UNet2DConditionModel, inflation: Inflation | None = None, *, s
         raise ModelError(f"{type(unet).__name__} has no transformer blocks to inflate; give a Stable Diffusion UNet")
     if isinstance(blocks[0], VideoBlock):
         raise ModelError("this UNet is inflated already; deflate(unet) turns it back into an image UNet")
-    clip = Clip(references=inflation.references)
+    clip = ClipLayout(references=inflation.references)
     generator = torch.Generator().manual_seed(seed)
     for block in blocks:
         _see_time(block, clip, inflation.temporal_init, generator, get_parameter_dtype(unet))
@@ -152,7 +152,7 @@ def trainable_parameters(
 
 
 def _see_time(
-    block: BasicTransformerBlock, clip: Clip, init: str, generator: torch.Generator, dtype: torch.dtype
+    block: BasicTransformerBlock, clip: ClipLayout, init: str, generator: torch.Generator, dtype: torch.dtype
 ) -> None:
     like = block.attn1.to_q.weight
     width = like.shape[1]
@@ -186,7 +186,7 @@ def _clip_norms(unet: UNet2DConditionModel) -> Iterator[nn.GroupNorm]:
         yield unet.conv_norm_out
 
 
-def _become(layer: nn.Module, kind: type[nn.Module], clip: Clip) -> None:
+def _become(layer: nn.Module, kind: type[nn.Module], clip: ClipLayout) -> None:
     layer.__class__ = kind
     layer.clip = clip  # pyright: ignore[reportArgumentType]
 

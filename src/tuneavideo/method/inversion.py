@@ -12,7 +12,7 @@ from torch import Tensor
 from tuneavideo.errors import SettingsError
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet
-from tuneavideo.method.noise import Levels, Sampler, ddim_move, split
+from tuneavideo.method.noise import NoiseSchedule, Sampler, ddim_move, split
 
 # Neighbouring levels of a 50-step grid differ by a fifth and more.
 SAME_LEVEL = 1e-3
@@ -28,20 +28,20 @@ class InversionStep:
     alpha: float
 
 
-def starts_at(sampler: Sampler, levels: Levels, t: int) -> bool:
+def starts_at(sampler: Sampler, noise_schedule: NoiseSchedule, t: int) -> bool:
     """Return whether `sampler` starts on the level of timestep `t`."""
-    return math.isclose(float(levels.alphas[t]), sampler.start_alpha, rel_tol=SAME_LEVEL, abs_tol=1e-6)
+    return math.isclose(float(noise_schedule.alphas[t]), sampler.start_alpha, rel_tol=SAME_LEVEL, abs_tol=1e-6)
 
 
-def path_to(sampler: Sampler, levels: Levels, steps: int, spacing: str | None) -> list[int]:
+def path_to(sampler: Sampler, noise_schedule: NoiseSchedule, steps: int, spacing: str | None) -> list[int]:
     """Timesteps, rising, of the inversion that ends on the level where `sampler` starts.
 
     Raises:
         SettingsError: No step of the inversion ends there; the message says which settings would.
     """
-    grid = levels.inversion_grid(steps, spacing)
+    grid = noise_schedule.inversion_grid(steps, spacing)
     for number, t in enumerate(grid, start=1):
-        if starts_at(sampler, levels, t):
+        if starts_at(sampler, noise_schedule, t):
             return grid[:number]
     raise SettingsError(
         f"sampling starts at timestep {float(sampler.timesteps[0]):g}, where no step of the inversion ends: its "
@@ -52,7 +52,11 @@ def path_to(sampler: Sampler, levels: Levels, steps: int, spacing: str | None) -
 
 @torch.no_grad()
 def invert(
-    video: VideoUNet, levels: Levels, latents_BCTHW: Tensor, text: Conditions | Tensor, timesteps: list[int]
+    video: VideoUNet,
+    noise_schedule: NoiseSchedule,
+    latents_BCTHW: Tensor,
+    text: Conditions | Tensor,
+    timesteps: list[int],
 ) -> Iterator[InversionStep]:
     """Invert clean latents through rising `timesteps`, without guidance; yields after every step.
 
@@ -62,11 +66,11 @@ def invert(
     """
     x = latents_BCTHW
     device = x.device
-    alpha = levels.final_alpha.to(device)
+    alpha = noise_schedule.final_alpha.to(device)
     for number, t in enumerate(timesteps, start=1):
         output = video(x, torch.tensor(t, device=device), text).to(x.dtype)
-        above = levels.alphas[t].to(device)
-        x, alpha = moved(x, output, alpha, above, levels.prediction_type), above
+        above = noise_schedule.alphas[t].to(device)
+        x, alpha = moved(x, output, alpha, above, noise_schedule.prediction_type), above
         yield InversionStep(number, len(timesteps), x, float(alpha))
 
 

@@ -48,7 +48,7 @@ def ddim_move(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Levels:
+class NoiseSchedule:
     """The noise levels a base model was trained on, read from its scheduler's config.
 
     Attributes:
@@ -64,7 +64,7 @@ class Levels:
     config: dict[str, Any]
 
     @classmethod
-    def of(cls, scheduler: Any) -> Levels:
+    def of(cls, scheduler: Any) -> NoiseSchedule:
         """Read the levels of any diffusers scheduler that has betas. Raises SettingsError for other kinds."""
         # diffusers would drop what was passed by position and happens to be listed as a default
         config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}

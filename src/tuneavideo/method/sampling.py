@@ -135,8 +135,8 @@ class Guided:
     def _predict(self, x: Tensor, t: Tensor, text: Conditions, injected: Injected | None) -> Tensor:
         if injected is None:
             return self.video(x, t, text)
-        self.video.clip.led = True
+        self.video.clip.inject = True
         try:
             return self.video(torch.cat([injected[0], x]), t, injected[1].joined(text))[1:]
         finally:
-            self.video.clip.led = False
+            self.video.clip.inject = False

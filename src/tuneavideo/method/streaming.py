@@ -20,7 +20,7 @@ from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.inversion import moved
-from tuneavideo.method.noise import Levels, Sampler
+from tuneavideo.method.noise import NoiseSchedule, Sampler
 from tuneavideo.method.sampling import Guided, Source
 from tuneavideo.method.windows import WindowedUNet
 from tuneavideo.models import codec, host_memory
@@ -70,7 +70,7 @@ def mix_noise(
 @torch.no_grad()
 def invert(
     video: WindowedUNet,
-    levels: Levels,
+    noise_schedule: NoiseSchedule,
     latents: DiskLatents,
     text: Conditions | Tensor,
     timesteps: list[int],
@@ -82,16 +82,16 @@ def invert(
 
     The file holds the last step's latents, or with `whole` those of all steps, the last first, and the clean ones.
     """
-    x, alpha = _copy(latents, folder), levels.final_alpha.to(latents.device)
+    x, alpha = _copy(latents, folder), noise_schedule.final_alpha.to(latents.device)
     trajectory = _blank((len(timesteps) + 1 if whole else 1, *latents.shape[1:]), latents.device, folder)
     steps_latents = trajectory.split(1)
     steps_latents[-1].fill(latents)
     for number, t in enumerate(timesteps, start=1):
-        above, now = levels.alphas[t].to(x.device), torch.tensor(t, device=x.device)
+        above, now = noise_schedule.alphas[t].to(x.device), torch.tensor(t, device=x.device)
         predict = partial(_predicted, video.video, t=now, text=text)
         for frames, output in video.windows.blended(predict, partial(_frames, x), x.shape[2], float(t)):
             part = x[:, :, frames]
-            x[:, :, frames] = moved(part, output.to(part.dtype), alpha, above, levels.prediction_type)
+            x[:, :, frames] = moved(part, output.to(part.dtype), alpha, above, noise_schedule.prediction_type)
         alpha = above
         steps_latents[-1 - number if whole else 0].fill(x)
         yield DiskStep(number, len(timesteps), trajectory)

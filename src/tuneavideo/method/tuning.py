@@ -20,7 +20,7 @@ from tuneavideo.method import graphs, losses
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet, trainable_parameters
-from tuneavideo.method.noise import Levels, add_noise, target
+from tuneavideo.method.noise import NoiseSchedule, add_noise, target
 from tuneavideo.method.windows import Windows
 from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
@@ -39,7 +39,7 @@ class Tuning:
 
     Args:
         video: The inflated UNet, changed in place.
-        levels: Noise levels of the base.
+        noise_schedule: Noise schedule of the base model.
         moments: `mean` and `std` of the clip's latents, `1 C T H W` each; those of a long clip stay on the disk.
         text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
         settings: See `TuneSettings`.
@@ -50,7 +50,7 @@ class Tuning:
     def __init__(
         self,
         video: VideoUNet,
-        levels: Levels,
+        noise_schedule: NoiseSchedule,
         moments: Mapping[str, Tensor | DiskLatents],
         text: Conditions | Tensor,
         settings: TuneSettings,
@@ -70,7 +70,7 @@ class Tuning:
         self.video = VideoUNet(unet, video.clip)
         self.ema = EMAModel(self.parameters.values(), decay=settings.ema_decay) if settings.use_ema else None
         device = accelerator.device
-        self.alphas, self.prediction_type = levels.alphas.to(device), levels.prediction_type
+        self.alphas, self.prediction_type = noise_schedule.alphas.to(device), noise_schedule.prediction_type
         self.mean, self.std = moments["mean"].to(device), moments["std"].to(device)
         self.text = Conditions.of(text).to(device)
         self.number = 0
@@ -303,12 +303,12 @@ class Tuning:
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents from the posterior, noise of every frame, and one timestep a clip; of a long clip a random window."""
-        settings, generator, levels = self.settings, self._generator(batch), len(self.alphas)
+        settings, generator = self.settings, self._generator(batch)
         frames = self._window(generator)
         mean, std = self.mean[:, :, frames], self.std[:, :, frames]
         shape = (settings.train_batch_size, *mean.shape[1:])
         sample, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-        t_B = torch.randint(levels, shape[:1], generator=generator)
+        t_B = torch.randint(len(self.alphas), shape[:1], generator=generator)
         sample, noise, t_B = (x.to(mean.device) for x in (sample, noise, t_B))
         return mean + std * sample, noise, t_B
 

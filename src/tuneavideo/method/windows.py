@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tuneavideo.method.attention import Clip
+from tuneavideo.method.attention import ClipLayout
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.settings import Sampling
@@ -126,7 +126,7 @@ class WindowedUNet:
     windows: Windows
 
     @property
-    def clip(self) -> Clip:
+    def clip(self) -> ClipLayout:
         """What the layers are told of the batch."""
         return self.video.clip
 
