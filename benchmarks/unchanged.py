@@ -24,6 +24,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERB
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from tests.conftest import base_folder
 from tests.families import family_folder
@@ -41,7 +42,10 @@ TUNED: dict[str, dict[str, Any]] = {
     "v prediction": {"base": "sd2"},
     "sd2": {"base": "turbo"},
     "xl": {"base": "xl"},
-}
+    # more than 64 MiB of frames
+    "on disk": {"base": "coarse", "num_frames": 88, "window": 22, "width": 512, "height": 512, "max_train_steps": 1,
+                "num_inference_steps": 2, "num_inv_steps": 2},
+}  # fmt: skip
 EDITED: dict[str, dict[str, Any]] = {
     "guidance apart": {"batch_guidance": False, "guidance_interval": (0.0, 0.5)},
     "fresh noise": {"fresh_noise": 0.3, "seeds": (1, 2)},
@@ -100,21 +104,41 @@ def tensors(path: Path) -> str:
     return digest(*(each for *about, raw in sorted(parts, key=lambda part: part[0]) for each in (*about, bytes(raw))))
 
 
+def square(folder: Path, count: int, side: int) -> Path:
+    """Frames of a moving square as PNG: an encoder with threads does not write the same video twice."""
+    frames = np.full((count, side, side, 3), 200, np.uint8)
+    for t in range(count):
+        left = 2 + 4 * t % (side - 8)
+        frames[t, 10:18, left : left + 8] = (200, 30, 30)
+    write(Video(frames, 8.0), folder)
+    return folder
+
+
+def coarse_folder(folder: Path) -> Path:
+    """The tiny base with a VAE of stride 32, so that large frames have small latents."""
+    base_folder(folder)
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    stages = {"block_out_channels": (4,) * 6, "down_block_types": ("DownEncoderBlock2D",) * 6}
+    torch.manual_seed(1)
+    AutoencoderKL.from_config(vae.config, **stages, up_block_types=("UpDecoderBlock2D",) * 6).save_pretrained(
+        folder / "vae"
+    )
+    return folder
+
+
 def jobs(folder: Path, results: Results) -> dict[str, Callable[[], None]]:
     """Every job by its name, in the order in which they are run: later ones use the folders of earlier ones."""
     bases = {"sd1": base_folder(folder / "bases/sd1")}
     bases |= {kind: family_folder(kind, folder / "bases" / kind) for kind in ("sd2", "turbo", "xl")}
-    clip = folder / "square"  # pictures: an encoder with threads does not write the same film twice
-    frames = np.full((6, 32, 32, 3), 200, np.uint8)
-    for t in range(6):
-        frames[t, 10:18, 2 + 4 * t : 10 + 4 * t] = (200, 30, 30)
-    write(Video(frames, 8.0), clip)
+    bases["coarse"] = coarse_folder(folder / "bases/coarse")
+    clip, long = square(folder / "square", 6, 32), square(folder / "long", 88, 64)
 
     def tune(name: str, **settings: Any) -> Path:
         base = str(bases[settings.pop("base", "sd1")])
         run = api.tune(
-            clip, "a square", edit="a red circle", base=base, out=folder / name, formats=("frames",), **TINY | settings
-        )
+            long if name == "on disk" else clip, "a square", edit="a red circle", base=base, out=folder / name,
+            formats=("frames",), **TINY | settings,
+        )  # fmt: skip
         results.run(name, run)
         return run
 
