@@ -14,6 +14,7 @@ from tuneavideo.errors import AdapterError, DiskError, RunError, VideoError
 from tuneavideo.progress import Events
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.version import __version__
 
 QUICK = {**BRIEF, "max_train_steps": 2, "num_inference_steps": 1, "num_inv_steps": 1, "mixed_precision": "no"}
 
@@ -240,6 +241,42 @@ def test_an_export_is_not_written_over_anything(to: str, run: Path, tmp_path: Pa
     (out / "notes.txt").write_text("mine")
     assert "exists; give a new path" in refused(["convert", str(run), str(out), "--to", to])
     assert tree(out) == {"notes.txt": b"mine"}
+
+
+# Errors
+
+
+def test_a_run_keeps_the_error_of_its_last_job_until_one_succeeds(
+    base: Path, clip: Path, tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+
+    def fail(step: int) -> None:
+        raise DiskError(f"no room for step {step}")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(RunFolder, "checkpoint", lambda _, step: fail(step))
+        with pytest.raises(DiskError):
+            api.tune(clip, "a square", base=str(base), out=run.path, **QUICK | {"checkpointing_steps": 1})
+    first, time, version, *rest = run.error.read_text().splitlines()
+    assert first == f"DiskError: no room for step 1; go on with: tuneavideo tune --resume {run.path}"
+    assert time.startswith("time: 20") and version == f"tuneavideo: {__version__}"
+    assert rest[1] == "Traceback (most recent call last):" and any("in fail" in line for line in rest)
+    assert "no room for step 1" in refused(["edit", str(run.path), "--prompt", "a circle"])
+    assert run.last_error == first and first in api.report(run.path).read_text()
+    api.resume(run.path)
+    assert not run.error.exists() and not run.last_error
+
+
+def test_an_edit_that_fails_leaves_its_error_and_one_that_cannot_begin_does_not(run: Path, refused) -> None:
+    folder = RunFolder(run)
+    with folder.locked():
+        assert "is in use" in refused(["edit", str(run), "--prompt", "a circle"])
+    assert "no such file" in refused(["edit", str(run), "--prompt", "a circle", "--lora", "no.safetensors"])
+    assert not folder.error.exists()
+    (run / "adapter/adapter.safetensors").write_bytes(b"damaged")
+    line = refused(["edit", str(run), "--prompt", "a circle"])
+    assert folder.last_error == f"AdapterError: {line}"
 
 
 # Advice

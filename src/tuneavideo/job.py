@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -15,7 +16,6 @@ from tuneavideo.job_settings import tune_settings
 from tuneavideo.jobs import checks, plan
 from tuneavideo.progress import Bars, Events, Progress
 from tuneavideo.settings import PRESETS, EditSettings, TuneSettings
-from tuneavideo.storage.run_folder import RunFolder
 
 Listener = Callable[[Progress], None]
 
@@ -59,64 +59,75 @@ class Job(Iterator[Progress]):
 
     @classmethod
     def tune(cls, settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Job:
-        """Tune a model on a clip, save the adapter and make the edits; `resume` is the run folder to continue."""
+        """Tune a model on a clip, save the adapter and make the edits that `settings` name.
+
+        Args:
+            settings: Settings of the tuning; those of `resumed_settings` with `resume`.
+            out: Run folder to create. None: the next free `runs/<clip>-<n>`.
+            resume: Run folder to continue, instead of `out`.
+
+        Returns:
+            A job with the stages `plan`, `open`, `encode`, `tune`, `preview`, `invert` and `edit`.
+
+        Raises:
+            ModelError: The base is unknown.
+            VideoError: The clip does not exist.
+            RunError: `out` exists and is not empty.
+            DiskError: The run folder cannot be written.
+        """
         checks.check_tune_inputs(settings, out, resumed=resume is not None)
-
-        def events() -> Events:
-            if not resume:
-                plan.choose_frames(settings)  # raises VideoError before torch is imported
-            yield Progress("plan", about=plan.describe_base(settings.base))
-            from tuneavideo.jobs import tune
-
-            yield from tune.tune(settings, out=out, resume=resume)
-
-        return cls(events())
+        return cls(_events("tune", settings.base, settings, clip=None if resume else settings, out=out, resume=resume))
 
     @classmethod
     def edit(cls, settings: EditSettings) -> Job:
-        """Edit a tuned clip."""
+        """Make the edits of a tuned clip, one per prompt and seed.
+
+        Returns:
+            A job with the stages `plan`, `open`, `invert` and `edit`.
+
+        Raises:
+            RunError: `settings.run` is no run folder.
+            TuneAVideoError: A file or model that `settings` name does not exist, or the run cannot be written.
+        """
         checks.check_edit_inputs(settings)
-
-        def events() -> Events:
-            yield _loading(settings)
-            from tuneavideo.jobs import edit
-
-            yield from edit.edit(settings)
-
-        return cls(events())
+        return cls(_events("edit", plan.base_of(settings), settings))
 
     @classmethod
     def invert(cls, settings: EditSettings) -> Job:
-        """Invert a tuned clip to the timestep that its edits start from."""
+        """Invert a tuned clip to the timestep that its edits start from.
+
+        Returns:
+            A job with the stages `plan`, `open` and `invert`; the last `Progress` has the file's path.
+
+        Raises:
+            TuneAVideoError: As in `edit`.
+        """
         checks.check_edit_inputs(settings)
-
-        def events() -> Events:
-            yield _loading(settings)
-            from tuneavideo.jobs import invert
-
-            yield from invert.invert(settings)
-
-        return cls(events())
+        return cls(_events("invert", plan.base_of(settings), settings))
 
     @classmethod
     def adopt(
         cls, settings: TuneSettings, checkpoint: str | Path, *, out: str | Path | None = None, own_base: bool = False
     ) -> Job:
-        """Import weights that another program tuned on the clip, and make the edits.
+        """Make a run of weights that another program tuned on a clip, and make the edits that `settings` name.
 
-        `own_base` converts the image model in `checkpoint` too; otherwise `settings.base` is used.
+        Args:
+            settings: Settings of the run; those of training have no effect.
+            checkpoint: Folder, .pth, .ckpt or .safetensors of the tuned weights.
+            out: Run folder to create. None: the next free `runs/<clip>-<n>`.
+            own_base: Convert the image model in `checkpoint` too. Otherwise `settings.base` is used.
+
+        Returns:
+            A job with the stages `plan`, `open`, `tune` (the run is complete), `invert` and `edit`.
+
+        Raises:
+            CheckpointError: `checkpoint` does not exist.
+            TuneAVideoError: As in `tune`.
         """
         checks.check_weights(checkpoint)
         checks.check_tune_inputs(settings, out, own_base=own_base)
-
-        def events() -> Events:
-            plan.choose_frames(settings)
-            yield Progress("plan", about=plan.describe_base(str(checkpoint) if own_base else settings.base))
-            from tuneavideo.jobs import import_run
-
-            yield from import_run.adopt(settings, Path(checkpoint), out=out, own_base=own_base)
-
-        return cls(events())
+        base, checkpoint = str(checkpoint) if own_base else settings.base, Path(checkpoint)
+        return cls(_events("adopt", base, settings, checkpoint, clip=settings, out=out, own_base=own_base))
 
     @classmethod
     def evaluate(
@@ -206,25 +217,38 @@ class Job(Iterator[Progress]):
 
     @classmethod
     def demo(cls, out: str | Path | None = None, quick: bool = False) -> Job:
-        """Tune the miniature on its first clip, edit it four times, and draw `edits.png` of source and edits."""
+        """Tune the miniature on its first clip, edit it four times, and draw `edits.png` of source and edits.
+
+        Args:
+            out: Run folder to create. None: the next free `runs/<clip>-<n>`.
+            quick: Make 5 steps of each stage only.
+
+        Returns:
+            A job with the stages of `tune`, then `picture`.
+        """
         clip = miniature.clips()[0]
-        stated = {"video": str(clip["path"]), "prompt": clip["caption"], "edit": miniature.DEMO_EDITS, "stride": 2}
+        values = {"video": str(clip["path"]), "prompt": clip["caption"], "edit": miniature.DEMO_EDITS, "stride": 2}
         if quick:
-            stated |= {"max_train_steps": 5, "num_inference_steps": 5, "num_inv_steps": 5}
-        settings = tune_settings(stated)
-
-        def events() -> Events:
-            yield Progress("plan", about=plan.describe_base(settings.base))
-            from tuneavideo.jobs import demo
-
-            yield from demo.demo(settings, out=out)
-
-        return cls(events())
+            values |= {"max_train_steps": 5, "num_inference_steps": 5, "num_inv_steps": 5}
+        settings = tune_settings(values)
+        return cls(_events("demo", settings.base, settings, out=out))
 
 
-def _loading(settings: EditSettings) -> Progress:
-    own = RunFolder.open(settings.run).read_settings().base
-    return Progress("plan", about=plan.describe_base(settings.edit_model or own))
+def _events(name: str, base: str, *args: Any, clip: TuneSettings | None = None, **options: Any) -> Events:
+    """Announce the base, then import `jobs.<name>` and with it torch, and yield the events of its function `<name>`.
+
+    Args:
+        name: Name of the module and of its function.
+        base: Base to announce.
+        *args: Arguments of the function.
+        clip: Settings whose frames are looked up first, so that VideoError is raised before torch is imported.
+        **options: Keyword arguments of the function.
+    """
+    if clip:
+        plan.choose_frames(clip)
+    yield Progress("plan", about=plan.describe_base(base))
+    module = importlib.import_module(f"tuneavideo.jobs.{name}")
+    yield from getattr(module, name)(*args, **options)
 
 
 @contextmanager

@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 def edit(settings: EditSettings) -> Events:
     """See `api.Job.edit`."""
     run = RunFolder.open(settings.run)
-    with run.locked(), run.present(), memory_told(run, settings):
-        asked = settings.model_dump(mode="json", exclude={"run"})
-        done = run.made_of(asked)
+    with run.job(), memory_told(run, settings):
+        request = settings.model_dump(mode="json", exclude={"run"})
+        done = run.edits_of(request)
         done = done if done < set(product(settings.prompt, settings.seeds)) else set()
         yield from announce(settings)
         session = checked_session(settings, len(due_edits(settings, done)))
-        run.begin_edits(asked)
+        run.begin_edits(request)
         yield from with_few_threads(make_edits(settings, session, done), session)
         run.end_edits()
 
@@ -80,7 +80,7 @@ def make_edits(
     """Edits with every prompt and seed but those that are `done`; the plan `is_planned` if they come after tuning."""
     due = due_edits(settings, done)
     if not is_planned:
-        base, prompts = base_of(settings), (*settings.prompt, settings.negative_prompt)
+        base, prompts = plan.base_of(settings), (*settings.prompt, settings.negative_prompt)
         warn_of_truncation(session.pipe, base, prompts)
         size = (session.source.width, session.source.height)
         for line in (
@@ -102,18 +102,13 @@ def batched(requests: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence
 
 
 def announce(settings: EditSettings) -> Events:
-    yield Progress("open", path=RunFolder.open(settings.run).path, about=base_of(settings))
-
-
-def base_of(settings: EditSettings) -> str:
-    return settings.edit_model or RunFolder.open(settings.run).read_settings().base
+    yield Progress("open", path=RunFolder.open(settings.run).path, about=plan.base_of(settings))
 
 
 def load_session(settings: EditSettings, tuned: Pipeline | None = None) -> EditSession:
     """Load the tuned model of a run and the clip it was tuned on; `tuned` is a pipeline that is loaded already."""
     run = RunFolder.open(settings.run)
     own = run.read_settings()
-    run.require_tuned()
     dtype = devices.PRECISIONS[precision_of(own)]
     pipe = tuned or pipelines.load_image_pipeline(settings.edit_model or own.base, dtype=dtype)
     if not run.source.is_file():

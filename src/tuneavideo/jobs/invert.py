@@ -13,7 +13,7 @@ def invert(settings: EditSettings) -> Events:
     """See `api.Job.invert`."""
     run = RunFolder.open(settings.run)
     settings = settings.model_copy(update={"feature_reuse": 1})  # an inversion computes every step in full
-    with run.locked(), run.present(), memory_told(run, settings):
+    with run.job(), memory_told(run, settings):
         yield from announce(settings)
         session = checked_session(settings, 0)
         yield from with_few_threads(session.invert(settings), session)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tuneavideo import miniature
 from tuneavideo.bases import BASES, Base
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
+from tuneavideo.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from tuneavideo.video import Span
@@ -29,6 +30,11 @@ def choose_frames(settings: TuneSettings) -> Span:
         settings.video, usual=default_frames(settings.base), count=settings.num_frames, start=settings.start,
         stride=settings.stride, start_time=settings.start_time, sample_fps=settings.sample_fps,
     )  # fmt: skip
+
+
+def base_of(settings: EditSettings) -> str:
+    """Return the base that edits are made with: `edit_model`, or the run's own."""
+    return settings.edit_model or RunFolder.open(settings.run).read_settings().base
 
 
 def default_frames(base: str) -> int:

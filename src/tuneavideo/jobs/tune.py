@@ -290,15 +290,15 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
 def _claim_run_folder(
     settings: TuneSettings, accelerator: Accelerator, out: str | Path | None, resume: str | Path | None
 ) -> Generator[RunFolder, None, None]:
-    """One folder for all processes, made and locked by the first.
+    """Create or open the run folder in the first process, which locks it, and yield it in all.
 
-    A mistake leaves no new folder behind; what interrupts a tuning later leaves one to go on with, and says how.
+    A mistake before tuning begins removes a new folder. A later error is written to `error.txt`, with how to resume.
     """
     made: list[Any] = [None]
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if accelerator.is_main_process:
             made = [RunFolder.open(resume) if resume else RunFolder.create(settings.video, out)]
-            held.enter_context(made[0].locked())
+            stack.enter_context(made[0].locked())
         broadcast_object_list(made)
         run: RunFolder = made[0]
         try:
@@ -307,12 +307,16 @@ def _claim_run_folder(
             with run.present():
                 yield run
         except Exception as error:
-            if run.is_new:
-                if accelerator.is_main_process and not resume:
+            if run.is_new and not resume:
+                if accelerator.is_main_process:
                     run.discard()
             elif run.settings.is_file():
-                error.add_note(_how_to_resume(run, error))
+                if not run.is_new:
+                    error.add_note(_how_to_resume(run, error))
+                run.write_error(error)
             raise
+        if accelerator.is_main_process:
+            run.error.unlink(missing_ok=True)
 
 
 def _how_to_resume(run: RunFolder, error: Exception) -> str:

@@ -240,6 +240,8 @@ def _steps(lines: Iterable[Any]) -> list[Step]:
 
 def _add_notes(run: Run, folder: RunFolder) -> None:
     where = shlex.quote(str(folder.path))
+    if folder.last_error:
+        run.notes.append(Note(f"The last job failed: {folder.last_error}. Its traceback is in {folder.error.name}."))
     if not folder.is_tuned:
         total = f" of {run.settings.max_train_steps}" if run.settings else ""
         done = f"Tuning is not finished: step {run.steps[-1].number if run.steps else 0}{total}."

@@ -1,4 +1,4 @@
-"""Import job: a run folder from weights that another program tuned."""
+"""Adoption job: a run folder from weights that another program tuned."""
 
 from __future__ import annotations
 
