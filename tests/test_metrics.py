@@ -66,7 +66,7 @@ def test_the_scores_of_the_benchmark_are_those_computed_by_hand(seed: int, clip_
     video, prompt = passing((3, 1), seed, frames=4), "a red jumps"
     pictures, text, scale = by_hand(clip_model, video, prompt)
     pairs = [cosine(a, b) for a, b in combinations(pictures, 2)]
-    pair, model = sample(still(seed, frames=4), video, prompt=prompt), clip.Clip(str(clip_model))
+    pair, model = sample(still(seed, frames=4), video, prompt=prompt), clip.ClipModel(str(clip_model))
     assert clip.frame_consistency(pair, model) == pytest.approx(np.mean(pairs), abs=1e-4)
     texts = [scale * cosine(each, text) for each in pictures]
     assert clip.text_alignment(pair, model) == pytest.approx(np.mean(texts), abs=1e-4)
@@ -74,7 +74,7 @@ def test_the_scores_of_the_benchmark_are_those_computed_by_hand(seed: int, clip_
 
 
 def test_text_alignment_is_what_the_model_itself_calls_logits_per_image(clip_model: Path) -> None:
-    video, model = passing((3, 1), frames=3), clip.Clip(str(clip_model))
+    video, model = passing((3, 1), frames=3), clip.ClipModel(str(clip_model))
     resized = [Image.fromarray(image).resize((480, 480)) for image in video.frames_THWC]
     inputs = model.image_processor(images=resized, return_tensors="pt") | model.tokenizer(
         ["a square"], return_tensors="pt"
@@ -87,17 +87,19 @@ def test_text_alignment_is_what_the_model_itself_calls_logits_per_image(clip_mod
 def test_the_scale_of_pick_score_is_exponentiated(clip_model: Path, tmp_path: Path) -> None:
     """The same weights under two scales: scores differ by the ratio of their exponentials."""
     pair = sample(still(), still())
-    low, high = clip.Clip(str(clip_model)), clip.Clip(str(clip_folder(tmp_path, scale=4.0)))
+    low, high = clip.ClipModel(str(clip_model)), clip.ClipModel(str(clip_folder(tmp_path, scale=4.0)))
     ratio = clip.text_alignment(pair, high) / clip.text_alignment(pair, low)
     assert ratio == pytest.approx(np.e, rel=1e-5)
 
 
 def test_a_still_clip_agrees_with_itself_wholly(clip_model: Path) -> None:
-    assert clip.frame_consistency(sample(still(), still()), clip.Clip(str(clip_model))) == pytest.approx(1, abs=1e-6)
+    assert clip.frame_consistency(sample(still(), still()), clip.ClipModel(str(clip_model))) == pytest.approx(
+        1, abs=1e-6
+    )
 
 
 def test_direction_is_the_cosine_of_two_changes(clip_model: Path) -> None:
-    source, edit, model = still(0, 2), still(1, 2), clip.Clip(str(clip_model))
+    source, edit, model = still(0, 2), still(1, 2), clip.ClipModel(str(clip_model))
     (before, caption, _), (after, prompt, _) = (
         by_hand(clip_model, source, "a square"),
         by_hand(clip_model, edit, "snow"),

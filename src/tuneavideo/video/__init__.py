@@ -1,13 +1,14 @@
-"""Clips: read, choose, fit, write. The only package that knows PyAV.
+"""Reading and writing of clips; the only package that imports PyAV.
 
 Axes: T frames, H rows, W columns, C = 3 channels (red, green, blue), pixels uint8 in 0..255; S samples of sound.
 
-    clip.py     the forms of a clip: `Video` in memory, `DiskVideo` on the disk, `VideoStream` one at a time; sizes
-    reading.py  from a clip that is open to the chosen frames, by what is shown at each moment
-    sources.py  opens folders, WebP files and all that FFmpeg reads
-    display.py  from a decoded frame to what is meant to be seen: turns, pixel shapes, alpha, HDR, interlacing
-    sound.py    the sound of a span of seconds, and its frames for writing
-    writing.py  from a clip to a file or folder, whole or not at all
+    clip.py     `Video` in memory, `DiskVideo` on disk, `VideoStream` one frame at a time; resizing
+    reading.py  selection of frames by time
+    sources.py  decoding of videos, WebP files and folders of images
+    display.py  conversion of decoded frames to RGB: rotation, pixel aspect, alpha, HDR, interlacing
+    audio.py    sound
+    montage.py  clips side by side, contact sheets
+    writing.py  encoding to files and folders of images
 """
 
 from tuneavideo.video.clip import AnyVideo, DiskVideo, Fit, Video, VideoStream, area_size, collect, resize

@@ -1,4 +1,4 @@
-"""The sound of a span of seconds, S 2 (int16, 48,000 a second), and its frames for writing."""
+"""Decoding and encoding of sound: samples S 2, int16, 48,000 a second."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -9,11 +9,14 @@ import numpy as np
 from av.container import InputContainer
 
 RATE = 48_000  # samples a second
-DRIFT = RATE // 100  # samples that the file's clock may stray before it is followed
+DRIFT = RATE // 100  # samples by which timestamps may differ from the number of samples
 
 
 def read_sound(container: InputContainer, begin: float, seconds: float) -> np.ndarray | None:
-    """What is heard from `begin` (seconds of the file's own clock) on, silent where nothing is; None if nothing is.
+    """Decode `seconds` of sound from `begin` on, in the file's own time; gaps are silent.
+
+    Returns:
+        Samples S 2; None if there are none.
 
     Raises:
         FFmpegError: The sound is damaged.
@@ -21,7 +24,7 @@ def read_sound(container: InputContainer, begin: float, seconds: float) -> np.nd
     stream = container.streams.best("audio")
     if stream is None:
         return None
-    if begin > 2:  # a second early, since decoders of sound need a run-up
+    if begin > 2:  # a second early, since the first samples after a seek are not exact
         container.seek(int((begin - 1) * av.time_base))
     sound = np.zeros((round(seconds * RATE), 2), np.int16)
     position, found = None, False
@@ -38,7 +41,7 @@ def read_sound(container: InputContainer, begin: float, seconds: float) -> np.nd
 
 
 def _samples(container: InputContainer, stream: Any) -> Iterator[tuple[np.ndarray, float]]:
-    """Decoded samples S 2 and the second they begin at."""
+    """Yield decoded samples S 2 and the second at which they begin."""
     resampler = av.AudioResampler(format="s16", layout="stereo", rate=RATE)
     for frame in container.decode(stream):
         for part in resampler.resample(frame):
@@ -47,7 +50,7 @@ def _samples(container: InputContainer, stream: Any) -> Iterator[tuple[np.ndarra
 
 
 def sound_frames(sound_SC: np.ndarray) -> Iterator[av.AudioFrame]:
-    """Frames of 1,024 samples, timed from 0."""
+    """Yield frames of 1,024 samples with timestamps from 0."""
     for begin in range(0, len(sound_SC), 1024):
         chunk = np.ascontiguousarray(sound_SC[begin : begin + 1024])
         frame = av.AudioFrame.from_ndarray(chunk.reshape(1, -1), format="s16", layout="stereo")

@@ -1,4 +1,4 @@
-"""The three forms of a clip, and how pictures are brought to a size. No PyAV here."""
+"""Clips in memory, on disk and as a stream; resizing of images. Does not import PyAV."""
 
 import math
 import tempfile
@@ -12,14 +12,17 @@ from PIL import Image
 
 Fit = Literal["crop", "pad", "stretch"]
 
-IN_MEMORY = 2**26  # bytes of frames; a `FrameBuffer` lays longer clips on the disk
+IN_MEMORY = 2**26  # bytes of frames; `FrameBuffer` writes longer clips to disk
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Video:
-    """A clip in memory: `frames_THWC` (uint8, RGB, 0..255), how many of them make a second, and what is heard.
+    """A clip in memory.
 
-    `sound_SC` (int16, 48,000 samples a second, 2 channels) lasts as long as the frames; None where there is none.
+    Attributes:
+        frames_THWC: Frames, uint8 RGB in 0..255.
+        fps: Frames per second.
+        sound_SC: Sound as long as the frames, int16, 48,000 samples a second, 2 channels; None for a silent clip.
     """
 
     frames_THWC: np.ndarray
@@ -56,7 +59,7 @@ class Video:
 
 @dataclass(frozen=True, slots=True)
 class VideoStream:
-    """A clip on its way: what `Video` holds, its `images` (H W C, of one size, at least one) one at a time and once."""
+    """A clip as an iterator: `images` (H W C, of one size, at least one) can be read once; see `Video` for the rest."""
 
     images: Iterator[np.ndarray]
     fps: float
@@ -65,9 +68,9 @@ class VideoStream:
 
 @dataclass(frozen=True, slots=True)
 class DiskVideo:
-    """A long clip on the disk: what `Video` holds, one frame in memory at a time.
+    """A long clip on disk, with one frame in memory at a time; see `Video`.
 
-    Its frames lie one after the other in `file`, which has no name and is gone when the clip is.
+    `file` is an unnamed temporary file with the bytes of all frames. It is deleted with the object.
     """
 
     file: IO[bytes]
@@ -91,7 +94,7 @@ class DiskVideo:
     def images(self) -> Iterator[np.ndarray]:
         size = math.prod(self.shape_THWC[1:])
         for number in range(self.frames):
-            self.file.seek(number * size)  # others may read it too
+            self.file.seek(number * size)  # another iterator may have moved it
             yield np.frombuffer(self.file.read(size), np.uint8).reshape(self.shape_THWC[1:])
 
 
@@ -99,9 +102,9 @@ AnyVideo = Video | DiskVideo
 
 
 class FrameBuffer:
-    """Gathers the frames of a clip: in memory, or in a file in `folder`, if there is one, and they take over 64 MiB.
+    """Buffer of a clip's frames: in memory, or above 64 MiB in a temporary file in `folder`, if there is one.
 
-    If it is known how many are `expected`, a long clip is in the file from its first frame on.
+    With the number of `expected` frames, those of a long clip are written from the first on.
     """
 
     def __init__(self, folder: Path | None = None, expected: int | None = None) -> None:
@@ -112,7 +115,7 @@ class FrameBuffer:
         self.count, self.shape = self.count + 1, image_HWC.shape
         self.frames.append(image_HWC)
         if self.folder and not self.file and max(self.count, self.expected) * image_HWC.nbytes > IN_MEMORY:
-            self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - it outlives this
+            self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - closed with the clip
         if self.file:
             for image in self.frames:
                 self.file.write(np.ascontiguousarray(image).data)
@@ -125,7 +128,7 @@ class FrameBuffer:
 
 
 def collect(images: Iterable[np.ndarray], frames: int, fps: float, folder: Path) -> AnyVideo:
-    """A clip of so many frames as they come; a long one lies in a file in `folder`."""
+    """Collect `frames` images of an iterator in a clip; a long one is written to a file in `folder`."""
     buffer = FrameBuffer(folder, frames)
     for image_HWC in images:
         buffer.append(image_HWC)
@@ -133,9 +136,13 @@ def collect(images: Iterable[np.ndarray], frames: int, fps: float, folder: Path)
 
 
 def resize(image_HWC: np.ndarray, width: int, height: int, how: Fit = "crop") -> np.ndarray:
-    """A picture at another size in pixels.
+    """Resize an image to `width` x `height` pixels (Lanczos).
 
-    Undistorted it is its middle ("crop"), or all of it between black bars ("pad"); "stretch" is all of it, distorted.
+    Args:
+        image_HWC: The image, uint8.
+        width: New width.
+        height: New height.
+        how: "crop" keeps the middle and "pad" adds black bars, both without distortion; "stretch" distorts.
     """
     assert how in get_args(Fit), f"expected one of {get_args(Fit)}, found {how!r}"
     image, size = Image.fromarray(image_HWC), (width, height)
@@ -153,23 +160,24 @@ def resize(image_HWC: np.ndarray, width: int, height: int, how: Fit = "crop") ->
 
 
 def _middle(width: int, height: int, aspect: float) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the largest centred box whose width is `aspect` times its height."""
+    """Return left, top, right and bottom of the largest centred box whose width is `aspect` times its height."""
     inner_width, inner_height = min(width, height * aspect), min(height, width / aspect)
     left, top = (width - inner_width) / 2, (height - inner_height) / 2
     return left, top, left + inner_width, top + inner_height
 
 
 def area_size(width: int, height: int, *, area: float, multiple: int) -> tuple[int, int]:
-    """Width and height, multiples of `multiple`, of about `area` pixels, shaped like `width` x `height`.
+    """Compute width and height of about `area` pixels with the aspect ratio of `width` x `height`.
 
-    Each side goes to the multiple nearest in ratio: so the sum of the errors in aspect and area is least.
+    Each side is rounded to the multiple of `multiple` that is nearest in ratio, which minimises the sum of the errors
+    in aspect and area.
     """
     aspect = width / height
     return _nearest(math.sqrt(area * aspect), multiple), _nearest(math.sqrt(area / aspect), multiple)
 
 
 def _nearest(side: float, multiple: int) -> int:
-    """The multiple, at least one, nearest to `side` in ratio."""
+    """Return the positive multiple nearest to `side` in ratio."""
     units = side / multiple
     below = max(1, math.floor(units))
     return multiple * (below if units**2 <= below * (below + 1) else below + 1)

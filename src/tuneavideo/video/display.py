@@ -1,4 +1,4 @@
-"""From a decoded frame to what is meant to be seen: turns, pixel shapes, alpha, HDR, interlacing."""
+"""Conversion of decoded frames to RGB as a player shows them: rotation, pixel aspect, alpha, HDR, interlacing."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -14,18 +14,21 @@ from PIL import Image
 
 HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 UNSPECIFIED = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED
-HD = 720  # from so many rows on players take colours that are not specified for BT.709, below for BT.601
-WIDEST_PIXEL = 4  # times as wide as high, or as high as wide; a file that says more is wrong
-WHITE = 203  # nits of the white of ordinary video within HDR (BT.2408)
-PEAK = 1000  # nits that become the brightest white; brighter ones clip
-KNEE = 0.5  # share of ordinary white below which tone mapping changes nothing
+HD = 720  # rows from which players assume BT.709 where a file does not specify it, and BT.601 below
+WIDEST_PIXEL = 4  # largest aspect ratio of a pixel that is believed
+WHITE = 203  # nits of SDR white in HDR (BT.2408)
+PEAK = 1000  # nits that are mapped to 255; brighter ones clip
+KNEE = 0.5  # fraction of SDR white below which tone mapping changes nothing
 BT2020_TO_BT709 = np.array(  # linear light, of BT.2087
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
 )
 
 
 def display_pixels(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> np.ndarray:
-    """Pixels H W 3 of a frame whose pixels are `pixel_aspect` times as wide as high: upright, square, over white."""
+    """Convert a frame to RGB H W 3: upright, with square pixels, transparency over white.
+
+    `pixel_aspect` is the width of its pixels divided by their height; None for square ones.
+    """
     width, height = _square(frame.width, frame.height, pixel_aspect)
     form = {}
     if (width, height) != (frame.width, frame.height):
@@ -42,7 +45,7 @@ def display_pixels(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> np.nd
 
 
 def over_white(image: Image.Image) -> np.ndarray:
-    """Pixels H W 3 of a picture; what is transparent lets white through, as a page does."""
+    """Convert an image to RGB H W 3 on a white background."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -50,7 +53,7 @@ def over_white(image: Image.Image) -> np.ndarray:
 
 
 def _square(width: int, height: int, pixel_aspect: Fraction | None) -> tuple[int, int]:
-    """The size at which pixels are square: the side that is too short grows."""
+    """Return the size at which pixels are square; the side that is too short grows."""
     aspect = pixel_aspect or 1
     if not 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
         return width, height
@@ -58,7 +61,7 @@ def _square(width: int, height: int, pixel_aspect: Fraction | None) -> tuple[int
 
 
 def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turned and mirrored by quarters as the frame's display matrix says: phones film on their side."""
+    """Rotate by quarters and mirror as the frame's display matrix says."""
     side_data: Any = frame.side_data
     matrices = [data for data in side_data if data.type == Type.DISPLAYMATRIX]
     if not matrices:
@@ -70,12 +73,12 @@ def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
 
 def deinterlace(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Frames with those that are interlaced made whole (bwdif); their number and times stay."""
+    """Deinterlace the interlaced frames of a stream (bwdif); number and timestamps stay."""
     graph = layout = None
     for frame in frames:
         if graph is None and frame.interlaced_frame:
-            graph, layout = _weaver(frame), _layout(frame)
-        if graph is not None and _layout(frame) == layout:  # FFmpeg's filters take no others on the way
+            graph, layout = _deinterlacer(frame), _layout(frame)
+        if graph is not None and _layout(frame) == layout:  # a filter takes one layout only
             graph.push(frame)
             yield from pull_frames(graph)
         else:
@@ -89,7 +92,7 @@ def _layout(frame: av.VideoFrame) -> tuple[int, int, str]:
     return frame.width, frame.height, frame.format.name
 
 
-def _weaver(frame: av.VideoFrame) -> av.filter.Graph:
+def _deinterlacer(frame: av.VideoFrame) -> av.filter.Graph:
     graph = av.filter.Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
@@ -100,7 +103,7 @@ def _weaver(frame: av.VideoFrame) -> av.filter.Graph:
 
 
 def pull_frames(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
-    """What a graph has made of the frames pushed so far; a graph that is never read keeps them all."""
+    """Yield the frames that a graph has finished."""
     while True:
         try:
             yield graph.vpull()
@@ -109,22 +112,22 @@ def pull_frames(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
 
 
 def _tone_mapped(image_HWC: np.ndarray, curve: str) -> np.ndarray:
-    """HDR pixels (uint16, BT.2020) as ordinary ones (uint8, BT.709): highlights roll off, the rest stays as bright."""
+    """Convert HDR (uint16, BT.2020) to SDR (uint8, BT.709); only highlights are compressed (Reinhard et al. 2002)."""
     light = _curve(curve)[image_HWC]
-    if curve == "HLG":  # its screen's system gamma of 1.2 (BT.2100)
+    if curve == "HLG":  # system gamma of 1.2 (BT.2100)
         light *= ((light @ np.array([0.2627, 0.678, 0.0593], np.float32)) ** 0.2)[..., None]
     light *= (10_000 if curve == "PQ" else PEAK) / WHITE
     light = np.maximum(light @ BT2020_TO_BT709.T, 0)
     brightest = np.maximum(light.max(axis=-1, keepdims=True), KNEE)
     above, most = (brightest - KNEE) / (1 - KNEE), (PEAK / WHITE - KNEE) / (1 - KNEE)
-    rolled = above * (1 + above / most**2) / (1 + above)  # Reinhard et al. 2002, eq. 4: 1 at `most`
+    rolled = above * (1 + above / most**2) / (1 + above)  # eq. 4: 1 at `most`
     light *= (KNEE + (1 - KNEE) * rolled) / brightest
-    return (np.clip(light, 0, 1) ** (1 / 2.4) * 255).round().astype(np.uint8)  # the curve of screens, BT.1886
+    return (np.clip(light, 0, 1) ** (1 / 2.4) * 255).round().astype(np.uint8)  # BT.1886
 
 
 @cache
 def _curve(name: str) -> np.ndarray:
-    """Light, 0..1, of each of the 65,536 values of a signal (BT.2100)."""
+    """Compute the light, 0..1, of the 65,536 values of a PQ or HLG signal (BT.2100)."""
     signal = np.linspace(0, 1, 2**16)
     if name == "PQ":
         root = signal ** (4096 / 2523 / 128)

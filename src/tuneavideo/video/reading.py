@@ -1,8 +1,8 @@
-"""From a file or folder to the chosen frames.
+"""Selection of a clip's frames by time.
 
-Frames are chosen by the clock: frame k is what is shown at the k-th tick of the clip's own rate, to the nearest half of
-a tick. In a clip of constant rate these are the file's frames one by one; where the rate varies, long frames are taken
-repeatedly and crowded ones left out, so that the clip plays at its true speed and in time with its sound.
+Frame k is the image shown at time k / fps, to the nearest half of a frame. In a clip of constant rate these are the
+frames of the file. Where the rate varies, long frames are repeated and short ones left out, so that speed and sound
+stay right.
 """
 
 import errno
@@ -22,12 +22,18 @@ from PIL import Image
 
 from tuneavideo.errors import VideoError
 from tuneavideo.video.clip import AnyVideo, Fit, FrameBuffer, Video, resize
-from tuneavideo.video.sources import READABLE, SOUGHT, Extent, Source, measure, open_source
+from tuneavideo.video.sources import READABLE, SEEK_FROM, Extent, Source, measure, open_source
 
-SHORT = {errno.ENOMEM, errno.EAGAIN}  # the second: no room for the stack of a decoder's thread
-SLOWEST = 4  # frames a second, below which frames are not spread: of a walk, two steps a second, each is seen twice
-MEMORY = 2**33  # bytes of the frames of a clip
-BROKEN_PICTURE = (SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # of Pillow's decoders
+OUT_OF_MEMORY = {errno.ENOMEM, errno.EAGAIN}  # EAGAIN: no memory for the stack of a decoder's thread
+SLOWEST = 4  # lowest frame rate that is chosen; it shows every step of a walk twice
+MEMORY = 2**33  # most bytes of frames in memory
+BROKEN_PICTURE = (
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)  # raised by Pillow's decoders
 
 Size = tuple[int, int] | Callable[[int, int], tuple[int, int]]
 
@@ -36,15 +42,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Which frames of a clip to take; see `choose_span`.
+    """The frames to take of a clip; see `choose_span`.
 
     Attributes:
-        stride: Every so many frames; None if `sample_fps` was given.
-        count: How many; None for all to the end.
-        begin: Second of the clip at which the first is shown.
+        stride: Distance in frames; None if `sample_fps` was given.
+        count: Number of frames; None for all to the end.
+        begin: Time of the first one, in seconds.
         step: Seconds from one to the next.
-        total: Frames of the whole clip at its own rate, as far as the file says.
-        seconds: Those of the whole clip.
+        total: Number of frames of the whole clip at its own rate, as far as known.
+        seconds: Duration of the whole clip.
     """
 
     stride: int | None
@@ -57,7 +63,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Which frames; see `read`."""
+    """Arguments of `read` that select frames."""
 
     start: int
     stride: int
@@ -67,20 +73,20 @@ class _Choice:
     fewer: bool = False
 
     def begin(self, fps: float) -> float:
-        """Seconds from the beginning of the clip to that of the first frame chosen."""
+        """Return the time of the first chosen frame, in seconds."""
         return self.start / fps if self.start_time is None else self.start_time
 
     def step(self, fps: float) -> float:
-        """Seconds from one chosen frame to the next."""
+        """Return the seconds from one chosen frame to the next."""
         return self.stride / fps if self.sample_fps is None else 1 / self.sample_fps
 
-    def moments(self, fps: float) -> Iterator[float]:
-        """Seconds at which to look: half a tick late, so that rounded timestamps do not matter."""
+    def times(self, fps: float) -> Iterator[float]:
+        """Yield the times to sample at: half a frame late, so that rounded timestamps do not matter."""
         numbers = counted() if self.count is None else range(self.count)
         return (self.begin(fps) + number * self.step(fps) + 0.5 / fps for number in numbers)
 
     def available(self, seconds: float, fps: float) -> int:
-        """How many there are to the end of a clip of so many seconds, if `count` does not end them."""
+        """Return the number of frames to the end of a clip of this duration, whatever `count` is."""
         return max(0, math.ceil((seconds - self.begin(fps) - 0.5 / fps) / self.step(fps) - 1e-6))
 
 
@@ -95,39 +101,39 @@ def choose_span(
     sample_fps: float | None = None,
     fps: float = 8.0,
 ) -> Span:
-    """Choose what is left open of the frames to take, without decoding the clip.
+    """Choose number and distance of the frames to take, without decoding the clip.
 
-    Where neither `stride` nor `sample_fps` is given, the frames are spread to the end of the clip, but no further apart
-    than a quarter of a second; all frames are taken one after the other.
+    If neither `stride` nor `sample_fps` is given, the frames are spread evenly to the end of the clip, at most a
+    quarter of a second apart; with `count="all"` every frame is taken.
 
     Args:
-        path: The file or folder.
-        usual: How many to take if there are so many, and all if not, where no `count` is given.
-        count: How many to take at all events, or "all" to the end.
+        path: File or folder.
+        usual: Number of frames if `count` is None; a shorter clip gives all it has.
+        count: Exact number of frames, or "all" to the end.
         start, stride, start_time, sample_fps, fps: See `read`.
 
     Raises:
-        VideoError: Nothing there, nothing readable, or clearly fewer frames than `count`.
+        VideoError: The clip cannot be read, or clearly has fewer frames than `count`.
     """
     path = Path(path)
     wanted = None if count == "all" else count or usual
-    open_ended = _Choice(start, stride or 1, wanted, start_time, sample_fps)
-    with _one_line(path, open_ended):
+    dense = _Choice(start, stride or 1, wanted, start_time, sample_fps)
+    with _read_errors(path, dense):
         slowest = 1 / SLOWEST if stride is None else stride
-        enough = math.inf if count or not wanted else wanted * max(slowest, open_ended.step(1.0)) + 1
-        extent = measure(path, fps, enough + (start_time or start))
+        limit = math.inf if count or not wanted else wanted * max(slowest, dense.step(1.0)) + 1
+        extent = measure(path, fps, limit + (start_time or start))
     seconds, rate = extent.seconds, extent.fps
     if stride is None and sample_fps is None:
-        there = open_ended.available(seconds, rate)
-        stride = max(1, min((there - 1) // (wanted - 1), int(rate / SLOWEST))) if wanted and wanted > 1 else 1
+        available = dense.available(seconds, rate)
+        stride = max(1, min((available - 1) // (wanted - 1), int(rate / SLOWEST))) if wanted and wanted > 1 else 1
     choice = _Choice(start, stride or 1, wanted, start_time, sample_fps)
     found = choice.available(seconds, rate)
-    # timestamps that jump make a file look short: it is, only if its pictures are few as well
+    # jumping timestamps make a clip look short; it is short only if its images are few, too
     if count and count != "all" and extent.pictures and choice.available(extent.pictures / rate, rate) < count:
         _check_length(path, found, extent, choice)
     if not count and found:
         wanted = min(usual, found)
-    return Span(stride, wanted, choice.begin(rate), choice.step(rate), extent.total, extent.said)
+    return Span(stride, wanted, choice.begin(rate), choice.step(rate), extent.total, extent.declared)
 
 
 def read(
@@ -142,27 +148,25 @@ def read(
     fit: Fit = "crop",
     fps: float = 8.0,
 ) -> Video:
-    """Chosen frames of a video file, a moving picture or a folder of pictures in natural order, and their sound.
-
-    Frames are decoded one after another from shortly before the first to the last; only the chosen ones are kept.
+    """Read frames and their sound from a video file, an animated image or a folder of images in natural order.
 
     Args:
-        path: The file or folder.
+        path: File or folder.
         start: First frame, counted from 0.
-        stride: Take every so many frames.
-        count: How many to take; None takes all to the end.
-        start_time: Second to start at, instead of `start`.
-        sample_fps: Frames to take of every second, instead of `stride`.
-        size: Width and height that frames are resized to, or a function from the clip's own to them; None leaves them.
-        fit: How they are brought to it, see `resize`.
-        fps: Frames a second of a source that does not say, such as a folder.
+        stride: Distance between frames.
+        count: Number of frames; None for all to the end.
+        start_time: Time of the first frame in seconds, instead of `start`.
+        sample_fps: Frames to take per second, instead of `stride`.
+        size: Width and height of the result, or a function from the clip's own to them; None keeps the size.
+        fit: Method of resizing, see `resize`.
+        fps: Frame rate of a source that has none, such as a folder.
 
     Raises:
-        VideoError: Nothing there, nothing readable, too few frames, or more than memory should hold.
+        VideoError: The clip cannot be read, has too few frames, or needs more than 8 GiB.
     """
     choice = _Choice(start, stride, count, start_time, sample_fps)
     clip = _gathered(Path(path), choice, size, fit, fps, FrameBuffer())
-    assert isinstance(clip, Video), "a buffer without a folder is memory"
+    assert isinstance(clip, Video), "a buffer without a folder is in memory"
     return clip
 
 
@@ -180,19 +184,19 @@ def read_any(
     fps: float = 8.0,
     fewer: bool = False,
 ) -> AnyVideo:
-    """Like `read`; frames of more than 64 MiB lie in a file without a name in `folder`.
+    """Like `read`, but more than 64 MiB of frames are kept in an unnamed temporary file in `folder`.
 
-    With `fewer`, a clip that is shorter or damaged on the way gives the frames it has, and damage is a warning.
+    With `fewer`, a clip that is too short or damaged gives the frames it has; damage is a warning.
     """
     choice = _Choice(start, stride, count, start_time, sample_fps, fewer)
     return _gathered(Path(path), choice, size, fit, fps, FrameBuffer(folder, count))
 
 
 def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: float, buffer: FrameBuffer) -> AnyVideo:
-    with _one_line(path, choice), open_source(path, choice.begin, fps) as source:
+    with _read_errors(path, choice), open_source(path, choice.begin, fps) as source:
         end, pictures = _choose(path, source, choice, size, fit, buffer)
-        if choice.begin(source.fps) > SOUGHT:
-            pictures = 0  # not all of them were seen
+        if choice.begin(source.fps) > SEEK_FROM:
+            pictures = 0  # some were skipped
         _check_length(path, buffer.count, Extent(end, source.fps, pictures, source.length), choice)
         step = choice.step(source.fps)
         sound = source.sound(source.origin + choice.begin(source.fps), buffer.count * step)
@@ -200,8 +204,8 @@ def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: flo
 
 
 @contextmanager
-def _one_line(path: Path, choice: _Choice) -> Generator[None, None, None]:
-    """Refuse a choice that means nothing and a clip that is not there; turn what libraries say of it into one line."""
+def _read_errors(path: Path, choice: _Choice) -> Generator[None, None, None]:
+    """Refuse invalid choices and missing files; convert errors of the libraries to VideoError."""
     _check_choice(path, choice)
     if not path.exists():
         raise VideoError(f"{path} does not exist; give {READABLE}")
@@ -210,7 +214,7 @@ def _one_line(path: Path, choice: _Choice) -> Generator[None, None, None]:
     try:
         yield
     except (FFmpegError, OSError, MemoryError, *BROKEN_PICTURE) as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in SHORT:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in OUT_OF_MEMORY:
             raise VideoError(f"{path}: not enough memory to read it; take fewer frames, or smaller ones") from error
         reason = getattr(error, "strerror", None) or error
         raise VideoError(f"{path} cannot be read as a video: {reason}; give {READABLE}") from error
@@ -230,16 +234,17 @@ def _check_choice(path: Path, choice: _Choice) -> None:
 def _choose(
     path: Path, source: Source, choice: _Choice, size: Size | None, fit: Fit, buffer: FrameBuffer
 ) -> tuple[float, int]:
-    """Put the chosen frames on the buffer, at their size; too few if the clip ends too soon.
+    """Append the chosen frames to the buffer; fewer if the clip ends too soon.
 
-    Returns the second at which the last picture that was looked at goes, and the number of pictures up to it.
+    Returns:
+        The end of the last image that was decoded, in seconds, and the number of images up to it.
     """
     shape, first, end, pictures = None, path, 0.0, 0
-    moments = choice.moments(source.fps)
-    due = next(moments)
-    for picture, end in _whole(source.timeline, choice, buffer):
+    times = choice.times(source.fps)
+    time = next(times)
+    for picture, end in _undamaged(source.timeline, choice, buffer):
         image, pictures = None, pictures + 1
-        while due < end:
+        while time < end:
             if image is None:
                 image = source.to_HWC(picture)
                 if shape is None:
@@ -250,14 +255,16 @@ def _choose(
             if len(buffer.frames) * image.nbytes > MEMORY:
                 taken = f"{_frames(buffer.count)} of {image.shape[1]} x {image.shape[0]} take {MEMORY >> 30} GiB"
                 raise VideoError(f"{path} is more than is held in memory: {taken}; take fewer frames, or smaller ones")
-            due = next(moments, math.inf)
-        if due == math.inf:
+            time = next(times, math.inf)
+        if time == math.inf:
             break
     return end, pictures
 
 
-def _whole(timeline: Iterator[tuple[Any, float]], choice: _Choice, buffer: FrameBuffer) -> Iterator[tuple[Any, float]]:
-    """A timeline; if fewer frames will do, up to the damage in it."""
+def _undamaged(
+    timeline: Iterator[tuple[Any, float]], choice: _Choice, buffer: FrameBuffer
+) -> Iterator[tuple[Any, float]]:
+    """Yield a timeline; end it at damage if the choice allows fewer frames."""
     try:
         yield from timeline
     except VideoError as error:
@@ -283,10 +290,10 @@ def _check_same_size(path: Path, first: tuple[Any, tuple[int, ...]], other: tupl
 
 
 def _check_length(path: Path, found: int, extent: Extent, choice: _Choice) -> None:
-    """Refuse a clip that ends too soon, in the words in which the frames were chosen."""
+    """Raise VideoError for a clip that ends too soon, in the terms in which the frames were chosen."""
     end, fps, count = extent.seconds, extent.fps, choice.count
     total = round(end * fps)
-    cut = f", though it says it lasts {extent.said:.3g} s" if extent.said > end + 2 / fps else ""
+    cut = f", though it says it lasts {extent.declared:.3g} s" if extent.declared > end + 2 / fps else ""
     if total == 0:
         raise VideoError(f"{path} has no frames{cut}; give {READABLE}")
     in_seconds = choice.start_time is not None or choice.sample_fps is not None
@@ -299,17 +306,13 @@ def _check_length(path: Path, found: int, extent: Extent, choice: _Choice) -> No
         last = f"{total - 1}" if choice.start_time is None else f"{(total - 1) / fps:.6g} s"
         raise VideoError(f"{has}; none from {place}; start at {last} or before")
     if count is not None and found < count and not choice.fewer:
-        begin, step = choice.begin(fps), choice.step(fps)
+        need, instead = f"{choice.start + (count - 1) * choice.stride + 1}", ""
         if in_seconds:
-            need, ways = f"{begin + (count - 1) * step + 1 / fps:.6g} s", ""
-        else:
-            need, closest = (
-                f"{choice.start + (count - 1) * choice.stride + 1}",
-                (total - 1 - choice.start) // (count - 1),
-            )
-            ways = f", or every {closest}" if closest else ""
+            need = f"{choice.begin(fps) + (count - 1) * choice.step(fps) + 1 / fps:.6g} s"
+        elif closest := (total - 1 - choice.start) // (count - 1):
+            instead = f", or every {closest}"
         pace = f"every {choice.stride}" if choice.sample_fps is None else f"{choice.sample_fps:g} a second"
-        raise VideoError(f"{has}; {_frames(count)}, {pace} from {place}, need {need}; take {_frames(found)}{ways}")
+        raise VideoError(f"{has}; {_frames(count)}, {pace} from {place}, need {need}; take {_frames(found)}{instead}")
 
 
 def _frames(number: int) -> str:

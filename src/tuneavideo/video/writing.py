@@ -1,4 +1,4 @@
-"""From a clip to a file or a folder: frame by frame, whole or not at all."""
+"""Encoding of clips to files and folders of images; a failed write leaves nothing behind."""
 
 import io
 import os
@@ -23,11 +23,11 @@ from tuneavideo.video.audio import RATE, sound_frames
 from tuneavideo.video.clip import AnyVideo, Video, VideoStream, resize
 from tuneavideo.video.display import pull_frames
 
-FASTEST_GIF = 50  # frames a second: browsers slow down what claims to be faster
+FASTEST_GIF = 50  # frames a second; browsers slow faster ones down
 
 
 class _Format(NamedTuple):
-    """How a kind of file is written."""
+    """Codecs and options of a file format."""
 
     codec: str
     frames: Callable[[Iterator[np.ndarray], Fraction], Iterator[av.VideoFrame]]
@@ -37,14 +37,14 @@ class _Format(NamedTuple):
 
 
 def write(video: AnyVideo | VideoStream, path: str | Path) -> None:
-    """A clip as .mp4, .webm or .gif; without an extension or with a final "/", as a folder of PNGs.
+    """Write a clip as .mp4, .webm or .gif; without an extension or with a final "/", as a folder of PNGs.
 
-    Appears whole or not at all. In .mp4 and .webm an odd side grows by one pixel, since they need even ones, and the
-    clip's sound is kept. Frames are written as they come; of `VideoStream` no more than a few are in memory at once.
+    The file is complete or absent. .mp4 and .webm keep the sound, and pad odd sides by one pixel, since they need even
+    ones. Only a few frames of a `VideoStream` are in memory at a time.
 
     Raises:
-        VideoError: An unknown extension, a rate the format cannot show.
-        DiskError: A place that cannot be written or is full.
+        VideoError: The extension is unknown, or the format cannot show the frame rate.
+        DiskError: The file cannot be written, or the disk is full.
     """
     is_folder = str(path).endswith(("/", os.sep))
     path = Path(path)
@@ -62,7 +62,7 @@ def write(video: AnyVideo | VideoStream, path: str | Path) -> None:
 
 
 def encode_for_page(video: Video, most: int = 512) -> bytes:
-    """A clip as the bytes of an .mp4 for a web page: without sound, no side above `most` pixels, quick to seek in."""
+    """Encode a clip as the bytes of an .mp4 for a web page: silent, no side above `most` pixels, quick to seek."""
     scale = min(1, most / max(video.width, video.height))
     width, height = (max(1, round(side * scale)) for side in (video.width, video.height))
     images = (resize(image, width, height, "stretch") for image in video.images) if scale < 1 else video.images
@@ -72,11 +72,11 @@ def encode_for_page(video: Video, most: int = 512) -> bytes:
 
 
 def write_frames(video: AnyVideo | VideoStream, folder: str | Path) -> None:
-    """A clip as 00000.png, 00001.png, …; appears whole or not at all, in place of an older folder of frames.
+    """Write a clip as 00000.png, 00001.png, ...; an older folder of frames is replaced.
 
     Raises:
-        VideoError: A folder with anything else in it.
-        DiskError: A place that cannot be written or is full.
+        VideoError: The folder has other files.
+        DiskError: The folder cannot be written, or the disk is full.
     """
     folder = Path(folder)
     present = [file.name for file in folder.iterdir()] if folder.is_dir() else []
@@ -90,11 +90,7 @@ def write_frames(video: AnyVideo | VideoStream, folder: str | Path) -> None:
 
 
 def write_image(image_HWC: np.ndarray, path: str | Path) -> None:
-    """A picture (uint8, RGB) as PNG; appears whole or not at all.
-
-    Raises:
-        DiskError: A place that cannot be written or is full.
-    """
+    """Write an RGB image (uint8) as PNG. Raises DiskError."""
     with atomic.replacing(Path(path)) as draft:
         Image.fromarray(image_HWC).save(draft, format="PNG")
 
@@ -109,11 +105,11 @@ def _encode(video: AnyVideo | VideoStream, file: Path | IO[bytes], suffix: str, 
             setattr(stream, name, getattr(first, name))
         stream.pix_fmt = first.format.name
         streams: dict[type, Any] = {av.VideoFrame: stream}
-        heard: Iterator[av.AudioFrame] = iter(())
+        sound: Iterator[av.AudioFrame] = iter(())
         if kind.sound and video.sound_SC is not None:
             streams[av.AudioFrame] = container.add_stream(kind.sound, RATE, layout="stereo", bit_rate=192_000)
-            heard = sound_frames(video.sound_SC)
-        in_time: Iterator[Any] = merge(chain([first], frames), heard, key=_time)
+            sound = sound_frames(video.sound_SC)
+        in_time: Iterator[Any] = merge(chain([first], frames), sound, key=_time)
         for frame in in_time:
             container.mux(streams[type(frame)].encode(frame))
         for each in streams.values():
@@ -132,7 +128,7 @@ def _timed(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.VideoFra
 
 
 def _in_yuv(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.VideoFrame]:
-    """Frames in the colours of television (BT.709), which players expect; these need even sides."""
+    """Convert images to YUV 4:2:0 frames with even sides, in the colours that players expect (BT.709)."""
     for frame in _timed(map(_even, images), rate):
         yield frame.reformat(
             format="yuv420p",
@@ -149,9 +145,9 @@ def _even(image_HWC: np.ndarray) -> np.ndarray:
 
 
 def _in_palette(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.VideoFrame]:
-    """Frames in the 256 colours that suit the whole clip best, so that still parts do not flicker.
+    """Convert images to frames of one palette of 256 colours for the whole clip, so that still parts do not flicker.
 
-    Those are known after the last frame; until then the frames lie in a temporary file.
+    The palette is known after the last frame; a temporary file holds the frames until then.
     """
     with tempfile.TemporaryFile() as file:
         first = next(images)
@@ -176,7 +172,7 @@ def _in_palette(images: Iterator[np.ndarray], rate: Fraction) -> Iterator[av.Vid
 
 
 def _graph(name: str, inputs: list[av.VideoFrame]) -> av.filter.Graph:
-    """A filter between frames like `inputs` and what it makes of them."""
+    """Build a graph of one filter for frames like `inputs`."""
     graph = av.filter.Graph()
     node = graph.add(name)
     for number, frame in enumerate(inputs):
@@ -188,7 +184,7 @@ def _graph(name: str, inputs: list[av.VideoFrame]) -> av.filter.Graph:
 
 
 FORMATS = {
-    # faststart: a browser can play it while it loads. Looking 10 frames ahead instead of 40 takes a quarter of the
+    # faststart: a browser can play it while it loads. A lookahead of 10 frames instead of 40 needs a quarter of the
     # memory; files are as large and 0.1 dB worse.
     ".mp4": _Format(
         "libx264", _in_yuv, {"crf": "18", "preset": "medium", "rc-lookahead": "10"}, {"movflags": "+faststart"}, "aac"
@@ -196,5 +192,5 @@ FORMATS = {
     ".webm": _Format("libvpx-vp9", _in_yuv, {"crf": "24", "b": "0", "cpu-used": "4"}, {}, "libopus"),
     ".gif": _Format("gif", _in_palette, {}, {"loop": "0"}, None),
 }
-# Bytes in memory: no faststart, which opens the file a second time; a keyframe every few frames, for stepping back.
+# In memory, so without faststart, which opens the file again; frequent keyframes, for stepping back.
 PAGE = _Format("libx264", _in_yuv, {"crf": "23", "preset": "medium", "bf": "0", "g": "6"}, {}, None)

@@ -31,7 +31,7 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, HTTPError)
 """Errors of missing or damaged files, unknown names and a hub that does not answer."""
 
 
-class Clip:
+class ClipModel:
     """A CLIP model with its tokenizer and image processor.
 
     Args:
@@ -70,7 +70,7 @@ class Clip:
         return normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)[0].float().cpu()
 
 
-def frame_consistency(pair: EditPair, clip: Clip) -> float:
+def frame_consistency(pair: EditPair, clip: ClipModel) -> float:
     """Compute the mean cosine of the image features over all pairs of different frames, at most 1."""
     features = pair.edit.features(clip.images)
     frames = len(features)
@@ -80,12 +80,12 @@ def frame_consistency(pair: EditPair, clip: Clip) -> float:
     return float(cosines.fill_diagonal_(0).sum() / (frames * (frames - 1)))
 
 
-def text_alignment(pair: EditPair, clip: Clip) -> float:
+def text_alignment(pair: EditPair, clip: ClipModel) -> float:
     """Compute the mean over frames of the scale (100 for CLIP ViT-L/14) times the cosine of image and prompt."""
     return float((pair.edit.features(clip.images) @ clip.text(pair.prompt)).mean()) * clip.scale
 
 
-def direction(pair: EditPair, clip: Clip) -> float:
+def direction(pair: EditPair, clip: ClipModel) -> float:
     """Compute the mean over frames of the cosine of the image's change and the caption's change, -1..1.
 
     Source: StyleGAN-NADA (Gal et al. 2021), on features of unit length as in InstructPix2Pix (Brooks et al. 2023).

@@ -103,10 +103,10 @@ def load_model(requirement: Requirement, *, clip_source: str = CLIP, pick_source
         ModelError: The model cannot be loaded.
     """
     if requirement == "clip":
-        return _with_revision(clip.Clip(clip_source), clip_source)
+        return _with_revision(clip.ClipModel(clip_source), clip_source)
     if requirement == "pick":
         has_tokenizer = Path(pick_source, "tokenizer_config.json").is_file()
-        return _with_revision(clip.Clip(pick_source, None if has_tokenizer else PICK_PROCESSORS), pick_source)
+        return _with_revision(clip.ClipModel(pick_source, None if has_tokenizer else PICK_PROCESSORS), pick_source)
     if requirement == "flow":
         model = flow.load_flow()
         return LoadedModel(model, model.name, model.revision)
@@ -116,7 +116,7 @@ def load_model(requirement: Requirement, *, clip_source: str = CLIP, pick_source
     return LoadedModel(None, requirement, None)
 
 
-def _with_revision(model: clip.Clip, source: str) -> LoadedModel:
+def _with_revision(model: clip.ClipModel, source: str) -> LoadedModel:
     """Add the hub's commit, or a digest of the weights of a folder."""
     config = None if Path(source).exists() else try_to_load_from_cache(source, "config.json")
     revision = Path(config).parent.name if isinstance(config, str) else cache.key(model.model)
