@@ -59,7 +59,7 @@ def _sight(judge: dict) -> str:
     )
 
 
-HEAD = "| asked for | subject | background | style | colour |\n| --- | --- | --- | --- | --- |"
+HEAD = "| requested | subject | background | style | colour |\n| --- | --- | --- | --- | --- |"
 
 
 def one_shot(variants: Sequence[str]) -> str:
@@ -85,8 +85,8 @@ def one_shot(variants: Sequence[str]) -> str:
     clips = len({row["clip"] for row in rows})
     return (
         f"The benchmark's development clips ({clips}, 8 frames, every second one), four edits each; "
-        "the first four columns say how often the judge sees what was asked for in most frames, *preserved* how often "
-        "all that the prompt does not change is still there, *clean* how often both hold and the subject's centre is "
+        "the first four columns say how often the judge sees the request in most frames, *preserved* how often "
+        "all that the prompt does not change is preserved, *clean* how often both hold and the subject's centre is "
         "within 4 pixels of its true track on average.\n\n" + "\n".join(lines)
     )
 
