@@ -20,7 +20,7 @@ if [ "${1:-}" = fetch ]; then
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
         --no-deps --dest build/wheels -c constraints.txt \
         diffusers accelerate peft av einops pydantic pydantic-core annotated-types typing-inspection typing-extensions \
-        tyro typeguard docstring-parser psutil
+        psutil
     for wheel in build/wheels/*.whl; do "$PYTHON" -m zipfile -e "$wheel" build/site; done
     tar -C build/site -cJf build/site.tar.xz .
     ls -l build/site.tar.xz

@@ -121,6 +121,14 @@ def test_words_may_be_spelt_as_people_spell_them(
     assert settings.resolution == 512
 
 
+def test_options_take_underscores_equal_signs_none_and_negations(asked: Any, clip: Path) -> None:
+    words = "--max_train_steps=7 --memory 8 --no-clip-norm --gradient_checkpointing --guidance-interval 0.1 0.5"
+    settings, _ = asked(["tune", *words.split(), "--window", "None", str(clip), "--prompt", "a=b --c"])
+    assert (settings.max_train_steps, settings.memory, settings.window, settings.prompt) == (7, 8, None, "a=b --c")
+    assert (settings.clip_norm, settings.gradient_checkpointing) == (False, True)
+    assert settings.guidance_interval == (0.1, 0.5)
+
+
 def test_a_resumed_run_may_name_its_clip_as_the_shell_sees_it(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.job import Job as Job
 from tuneavideo.job import Listener
 from tuneavideo.job_settings import edit_settings as edit_settings
-from tuneavideo.job_settings import merge_settings, read_config
+from tuneavideo.job_settings import merge_settings as merge_settings
+from tuneavideo.job_settings import read_config
 from tuneavideo.job_settings import read_edit_config as read_edit_config
 from tuneavideo.job_settings import resumed_settings as resumed_settings
 from tuneavideo.job_settings import tune_settings as tune_settings

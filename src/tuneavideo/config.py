@@ -238,7 +238,8 @@ def _told(errors: Sequence[Any], name: str) -> str:
             str(error["input"]).lower(), re.findall("'([^']+)'", error["ctx"]["expected"]), n=1
         )
         found += f"; did you mean {near[0]!r}?" if near else ""
-    expected = " or ".join(dict.fromkeys(f"{each['msg'][0].lower()}{each['msg'][1:]}" for each in errors))
+    messages = [each["msg"].partition(", unable to parse")[0] for each in errors]
+    expected = " or ".join(dict.fromkeys(message[0].lower() + message[1:] for message in messages))
     return f"{name}: {expected.replace(' or input should be ', ' or ')}{found}"
 
 

@@ -11,13 +11,14 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tuneavideo import __version__
 from tuneavideo.cli import arguments
 from tuneavideo.cli.console import Show, report_done, stopped
+from tuneavideo.cli.options import Command
 from tuneavideo.errors import SettingsError, TuneAVideoError
 from tuneavideo.job import Job
 from tuneavideo.progress import Events
@@ -79,24 +80,21 @@ def tune(argv: Sequence[str]) -> None:
     from tuneavideo import api
     from tuneavideo.settings import TuneSettings
 
-    command = arguments.Command(
+    command = Command(
         "tune", tune.__doc__, TuneSettings, "video", "edit",
         "tuneavideo tune skiing.mp4 --prompt 'a man is skiing' --edit 'a panda is skiing'", RESUMABLE,
     )  # fmt: skip
-    early, folder = arguments.early(argv), None
-    if early.resume and {word.split("=")[0] for word in argv} & {"--config", "--out"}:
+    given, options = arguments.parse(command, argv, _tuning_defaults)
+    if options.resume and (options.config or options.out):
         raise SettingsError(
-            f"--resume {early.resume} keeps that run's folder and settings; leave out --config and --out"
+            f"--resume {options.resume} keeps that run's folder and settings; leave out --config and --out"
         )
-    if early.resume:
-        stated = api.resumed_settings(early.resume, {}).model_dump()
-    else:
-        stated, folder = _stated(early)
-    settings, options = arguments.parse(command, argv, stated)
     if options.resume:
-        job = api.Job.tune(api.resumed_settings(options.resume, settings), resume=options.resume)
+        job = api.Job.tune(api.resumed_settings(options.resume, given), resume=options.resume)
     else:
-        job = api.Job.tune(api.tune_settings(settings), out=options.out or folder)
+        config = _config(command, given, options)
+        settings = api.merge_settings(given, config, str(options.config))
+        job = api.Job.tune(settings, out=options.out or (config and config.out))
     report_done(options.json, Show(options.json).run(job))
 
 
@@ -123,18 +121,19 @@ def adopt(argv: Sequence[str]) -> None:
     from tuneavideo import api
     from tuneavideo.settings import TuneSettings
 
-    command = arguments.Command(
+    command = Command(
         "adopt", adopt.__doc__, TuneSettings, "video", "edit",
         "tuneavideo adopt skiing.mp4 --checkpoint tuned/ --prompt 'a man is skiing' --edit 'a panda is skiing'",
         {"out": RESUMABLE["out"], "checkpoint": "Folder, .pth, .ckpt or .safetensors of the tuned weights."},
     )  # fmt: skip
-    early = arguments.early(argv)
-    stated, folder = _stated(early)
-    settings, options = arguments.parse(command, argv, stated)
+    given, options = arguments.parse(command, argv, _tuning_defaults)
+    config = _config(command, given, options)
     if not options.checkpoint:
         raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of what was tuned")
-    own = options.checkpoint.is_dir() and not (early.base or "base" in stated)
-    job = api.Job.adopt(api.tune_settings(settings), options.checkpoint, out=options.out or folder, own_base=own)
+    has_base = "base" in given or (config and "base" in config.settings)
+    settings = api.merge_settings(given, config, str(options.config))
+    out, own_base = options.out or (config and config.out), options.checkpoint.is_dir() and not has_base
+    job = api.Job.adopt(settings, options.checkpoint, out=out, own_base=own_base)
     report_done(options.json, Show(options.json).run(job))
 
 
@@ -344,32 +343,44 @@ def _help() -> str:
     )
 
 
-def _stated(early: Any) -> tuple[dict[str, Any], str | None]:
-    """Settings by default of a tuning: what its base, preset and file say; and the run folder the file asks for."""
+def _config(command: Command, given: Mapping[str, Any], options: Any) -> Any:
+    """Read the YAML file of a tuning, if one is given. Raises SettingsError when a required setting is missing."""
+    from tuneavideo import api
+
+    config = api.read_config(options.config) if options.config else None
+    arguments.check_required(command, {**(config.settings if config else {}), **given})
+    return config
+
+
+def _tuning_defaults(given: Mapping[str, Any], options: Any) -> Mapping[str, Any]:
+    """Return the default values of a tuning: those of its base, preset and file, or of the run to resume."""
     from tuneavideo import api
     from tuneavideo.config import layers
 
-    given = {name: value for name, value in (("base", early.base), ("preset", early.preset)) if value}
-    config = api.read_config(early.config) if early.config else None
-    return layers(given, config.settings if config else {}), config and config.out
+    if getattr(options, "resume", None):
+        return api.resumed_settings(options.resume, {}).model_dump()
+    chosen = {name: given[name] for name in ("base", "preset") if name in given}
+    return layers(chosen, api.read_config(options.config).settings if options.config else {})
 
 
 def _edit_settings(name: str, about: str | None, argv: Sequence[str], example: str, **hidden: Any) -> tuple[Any, Any]:
-    """Settings of an edit, and the options of its command; the run is the one in the positional argument's place."""
+    """Return the settings of an edit, and the options of its command."""
     from tuneavideo import api
     from tuneavideo.config import with_preset
-    from tuneavideo.settings import EditSettings, Sampling
+    from tuneavideo.settings import EditSettings
     from tuneavideo.storage.run_folder import RunFolder
 
-    command = arguments.Command(
-        name, about, EditSettings, "run", "prompt", example,
-        inherited=frozenset(Sampling.model_fields), hidden=next(iter(hidden), ""),
-    )  # fmt: skip
-    early = arguments.early(argv)
-    stated = (api.read_edit_config(early.config) if early.config else {}) | hidden
-    run = arguments.positional(command, argv) or stated.get("run")
-    if run and RunFolder(Path(run)).settings.is_file():
-        own = RunFolder.open(run).read_settings()
-        stated = with_preset(own, early.preset or stated.get("preset")) | stated
-    settings, options = arguments.parse(command, argv, stated)
-    return api.edit_settings(settings | hidden), options
+    def merged(given: Mapping[str, Any], options: Any) -> dict[str, Any]:
+        return {**(api.read_edit_config(options.config) if options.config else {}), **given, **hidden}
+
+    def defaults(given: Mapping[str, Any], options: Any) -> dict[str, Any]:
+        values = merged(given, options)
+        if "run" not in values:
+            return values
+        return with_preset(RunFolder.open(values["run"]).read_settings(), values.get("preset")) | values
+
+    command = Command(name, about, EditSettings, "run", "prompt", example, hidden=next(iter(hidden), ""))
+    given, options = arguments.parse(command, argv, defaults)
+    values = merged(given, options)
+    arguments.check_required(command, values)
+    return api.edit_settings(values), options

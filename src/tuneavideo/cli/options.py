@@ -1,20 +1,17 @@
-"""Names, groups and short help of the options. This module must not import torch."""
+"""Names, groups and help of the options that are settings. This module must not import torch."""
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from tuneavideo.settings import Settings
+from tuneavideo.settings import Sampling, Settings
 
 ALIASES = {"base": ("--model",)}
-METAVARS = {"video": "CLIP", "run": "RUN", "prompt": "TEXT", "edit": "TEXT"}
-# Settings whose words the settings themselves take apart: type for the parser, and how help names a value.
-WORDS: dict[str, tuple[Any, str]] = {"seeds": (tuple[str, ...], "INT"), "start_time": (str | None, "SECONDS")}
+METAVARS = {"video": "CLIP", "run": "RUN", "prompt": "TEXT", "edit": "TEXT", "start_time": "SECONDS"}
 # Groups of the options in the help; every option is in one of them.
 GROUPS: dict[str, tuple[str, ...]] = {
     "clip": (
@@ -54,27 +51,26 @@ COMMON = {
         "strength", "seeds", "fresh_noise", "num_inference_steps", "fps", "formats",
     },
 }  # fmt: skip
-OUTPUT = {"json": "Print the result as JSON.", "debug": "Print the traceback of an error."}
 CONFIG = "YAML file of settings. Options take precedence over it."
-WIDEST, COLUMN = 100, 34  # columns of the short help, and of its options
+OUTPUT = {"json": "Print the result as JSON.", "debug": "Print the traceback of an error."}
+WIDEST, COLUMN = 100, 34  # columns of the help, and of its options
 TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
 HELP = {"-h", "--help", "--help-all"}
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command whose flags are the fields of settings.
+    """A command whose options are the fields of settings.
 
     Attributes:
-        name: As it is typed.
-        about: What it does, in a sentence.
+        name: Name on the command line.
+        about: Description in a sentence.
         kind: Class of its settings.
-        positional: The setting that is given without a flag.
-        repeated: The setting whose flag is given once for each value.
-        example: A call of it, for its help and for messages.
-        paths: Options of the command itself, each a path, and their meanings.
-        inherited: Settings whose default is that of the run, unless `stated` has it.
-        hidden: A setting without a flag.
+        positional: Name of the setting that is given without an option.
+        repeated: Name of the setting whose option is given once for each value.
+        example: A call of it, for help and error messages.
+        paths: Options that are no settings, each a path, and their descriptions.
+        hidden: Name of a setting without an option.
     """
 
     name: str
@@ -83,52 +79,68 @@ class Command:
     positional: str
     repeated: str
     example: str
-    paths: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    inherited: frozenset[str] = frozenset()
+    paths: Mapping[str, str] = field(default_factory=dict)
     hidden: str = ""
 
+    @property
+    def settings(self) -> list[str]:
+        """Names of the settings that are options."""
+        return [name for name in self.kind.model_fields if name not in (self.positional, self.hidden)]
+
     def flags_of(self, setting: str) -> tuple[str, ...]:
-        """Every flag that a setting goes by; new prompts go by `--edit` in every command."""
+        """Return the option of a setting and its aliases; new prompts are `--edit` in every command."""
         aliases = ("--edit",) if self.repeated == setting == "prompt" else ALIASES.get(setting, ())
         return (f"--{setting.replace('_', '-')}", *aliases)
 
     @property
-    def known(self) -> list[str]:
-        """All flags."""
-        settings = [name for name in self.kind.model_fields if name not in (self.positional, self.hidden)]
-        own = [f"--{name}" for name in (*self.paths, "config", "json", "debug", "help", "help-all")]
-        return [flag for name in settings for flag in self.flags_of(name)] + own
+    def flags(self) -> list[str]:
+        """All options."""
+        others = (*self.paths, "config", *OUTPUT, "help", "help-all")
+        return [flag for name in self.settings for flag in self.flags_of(name)] + [f"--{name}" for name in others]
 
 
-def short_help(command: Command, values: Mapping[str, Any]) -> str:
-    """Return the help that shows the common options, one sentence each; `values` replace defaults of the settings."""
+def help_of(command: Command, values: Mapping[str, Any], *, is_complete: bool) -> str:
+    """Return the help of a command.
+
+    Args:
+        command: The command.
+        values: Values that replace the defaults of its settings.
+        is_complete: Show all options with their whole descriptions, otherwise the common ones with a sentence each.
+    """
     width = min(shutil.get_terminal_size().columns, WIDEST)
-    given = METAVARS[command.positional]
-    lines = [f"usage: tuneavideo {command.name} [OPTIONS] {given}", "", *textwrap.wrap(command.about or "", width)]
-    for title, names in GROUPS.items():
-        common = [name for name in names if name in COMMON[command.name] and name != command.hidden]
-        lines += ["", f"{title}:"] if common else []
-        for name in common:
-            lines += _row(*_described(command, name, values), width)
-    more = f"'tuneavideo {command.name} --help-all' shows all {len(command.known)} options."
-    return "\n".join([*lines, "", f"example: {command.example}", more])
+    named = {command.positional, *command.settings, *command.paths, "config", *OUTPUT}
+    names = named if is_complete or command.name not in COMMON else named & COMMON[command.name]
+    lines = [f"usage: tuneavideo {command.name} [OPTIONS] {METAVARS[command.positional]}", ""]
+    lines += textwrap.wrap(command.about or "", width)
+    for title, members in GROUPS.items():
+        shown = [name for name in members if name in names]
+        lines += ["", f"{title}:"] if shown else []
+        for name in shown:
+            lines += _row(*_described(command, name, values, is_complete), width)
+    more = f"'tuneavideo {command.name} --help-all' shows all {len(command.flags)} options."
+    return "\n".join([*lines, "", f"example: {command.example}", *([more] if names != named else [])])
 
 
-def _described(command: Command, name: str, values: Mapping[str, Any]) -> tuple[str, str]:
-    """Return how an option is given, and what it does with its default value."""
-    if name in command.paths or name not in command.kind.model_fields:
+def _described(command: Command, name: str, values: Mapping[str, Any], is_complete: bool) -> tuple[str, str]:
+    """Return the option of a name with its metavar, and its description with the default value."""
+    if name in OUTPUT:
+        return f"--{name}", OUTPUT[name]
+    if name in command.paths or name == "config":
         return f"--{name} PATH", command.paths.get(name, CONFIG)
-    field = command.kind.model_fields[name]
-    kinds = [WORDS[name][1]] if name in WORDS else dict.fromkeys(_kinds(field.annotation))
-    metavar = METAVARS.get(name, "|".join(kinds))
-    option = metavar if name == command.positional else f"{command.flags_of(name)[0]} {metavar}"
-    about = " ".join(str(field.description).split()).partition(". ")[0].rstrip(".") + "."
-    default = values.get(name, () if field.is_required() else field.default)
+    info = command.kind.model_fields[name]
+    flags, metavar = command.flags_of(name), _metavar(name, info.annotation, name == command.repeated)
+    if info.annotation is bool:
+        option = f"{flags[0]}, --no-{flags[0][2:]}"
+    else:
+        option = metavar if name == command.positional else f"{', '.join(flags[: 1 + is_complete])} {metavar}"
+    about = " ".join(str(info.description).split())
+    about = about if is_complete else about.partition(". ")[0].rstrip(".") + "."
+    default = values.get(name, () if info.is_required() else info.default)
     if name == command.repeated:
         note = "Repeatable."
-    elif name in command.inherited and name not in values:
+    elif command.positional == "run" and name in Sampling.model_fields and name not in values:
         note = "(default: the run's)"
-    elif field.is_required() and name not in values:
+    elif info.is_required() and name not in values:
         note = "(required)"
     elif default in (None, (), ""):
         note = ""
@@ -137,8 +149,17 @@ def _described(command: Command, name: str, values: Mapping[str, Any]) -> tuple[
     return option, f"{about} {note}".rstrip()
 
 
+def _metavar(name: str, annotation: Any, is_repeated: bool) -> str:
+    """Return the types that a setting accepts, as help names them."""
+    if name in METAVARS:
+        return METAVARS[name]
+    kinds = [*_kinds(annotation)]
+    if get_origin(annotation) is not tuple:
+        return "|".join(kinds)
+    return f"{kinds[0]} ..." if ... in get_args(annotation) and not is_repeated else " ".join(kinds)
+
+
 def _kinds(annotation: Any) -> Iterator[str]:
-    """Yield the names of the types that a setting accepts."""
     if get_origin(annotation) is Literal:
         yield f"{{{','.join(map(str, get_args(annotation)))}}}"
     elif annotation in TYPES:
