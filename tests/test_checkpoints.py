@@ -174,7 +174,7 @@ def test_names_never_lead_out_of_a_folder(base: Path, tmp_path: Path) -> None:
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"conv_in.weight": "../../secret.safetensors"}})
     )
-    with pytest.raises(CheckpointError, match="no file beside it"):
+    with pytest.raises(CheckpointError, match="no file in its folder"):
         read_checkpoint(folder)
     path = tmp_path / "names.safetensors"
     save_file({"../../evil": torch.ones(1), "down_blocks/../../x": torch.ones(1)}, path)

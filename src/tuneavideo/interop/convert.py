@@ -34,8 +34,8 @@ class Report:
     Attributes:
         kind: Program of the source (see `Checkpoint.kind`).
         used: Number of its tensors in the new files.
-        missing: Names that a whole model has and the source does not.
-        unused: Names of the source that are not in the new files, and why.
+        missing: Names of a whole model that the source lacks.
+        unused: Names of the source that are not in the new files, with the reason.
         different: Tensors of another shape than the models need.
         notices: Further facts for the user.
         error: Relative error of a LoRA.

@@ -234,10 +234,8 @@ def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:
     """Join the keys of the two sections with a dot; prompts by type of edit stay nested."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        if key in ("train_data", "validation_data") and isinstance(value, dict):
-            out |= {f"{key}.{name}": inner for name, inner in value.items()}
-        else:
-            out[key] = value
+        is_section = key in ("train_data", "validation_data") and isinstance(value, dict)
+        out |= {f"{key}.{name}": inner for name, inner in value.items()} if is_section else {key: value}
     return out
 
 

@@ -73,14 +73,13 @@ def infer(argv: Sequence[str]) -> tuple[Config, str]:
 
 
 def _infer_notices(given: argparse.Namespace) -> list[str]:
-    notices = []
-    if repeated := [name for name in ("n_iter", "n_samples") if getattr(given, name) not in (None, 1)]:
-        notices.append(f"{', '.join(repeated)}: edits from one inversion are equal; --fresh-noise varies them")
-    if given.dpm_solver:
-        notices.append("dpm_solver: its successor dpm++ is used")
-    if given.config:
-        notices.append("config: the config of the base is used")
-    return notices
+    repeated = ", ".join(name for name in ("n_iter", "n_samples") if getattr(given, name) not in (None, 1))
+    notices = [
+        (repeated, f"{repeated}: edits from one inversion are equal; --fresh-noise varies them"),
+        (given.dpm_solver, "dpm_solver: its successor dpm++ is used"),
+        (given.config, "config: the config of the base is used"),
+    ]
+    return [text for applies, text in notices if applies]
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:

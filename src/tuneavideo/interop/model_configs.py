@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +85,7 @@ def compare(tensors: Tensors, configs: Mapping[str, Mapping[str, Any]]) -> Fit:
 
 
 def shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return our names and the shapes of a model's tensors, without memory for them.
+    """Return our names and the shapes of a model's tensors, computed on the meta device.
 
     Raises:
         CheckpointError: No model can be made of the config.
@@ -120,11 +119,4 @@ def to_official(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_blocks(config: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """Replace the dimension in the names of block classes."""
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [changed(each) for each in value]
-        return re.sub(f"Block{old}", f"Block{new}", value) if isinstance(value, str) else value
-
-    return {name: changed(value) if name.endswith("block_type") or name.endswith("block_types") else value
-            for name, value in config.items()}  # fmt: skip
+    return json.loads(json.dumps(dict(config)).replace(f"Block{old}", f"Block{new}"))

@@ -29,7 +29,7 @@ from tuneavideo.models import adapter
 from tuneavideo.storage import weight_files
 from tuneavideo.storage.tensors import Tensors
 
-# Names and prefixes of training state beside the weights.
+# Names and prefixes of training state.
 STATE = ("adam_m.", "adam_v.", "ema.", "model_ema.", "moments.", "moment1.", "moment2.", "accum.", "optimizer")
 COUNTERS = (
     "global_step", "scale_sense", "cur_step", "epoch_num", "current_iterator_step", "last_overflow_iterator_step",
@@ -39,7 +39,7 @@ COMPUTED = ("alphas", "betas", "sqrt_", "log_one", "posterior", "model.alphas", 
 # Usual names of the weights of one model, best first.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_pytorch_model")
 SUFFIXES = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin", ".fp16.bin")
-# Beginnings of a UNet's names without prefix.
+# First parts of a UNet's names without prefix.
 _UNET_LAYERS = (
     "conv_in.", "conv_out.", "conv_norm_out.", "time_embedding.", "down_blocks.", "up_blocks.", "mid_block.",
 )  # fmt: skip
@@ -76,14 +76,10 @@ class Checkpoint:
 
     def over(self, base: Checkpoint) -> Checkpoint:
         """Return the base with these tensors in the place of its own."""
-        return Checkpoint(
-            self.kind,
-            {**base.tensors, **self.tensors},
-            {**base.unused, **self.unused},
-            {**base.configs, **self.configs},
-            base.folder,
-            self.adapter,
-        )
+        return replace(
+            self, tensors=base.tensors | self.tensors, unused=base.unused | self.unused,
+            configs=base.configs | self.configs, folder=base.folder,
+        )  # fmt: skip
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:
@@ -177,13 +173,13 @@ def _parts(folders: dict[str, Path]) -> Checkpoint:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """List the files of one model; names that lead out of the folder are refused."""
+    """List the files of one model; an index that names files outside the folder is refused."""
     for stem in STEMS:
         for index in folder.glob(f"{stem}*.index.json"):
             names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
             if strange := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
                 raise CheckpointError(
-                    f"{index} names {strange[0][:120]!r}, which is no file beside it; copy the folder again"
+                    f"{index} names {strange[0][:120]!r}, which is no file in its folder; copy the folder again"
                 )
             return [folder / name for name in sorted(names)]
         for suffix in SUFFIXES:
@@ -209,7 +205,7 @@ def _renamed(tensors: Tensors, part: str = "") -> tuple[str, Tensors, dict[str, 
 
 
 def _is_idle(theirs: str, ours: str, tensors: Iterable[str]) -> bool:
-    """Whether a tensor is a buffer, or of OpenCLIP's last layer, which Stable Diffusion 2 does not run."""
+    """Whether a tensor is a buffer, or of OpenCLIP's last layer, which Stable Diffusion 2 does not use."""
     if not theirs.startswith(LDM_V2.text) or f"{LDM_V2.text}text_projection" not in tensors:
         return ours.endswith(BUFFERS)
     prefix = f"{LDM_V2.text}{LDM_V2.text_layers}."

@@ -32,7 +32,7 @@ _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "
 
 def write_mindone(found: Checkpoint, out: Path) -> list[str]:
     """Write one `.ckpt` file with MindONE's names. Returns our names that MindONE does not have."""
-    tensors = merged(_ordered(found.tensors), in_proj=True)
+    tensors = merged(found.tensors, in_proj=True)
     names = renamed(tensors, MINDONE)
     mindspore.write(out, {names[name]: tensor for name, tensor in tensors.items() if name in names})
     return [name for name in tensors if name not in names]
@@ -53,7 +53,7 @@ def write_diffusers(found: Checkpoint, out: Path, place: Path) -> None:
     Args:
         found: Whole models.
         out: Folder to write.
-        place: Path that `out` will have, for the adapter's config.
+        place: Final path of `out`, for the adapter's config.
     """
     image = {name: tensor for name, tensor in found.tensors.items() if not is_temporal(name)}
     for part, config in found.configs.items():
@@ -114,36 +114,12 @@ def fingerprint(tensors: Tensors) -> dict[str, float]:
     return adapter.norms((name, tensor.read()) for name, tensor in own if name.endswith(adapter.FINGERPRINTED))
 
 
-def tuned_layers(found: Checkpoint, trainable: tuple[str, ...] = adapter.FINGERPRINTED) -> Tensors:
-    """Return the temporal and the `trainable` layers of a whole model, or all tensors of tuned layers alone."""
+def tuned_layers(found: Checkpoint) -> Tensors:
+    """Return the temporal layers and query projections of a whole model, or all tensors of tuned layers alone."""
     if not found.is_whole:
         return found.tensors
-    return {
-        name: tensor
-        for name, tensor in found.tensors.items()
-        if is_temporal(name) or (name.startswith(UNET) and name.endswith(trainable))
-    }
-
-
-def _ordered(tensors: Tensors) -> Tensors:
-    """Move temporal layers behind the block they belong to, the order of programs with one video model."""
-    added: dict[str, Tensors] = {}
-    for name in filter(is_temporal, tensors):
-        added.setdefault(_block(name), {})[name] = tensors[name]
-    last = {_block(name): name for name in tensors if not is_temporal(name)}
-    if not added.keys() <= last.keys():
-        return tensors
-    out: Tensors = {}
-    for name in (name for name in tensors if not is_temporal(name)):
-        out[name] = tensors[name]
-        if last[_block(name)] == name:
-            out |= added.get(_block(name), {})
-    return out
-
-
-def _block(name: str) -> str:
-    prefix, separator, rest = name.partition(".transformer_blocks.")
-    return f"{prefix}{separator}{rest.split('.')[0]}"
+    queries = {name for name in found.tensors if name.startswith(UNET) and name.endswith(adapter.FINGERPRINTED)}
+    return {name: tensor for name, tensor in found.tensors.items() if name in queries or is_temporal(name)}
 
 
 def _part(tensors: Tensors, part: str) -> Tensors:
@@ -167,8 +143,5 @@ def _copy(folder: Path | None, part: str, out: Path) -> bool:
     """Copy the files of a part; return whether the folder has it."""
     if folder is None or not (folder / part).is_dir():
         return False
-    (out / part).mkdir(parents=True, exist_ok=True)
-    for file in (folder / part).iterdir():
-        if file.is_file():
-            shutil.copyfile(file, out / part / file.name)
+    shutil.copytree(folder / part, out / part, copy_function=shutil.copyfile)
     return True
