@@ -162,7 +162,7 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
         began, unet = time.process_time(), WindowedUNet(video_unet(pipe.unet), windows)
         path = inversion.path_to(editing.sampler_of(noise_schedule, settings), noise_schedule, steps, "trailing")
         *_, inverted = editing.invert(unet, noise_schedule, kept["mean"], negative, path)
-        grid, made = inverted.timesteps[::-1], []
+        grid, made = inverted.trajectory.timesteps[::-1], []
         for text in texts:
             sampler, trajectory = editing.sampler_of(noise_schedule, settings), inverted.trajectory
             *_, edit = editing.edit(

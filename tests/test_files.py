@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from tuneavideo.errors import DiskError
-from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.storage import atomic, cache
 from tuneavideo.training.checkpoints import _read
 from tuneavideo.video import Video, write
@@ -100,15 +98,6 @@ def test_a_file_that_cannot_be_read_is_not_blamed_on_the_one_that_is_written(tmp
     with pytest.raises(FileNotFoundError, match="missing"), atomic.replacing(tmp_path / "out") as draft:
         draft.write_bytes((tmp_path / "missing").read_bytes())
     assert not list(tmp_path.iterdir())
-
-
-def test_a_reel_that_is_cut_short_is_an_error(tmp_path: Path) -> None:
-    """Not a loop without end or numbers of the memory, also where Python leaves out assertions."""
-    latents = DiskLatents(io.BytesIO(bytes(100)), (1, 4, 3, 8, 8))
-    with pytest.raises(EOFError):
-        latents[:, :, [2]]
-    with pytest.raises(EOFError):
-        list(latents.pieces())
 
 
 def damaged(whole: bytes, chance: random.Random) -> bytes:

@@ -77,31 +77,29 @@ def with_preset(own: TuneSettings, preset: str | None) -> dict[str, Any]:
     return stated
 
 
-def check_windows(settings: Sampling, frames: int, *, on_disk: bool = False, controlnet: bool = False) -> None:
+def check_windows(settings: Sampling, frames: int, *, controlnet: bool = False) -> None:
     """Refuse what cannot be used for a clip that is predicted in windows.
 
     Args:
         settings: Those of the edits.
         frames: Of the clip.
-        on_disk: Whether its frames are too many for memory; its edits are predicted in windows, too.
         controlnet: Whether the edits use a ControlNet.
 
     Raises:
         SettingsError: It is in windows, and `feature_reuse` or a ControlNet is set.
     """
     window = min(settings.window or frames, frames)
-    if window == frames and not on_disk:
+    if window == frames:
         return
-    why = f"{frames} frames, windows of {window}" if window < frames else f"{frames} frames, which are kept on disk"
-    fewer = f"window to {frames}" if not on_disk else "num_frames to less in a new run"
+    why = f"{frames} frames, windows of {window}"
     if settings.feature_reuse > 1:
         raise SettingsError(
             f"feature_reuse {settings.feature_reuse} does not go with windows ({why}): set feature_reuse to 1, or "
-            f"{fewer}",
+            f"window to {frames}",
             resume_flags="--feature-reuse 1",
         )
     if controlnet:
-        raise SettingsError(f"controlnet does not go with windows ({why}): leave it out, or set {fewer}")
+        raise SettingsError(f"controlnet does not go with windows ({why}): leave it out, or set window to {frames}")
 
 
 def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _fill(run: RunFolder, settings: TuneSettings, span: Span, found: Checkpoint)
     pipe = pipelines.load_image_pipeline(settings.base)
     clip = prepare.read_clip(settings, span, pipe, run.path)
     videos.write(clip, run.source)
-    cache.write(run.latents, prepare.encode_clip(pipe, clip, run.latents))
+    cache.write(run.latents, prepare.encode_clip(pipe, clip))
     inflation = found.adapter.get("inflation")
     adapter = Adapter(
         {name.removeprefix(UNET): tensor.read() for name, tensor in tuned_layers(found).items()},

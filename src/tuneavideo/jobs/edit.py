@@ -29,7 +29,6 @@ from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import disk_space
 from tuneavideo.training.memory_plan import memory_told, threaded
-from tuneavideo.video import DiskVideo, Video
 
 logger = logging.getLogger(__name__)
 
@@ -115,17 +114,15 @@ def load_session(settings: EditSettings, tuned: Pipeline | None = None) -> EditS
         restore_source(run, own, pipe)
     kept = stored_clip(run)
     source, moments = kept or (videos.read_any(run.source, run.path), {})
-    on_disk, controlled = isinstance(source, DiskVideo), settings.controlnet is not None
-    check_windows(settings, source.frames, on_disk=on_disk, controlnet=controlled)
+    check_windows(settings, source.frames, controlnet=settings.controlnet is not None)
     extras = addons.load(pipe, settings, source)
     adapter = Adapter.load(run.adapter)
     video = adapter.assign(pipe.unet) if tuned else adapter.attach(pipe.unet, any_base=bool(settings.edit_model)).video
     check_gif_rate(settings, source)
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
-        moments = encode_clip(pipe, source, run.latents)
-        if isinstance(source, Video):
-            cache.write(run.latents, moments)
+        moments = encode_clip(pipe, source)
+        cache.write(run.latents, moments)
     if own.offload and not tuned:
         devices.offload(pipe)
     return EditSession(run, pipe, extras.with_controlnet(video), moments, source, addons=extras)

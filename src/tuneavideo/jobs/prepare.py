@@ -10,14 +10,13 @@ from tuneavideo import video as videos
 from tuneavideo.errors import SettingsError, VideoError
 from tuneavideo.jobs import plan
 from tuneavideo.jobs.session import Moments
-from tuneavideo.method import streaming
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.models import codec, devices
 from tuneavideo.models.loading import Pipeline
 from tuneavideo.settings import Sampling, TuneSettings
 from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
-from tuneavideo.video import AnyVideo, DiskVideo, Span
+from tuneavideo.video import AnyVideo, Span
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ def stored_clip(run: RunFolder) -> tuple[AnyVideo, Moments] | None:
     if not (run.latents.is_file() and run.source.is_file()):
         return None
     clip = videos.read_any(run.source, run.path)
-    moments = cache.read(run.latents, by_frames=isinstance(clip, DiskVideo))
+    moments = cache.read(run.latents)
     return (clip, moments) if moments else None
 
 
@@ -72,13 +71,9 @@ def _allowed_size(width: int, height: int, multiple: int) -> tuple[int, int]:
     return width, height
 
 
-def encode_clip(pipe: Pipeline, clip: AnyVideo, path: Path) -> Moments:
-    """Latents of a clip, from the cache; those of a clip on the disk lie in `path` and nowhere else."""
-    if isinstance(clip, DiskVideo):
-        if not cache.read(path, by_frames=True):  # another process may have been first
-            streaming.encode(pipe, clip, path)
-        return cache.read(path, by_frames=True) or {}
-    name = cache.key("moments", clip.frames_THWC, pipe.vae.config.scaling_factor, pipe.vae)
+def encode_clip(pipe: Pipeline, clip: AnyVideo) -> Moments:
+    """Return the latents of a clip, from the cache if it has them."""
+    name = cache.key("moments", *clip.images, pipe.vae.config.scaling_factor, pipe.vae)
     return cache.cached(name, lambda: codec.encode(pipe, clip))
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from tuneavideo import video as videos
 from tuneavideo.method import editing, graphs, inversion
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.editing import Trajectory
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import NoiseSchedule
@@ -25,11 +24,11 @@ from tuneavideo.models.addons import AddOns
 from tuneavideo.models.loading import Pipeline
 from tuneavideo.progress import Progress
 from tuneavideo.settings import Sampling
-from tuneavideo.storage import cache
+from tuneavideo.storage import cache, tensors
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import AnyVideo, Video
 
-Moments = Mapping[str, Tensor | DiskLatents]
+Moments = Mapping[str, Tensor]
 
 
 @dataclasses.dataclass
@@ -64,36 +63,32 @@ class EditSession:
     def edit(
         self, requests: Sequence[tuple[str, int]], settings: Sampling
     ) -> Generator[Progress, None, list[AnyVideo]]:
-        """Invert, denoise towards each prompt (with its seed) in one batch, decode; clips on the disk one by one."""
+        """Invert, denoise towards each prompt (with its seed) in one batch, and decode."""
         trajectory = yield from self.invert(settings)
-        on_disk = isinstance(trajectory.latents, DiskLatents)
-        clean, caption, clips = self._clean(), self._embedded([self.run.read_settings().prompt]), []
-        for batch in [[request] for request in requests] if on_disk else [requests]:
-            prompts = [prompt for prompt, _ in batch]
-            negative, text = self._embedded([settings.negative_prompt, *prompts]).split([1, len(prompts)])
-            latents, steps = clean, editing.edit(
-                self._prepared(settings, settings.feature_reuse), self.noise_schedule,
-                editing.sampler_of(self.noise_schedule, settings), settings, trajectory, clean, caption, text, negative,
-                [torch.Generator().manual_seed(seed) for _, seed in batch], folder=self.run.path,
-            )  # fmt: skip
-            for step in steps:
-                latents = step.latents
-                yield Progress("edit", step.number, step.total, about=" | ".join(prompts))
-            clips += [self._decoded(each, settings) for each in latents.split(1)]
-        return clips
+        clean, caption = self._clean(), self._embedded([self.run.read_settings().prompt])
+        prompts = [prompt for prompt, _ in requests]
+        negative, text = self._embedded([settings.negative_prompt, *prompts]).split([1, len(prompts)])
+        latents, steps = clean, editing.edit(
+            self._prepared(settings, settings.feature_reuse), self.noise_schedule,
+            editing.sampler_of(self.noise_schedule, settings), settings, trajectory, clean, caption, text, negative,
+            [torch.Generator().manual_seed(seed) for _, seed in requests],
+        )  # fmt: skip
+        for step in steps:
+            latents = step.latents
+            yield Progress("edit", step.number, step.total, about=" | ".join(prompts))
+        return [self._decoded(each, settings) for each in latents.split(1)]
 
     @cached_property
     def _recorded(self) -> VideoUNet:
         return graphs.recording(self.video)
 
     def _prepared(self, settings: Sampling, reuse: int = 1) -> Any:
-        on_disk = not isinstance(self.source, Video)
-        return editing.prepared(self._recorded, settings, self.source.frames, reuse=reuse, on_disk=on_disk)
+        return editing.prepared(self._recorded, settings, self.source.frames, reuse=reuse)
 
     def _embedded(self, prompts: list[str]) -> Conditions:
         return self.addons.with_reference(codec.embed(self.pipe, prompts))
 
-    def _decoded(self, latents: Tensor | DiskLatents, settings: Sampling) -> AnyVideo:
+    def _decoded(self, latents: Tensor, settings: Sampling) -> AnyVideo:
         """An edit, with the source's sound if it plays as fast as the source."""
         fps = settings.fps or self.source.fps
         edit = videos.collect(codec.decode_frames(self.pipe, latents), self.source.frames, fps, self.run.path)
@@ -107,16 +102,17 @@ class EditSession:
             Latents at that timestep; with attention injection at every timestep.
         """
         timesteps, whole, clean = self._path(settings), bool(settings.attention_injection), self._clean()
-        file = self.inversion_file(settings)
+        file, is_long = self.inversion_file(settings), not isinstance(self.source, Video)
         if file in self.recent:
             return self.recent[file]
-        kept = cache.read(file, by_frames=isinstance(clean, DiskLatents)) if self.keep_inversions else None
+        kept = cache.read(file) if self.keep_inversions else None
         if kept:
             passed = tuple(timesteps[::-1] if whole else timesteps[-1:])
-            return Trajectory(kept["latents"].to(clean.device), passed)
-        video, empty, folder = self._prepared(settings), self._embedded([""]), self.run.path
-        step = None
-        for step in editing.invert(video, self.noise_schedule, clean, empty, timesteps, whole=whole, folder=folder):
+            return Trajectory(kept["latents"].to("cpu" if is_long else clean.device), passed)
+        video, empty, out, step = self._prepared(settings), self._embedded([""]), None, None
+        if is_long and whole:
+            out = tensors.mapped((len(timesteps) + 1, *clean.shape[1:]), self.run.path)
+        for step in editing.invert(video, self.noise_schedule, clean, empty, timesteps, whole=whole, out=out):
             yield Progress("invert", step.number, step.total)
         assert step, "an inversion has steps"
         self.recent[file] = step.trajectory

@@ -38,7 +38,7 @@ from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training.checkpoints import CheckpointManager
 from tuneavideo.training.memory_plan import fitted, memory_told
 from tuneavideo.training.optimizers import make_optimizer
-from tuneavideo.video import AnyVideo, Video
+from tuneavideo.video import AnyVideo
 from tuneavideo.video.montage import side_by_side
 
 # How long processes wait for one of them: longer than any preview of a long clip.
@@ -160,7 +160,7 @@ def _encode(
 ) -> tuple[Moments, Conditions]:  # fmt: skip
     """Return the latents of the clip and the conditions of its caption; the first process computes them."""
     with accelerator.main_process_first():
-        return moments or encode_clip(pipe, clip, run.latents), encode_text(pipe, settings.prompt)
+        return moments or encode_clip(pipe, clip), encode_text(pipe, settings.prompt)
 
 
 def _fill_run_folder(
@@ -168,7 +168,7 @@ def _fill_run_folder(
 ) -> None:
     """Write settings, latents and clip, all that resuming needs."""
     run.write_settings(settings, versions() | {"base fingerprint": cache.key(base_fingerprint)})
-    if isinstance(clip, Video) and not stored_clip(run):
+    if cache.read(run.latents) is None:
         cache.write(run.latents, moments)
     if not run.source.is_file():
         videos.write(clip, run.source)

@@ -1,41 +1,36 @@
-"""An edit from end to end: from a clip's latents to noise, and from there, with new prompts, to new latents.
-
-Clips in memory and clips on disk are edited alike; `streaming` implements the latter.
-"""
+"""An edit from end to end: from a clip's latents to noise, and from there, with new prompts, to new latents."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tuneavideo.errors import SettingsError
-from tuneavideo.method import inversion, sampling, streaming
+from tuneavideo.method import inversion, sampling
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.deepcache import reusing
-from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import NoiseSchedule, Sampler
-from tuneavideo.method.sampling import Source
+from tuneavideo.method.sampling import EditStep, Source
 from tuneavideo.method.windows import WindowedUNet, Windows
 from tuneavideo.settings import Sampling
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A clip at the noise levels of an inversion, noisiest first.
+    """A clip at the timesteps of an inversion, noisiest first.
 
     Attributes:
         latents: `S C T H W`: the clip at each of `timesteps`; in a whole trajectory, then clean.
         timesteps: Falling.
     """
 
-    latents: Any  # in memory or on the disk
+    latents: Tensor
     timesteps: tuple[int, ...]
 
     def start(self, sampler: Sampler, noise_schedule: NoiseSchedule, injected: float = 0.0) -> int:
@@ -64,20 +59,20 @@ class Trajectory:
         return first
 
 
-def prepared(video: VideoUNet, settings: Sampling, frames: int, *, reuse: int = 1, on_disk: bool = False) -> Any:
+def prepared(video: VideoUNet, settings: Sampling, frames: int, *, reuse: int = 1) -> Any:
     """The UNet for a clip of so many frames: in windows if one does not hold it, or with inner features reused.
 
     Raises:
         SettingsError: Windows go neither with `reuse` nor with a ControlNet.
     """
     windows = Windows.of(settings, frames)
-    if windows.holds(frames) and not on_disk:
+    if windows.holds(frames):
         return reusing(video, reuse)
     for name, is_set in (("feature_reuse", reuse > 1), ("controlnet", video.control)):
         if is_set:
             raise SettingsError(
                 f"{name} does not go with a clip that is edited in windows ({frames} frames, windows of "
-                f"{windows.size}) or from the disk; leave it out, or take fewer frames"
+                f"{windows.size}); leave it out, or take fewer frames"
             )
     return WindowedUNet(video, windows)
 
@@ -94,31 +89,24 @@ def sampler_of(noise_schedule: NoiseSchedule, settings: Sampling) -> Sampler:
 
 @dataclass(frozen=True)
 class InvertedStep:
-    """An inversion after step `number` of `total`; what it `passed` are latents `1 C T H W` from clean to noisy."""
+    """An inversion after step `number` of `total`, with the trajectory so far."""
 
     number: int
     total: int
-    passed: list[Tensor] | DiskLatents
-    timesteps: tuple[int, ...]
-
-    @property
-    def trajectory(self) -> Trajectory:
-        """What was passed, noisiest first. A trajectory of latents on the disk is complete at the last step only."""
-        latents = self.passed if isinstance(self.passed, DiskLatents) else torch.cat(self.passed[::-1])
-        return Trajectory(latents, self.timesteps)
+    trajectory: Trajectory
 
 
 def invert(
     video: Any,
     noise_schedule: NoiseSchedule,
-    clean: Tensor | DiskLatents,
+    clean: Tensor,
     empty: Conditions | Tensor,
     timesteps: Sequence[int],
     *,
     whole: bool = True,
-    folder: Path | None = None,
+    out: Tensor | None = None,
 ) -> Iterator[InvertedStep]:
-    """Invert a clip; yields after every step. The last step has the trajectory.
+    """Invert a clip; yields after every step.
 
     Args:
         video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
@@ -126,20 +114,19 @@ def invert(
         clean: Latents of the clip, `1 C T H W`.
         empty: Conditions of the empty prompt.
         timesteps: Rising; `inversion.path_to` finds those that end where sampling starts.
-        whole: Keep the clip at all levels, which attention injection needs, or at the last one only.
-        folder: Where latents lie while they are computed, if `clean` is on the disk.
+        whole: Keep the latents at all timesteps, which attention injection needs, or at the last one only.
+        out: Tensor for the latents of the trajectory, such as one mapped to a file; `S C T H W`, where S is
+            `len(timesteps) + 1` if `whole`, else 1. By default it is made on the device of `clean`.
     """
-    passed: list[Tensor] = []
-    if isinstance(clean, DiskLatents):
-        assert folder, "latents on the disk need a folder for others like them"
-        steps = streaming.invert(video, noise_schedule, clean, empty, [*timesteps], whole=whole, folder=folder)
-    else:
-        steps, passed = inversion.invert(video, noise_schedule, clean, empty, [*timesteps]), [clean]
-    for step in steps:
-        latents, below = step.latents, timesteps[: step.number]
-        if isinstance(latents, Tensor):
-            latents = passed = [*passed, latents] if whole else [latents]
-        yield InvertedStep(step.number, step.total, latents, tuple(below[::-1] if whole else below[-1:]))
+    if out is None:
+        out = clean.new_empty(len(timesteps) + 1 if whole else 1, *clean.shape[1:])
+    out[-1] = clean[0]
+    for step in inversion.invert(video, noise_schedule, clean, empty, [*timesteps]):
+        first, passed = (-1 - step.number, 0) if whole else (-1, step.number - 1)
+        out[first] = step.latents[0]
+        yield InvertedStep(
+            step.number, step.total, Trajectory(out[first:], tuple(timesteps[passed : step.number][::-1]))
+        )
 
 
 def edit(
@@ -148,15 +135,13 @@ def edit(
     sampler: Sampler,
     settings: Sampling,
     trajectory: Trajectory,
-    clean: Tensor | DiskLatents,
+    clean: Tensor,
     caption: Conditions | Tensor,
     text: Conditions,
     negative: Conditions,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    *,
-    folder: Path | None = None,
-) -> Iterator[Any]:
-    """Denoise an inverted clip towards B prompts; yields an `EditStep` (or a `DiskStep`) after every step.
+) -> Iterator[EditStep]:
+    """Denoise an inverted clip towards B prompts; yields after every step.
 
     Args:
         video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
@@ -169,7 +154,6 @@ def edit(
         text: What each edit should show.
         negative: What the edits should not show: of each, or of all.
         generator: Of fresh noise and of samplers that add noise; a list has one for each edit.
-        folder: Where latents lie while they are computed, if `clean` is on the disk, from which one clip is edited.
 
     Raises:
         SettingsError: The trajectory does not have the levels that the sampler passes.
@@ -182,26 +166,11 @@ def edit(
         "guidance_interval": settings.guidance_interval,
         "source": Source(latents, caption, fraction) if fraction else None,
     }
-    fresh, alpha = settings.fresh_noise, sampler.start_alpha
-    if isinstance(clean, DiskLatents):
-        assert folder and count == 1, "clips on the disk are edited one by one"
-        start = streaming.mix_noise(latents[0], clean, alpha, fresh, generators[0], folder=folder)
-        yield from streaming.generate(
-            video,
-            sampler,
-            start,
-            text,
-            negative,
-            settings.guidance_scale,
-            generator=generators[0],
-            folder=folder,
-            **options,
-        )
-    else:
-        start = torch.cat([sampling.mix_noise(latents[0], clean, alpha, fresh, each) for each in generators])
-        negative = negative if len(negative) == count else negative.expand(count)
-        options |= {"generator": generators[0] if count == 1 else generator}
-        yield from sampling.generate(video, sampler, start, text, negative, settings.guidance_scale, **options)
+    inverted, fresh, alpha = latents[0].to(clean.device), settings.fresh_noise, sampler.start_alpha
+    start = torch.cat([sampling.mix_noise(inverted, clean, alpha, fresh, each) for each in generators])
+    negative = negative if len(negative) == count else negative.expand(count)
+    options |= {"generator": generators[0] if count == 1 else generator}
+    yield from sampling.generate(video, sampler, start, text, negative, settings.guidance_scale, **options)
 
 
 def _listed(timesteps: Sequence[int]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -62,7 +61,7 @@ class Source:
             (Plug-and-Play, Tumanyan et al. 2023).
     """
 
-    latents: Sequence[Any]
+    latents: Sequence[Tensor]
     text: Conditions | Tensor
     fraction: float
 
@@ -137,6 +136,6 @@ class Guided:
             return self.video(x, t, text)
         self.video.clip.inject = True
         try:
-            return self.video(torch.cat([injected[0], x]), t, injected[1].joined(text))[1:]
+            return self.video(torch.cat([injected[0].to(x.device), x]), t, injected[1].joined(text))[1:]
         finally:
             self.video.clip.inject = False

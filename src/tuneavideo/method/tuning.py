@@ -18,7 +18,6 @@ from torch import Tensor
 from tuneavideo.errors import RunError
 from tuneavideo.method import graphs, losses
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.method.inflate import VideoUNet, trainable_parameters
 from tuneavideo.method.noise import NoiseSchedule, add_noise, target
 from tuneavideo.method.windows import Windows
@@ -40,7 +39,7 @@ class Tuning:
     Args:
         video: The inflated UNet, changed in place.
         noise_schedule: Noise schedule of the base model.
-        moments: `mean` and `std` of the clip's latents, `1 C T H W` each; those of a long clip stay on the disk.
+        moments: `mean` and `std` of the clip's latents, `1 C T H W` each.
         text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
         settings: See `TuneSettings`.
         accelerator: Owns devices, precision and processes.
@@ -51,7 +50,7 @@ class Tuning:
         self,
         video: VideoUNet,
         noise_schedule: NoiseSchedule,
-        moments: Mapping[str, Tensor | DiskLatents],
+        moments: Mapping[str, Tensor],
         text: Conditions | Tensor,
         settings: TuneSettings,
         accelerator: Accelerator,

@@ -13,7 +13,6 @@ from einops import rearrange
 from torch import Tensor
 
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.disk_latents import DiskLatents
 from tuneavideo.models.devices import free_and_total, unload
 from tuneavideo.models.loading import Pipeline
 from tuneavideo.video import AnyVideo, Video
@@ -32,7 +31,7 @@ def stride(pipe: Pipeline) -> int:
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
 
-def encode(pipe: Pipeline, video: Video) -> dict[str, Tensor]:
+def encode(pipe: Pipeline, video: AnyVideo) -> dict[str, Tensor]:
     """Moments of the clip's latents: `mean` and `std`, each `1 C T H W`, scaled as the UNet expects them.
 
     Frames go through the VAE one by one, on a GPU a few at a time, so memory does not grow with the clip.
@@ -70,14 +69,14 @@ def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
     return [Video(np.stack(list(decode_frames(pipe, latents[None]))), fps) for latents in latents_BCTHW]
 
 
-def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor | DiskLatents) -> Iterator[np.ndarray]:
+def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor) -> Iterator[np.ndarray]:
     """The frames of a clip's latents, uint8 `H W C`, one at a time."""
     for pixels_CHW in decode_pixels(pipe, latents_1CTHW):
         yield rearrange((pixels_CHW * 255).round().to(torch.uint8), "c h w -> h w c").numpy()
 
 
 @torch.no_grad()
-def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor | DiskLatents) -> Iterator[Tensor]:
+def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor) -> Iterator[Tensor]:
     """The frames of a clip's latents, `C H W` in 0..1 on the CPU, one at a time and not rounded."""
     vae, device = pipe.vae, pipe._execution_device
     for numbers in _batched(range(latents_1CTHW.shape[2]), at_once(device)):

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from tuneavideo.errors import DiskError
-from tuneavideo.method.disk_latents import DiskLatents, create, opened
 from tuneavideo.storage import atomic
+from tuneavideo.storage.tensors import LazyTensor, to_bytes
+from tuneavideo.storage.weight_files import write_safetensors
 
 Tensors = dict[str, Tensor]
 DIGITS = 24
@@ -46,39 +45,21 @@ def weight_samples(network: nn.Module) -> list[tuple[str, Any]]:
     return samples
 
 
-def read(path: Path, *, by_frames: bool = False) -> dict[str, Any] | None:
-    """Read the safetensors file `path`; None when it is missing or its checksum is wrong.
-
-    With `by_frames` they stay on disk, as `DiskLatents`.
-    """
+def read(path: Path) -> Tensors | None:
+    """Read the safetensors file `path`, mapped into memory; None when it is missing or its checksum is wrong."""
     try:
         with safe_open(path, "pt") as file:
-            tensors = opened(path) if by_frames else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             digest = (file.metadata() or {}).get("digest")
     except (OSError, SafetensorError):
         return None
     return tensors if tensors and digest == checksum(tensors) else None
 
 
-def write(path: Path, tensors: Mapping[str, Tensor | DiskLatents]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to `path` atomically. Raises DiskError when that fails."""
-    on_disk = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DiskLatents)}
-    if on_disk:
-        with writing(path, {name: latents.shape for name, latents in on_disk.items()}) as made:
-            for name, latents in on_disk.items():
-                made[name].fill(latents)
-        return
-    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    atomic.write(path, save(here, metadata={"digest": checksum(here)}))
-
-
-@contextmanager
-def writing(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Generator[dict[str, DiskLatents], None, None]:
-    """Yield latents on disk to be filled in; they become `path` when the block ends without an error."""
-    with atomic.replacing(path) as draft, draft.open("w+b", buffering=0) as file:
-        blank = create(file, shapes, {"digest": "-" * DIGITS})
-        yield blank
-        create(file, shapes, {"digest": checksum(blank)})
+    lazy = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
+    write_safetensors(path, lazy, {"digest": checksum(tensors)})
 
 
 def cached(name: str, compute: Callable[[], Tensors]) -> Tensors:
@@ -95,20 +76,16 @@ def cached(name: str, compute: Callable[[], Tensors]) -> Tensors:
     return tensors
 
 
-def checksum(tensors: Mapping[str, Tensor | DiskLatents]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Return a digest of tensors with their names, types and shapes."""
     return key(*(part for item in sorted(tensors.items()) for part in item))
 
 
-def _pieces(part: Any) -> Iterator[bytes]:
-    if isinstance(part, Tensor | DiskLatents):
+def _pieces(part: Any) -> Iterator[bytes | memoryview]:
+    if isinstance(part, Tensor):
         yield f"{part.dtype}{tuple(part.shape)}".encode()
-        yield from part.pieces() if isinstance(part, DiskLatents) else [_bytes(part)]
+        yield to_bytes(part)
     elif isinstance(part, np.ndarray):
         yield f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
     else:
         yield json.dumps(part, sort_keys=True, default=str).encode() + b"\0"
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

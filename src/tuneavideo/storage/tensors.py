@@ -1,16 +1,20 @@
-"""Tensors read from a file when they are needed, so that a checkpoint may be larger than memory."""
+"""Tensors larger than memory: read from a file when they are needed, or mapped to a file."""
 
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tuneavideo.errors import CheckpointError
+from tuneavideo.storage import atomic
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,11 @@ def from_file(path: Path, pieces: Sequence[tuple[int, int]], dtype: torch.dtype,
                 raise CheckpointError(f"{path}: the file became shorter while it was read; copy it again")
             position += length
     return torch.frombuffer(buffer, dtype=dtype).reshape(shape) if buffer else torch.empty(shape, dtype=dtype)
+
+
+def mapped(shape: Sequence[int], folder: Path) -> Tensor:
+    """Make a float32 tensor that is mapped to an unnamed temporary file in `folder`. Raises DiskError."""
+    with atomic.disk_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # on a full disk, a write to a mapped file would kill the process
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=tuple(shape)))

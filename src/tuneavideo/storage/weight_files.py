@@ -47,9 +47,9 @@ def read_safetensors(path: Path) -> Tensors:
     }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write the header, then one tensor after the other. Raises DiskError."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes

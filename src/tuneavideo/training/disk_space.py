@@ -46,15 +46,14 @@ def inversion(moments: Mapping[str, Any], settings: Sampling) -> float:
 
 
 def passing(clip: AnyVideo, moments: Mapping[str, Any], settings: Sampling, *, kept: bool) -> float:
-    """Bytes of the files without a name that edits of a clip on the disk need beside what they leave; others need none.
+    """Bytes of the temporary files of edits of a clip on disk; edits of others need none.
 
-    These are the inversion, unless it is `kept`, the latents that are computed, those with fresh noise, and the frames
-    of the edits that are made together.
+    These are the trajectory of the inversion, unless it is `kept`, and the frames of the edits of one batch.
     """
     if not isinstance(clip, DiskVideo):
         return 0
-    own = 0 if kept else inversion(moments, settings)
-    return own + 3 * _bytes(moments["mean"]) + settings.batch_prompts * _raw(clip)
+    own = 0 if kept or not settings.attention_injection else inversion(moments, settings)
+    return own + settings.batch_prompts * _raw(clip)
 
 
 def check_edits(

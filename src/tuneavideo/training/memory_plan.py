@@ -21,7 +21,7 @@ from tuneavideo.settings import EditSettings, TuneSettings
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import memory
-from tuneavideo.video import AnyVideo, DiskVideo
+from tuneavideo.video import AnyVideo
 
 Work = Generator[Progress, None, Any]
 
@@ -94,14 +94,11 @@ def _without_reuse_in_windows(
     settings: TuneSettings, plan: TuneSettings, line: str, clip: AnyVideo
 ) -> tuple[TuneSettings, str]:
     """A plan whose windows nobody asked for reuses no features; refused are windows that were asked for."""
-    on_disk = isinstance(clip, DiskVideo)
     if settings.window is not None and settings.window < clip.frames:
-        check_windows(plan, clip.frames, on_disk=on_disk)
-    windowed = on_disk or (plan.window or clip.frames) < clip.frames
-    if plan.feature_reuse == 1 or not windowed:
+        check_windows(plan, clip.frames)
+    if plan.feature_reuse == 1 or (plan.window or clip.frames) >= clip.frames:
         return plan, line
-    why = "the clip is edited from disk" if on_disk else "the clip is edited in windows"
-    said = f"feature_reuse 1 (was {plan.feature_reuse}), since {why}"
+    said = f"feature_reuse 1 (was {plan.feature_reuse}), since the clip is edited in windows"
     return plan.model_copy(update={"feature_reuse": 1}), f"{line}; {said}" if line else said
 
 
