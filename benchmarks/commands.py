@@ -1,4 +1,4 @@
-"""Whole commands, measured from outside: wall seconds and the largest resident memory (benchmarks/results/cpu.json)."""
+"""Time and peak memory of whole commands; writes benchmarks/results/cpu.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EDIT = "spider man is skiing on the beach, cartoon style"
 
 
 def commands(clip: Path, base: Path, work: Path) -> dict[str, list[str]]:
-    """The commands measured, by name."""
+    """Return the measured commands by name."""
     tune = ["tune", str(clip), "--prompt", "a man is skiing", "--edit", EDIT]
     tiny = ["--base", str(base), "--num-frames", "4", "--resolution", "128", "--max-train-steps", "10"]
     return {
@@ -30,29 +30,29 @@ def commands(clip: Path, base: Path, work: Path) -> dict[str, list[str]]:
 
 
 def measured(words: list[str]) -> dict[str, object]:
-    """Run the command line once; wall seconds, peak memory and what it printed as JSON."""
+    """Run a command once; return seconds, peak memory and its output as JSON."""
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen([sys.executable, "-m", "tuneavideo", *words], stdout=out)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
         out.seek(0)
-        said = out.read().strip()
+        output = out.read().strip()
     if status:
         raise SystemExit(f"tuneavideo {' '.join(words)} failed")
     row: dict[str, object] = {"seconds": round(seconds, 2), "peak_mb": round(usage.ru_maxrss / 1024)}
-    if said.startswith("{"):
-        told = json.loads(said)
-        steps = [json.loads(line) for line in (Path(told["run"]) / "steps.jsonl").read_text().splitlines()]
+    if output.startswith("{"):
+        result = json.loads(output)
+        steps = [json.loads(line) for line in (Path(result["run"]) / "steps.jsonl").read_text().splitlines()]
         middle = sorted(step["seconds"] for step in steps)[len(steps) // 2]
-        size = (Path(told["run"]) / "adapter" / "adapter.safetensors").stat().st_size
-        row |= {"steps": told["steps"], "median_step_seconds": round(middle, 3), "edits": len(told["edits"])}
+        size = (Path(result["run"]) / "adapter" / "adapter.safetensors").stat().st_size
+        row |= {"steps": result["steps"], "median_step_seconds": round(middle, 3), "edits": len(result["edits"])}
         row |= {"adapter_mb": round(size / 1e6, 1)}
     return row
 
 
 def measure(clip: Path, base: Path, only: list[str]) -> None:
-    """Measure what the README names; commands that are not among `only` keep their last figures, if it names any.
+    """Measure the commands; with `only`, the others keep their earlier figures.
 
     Args:
         clip: man-skiing.mp4 of the published code's data folder.

@@ -1,4 +1,4 @@
-"""Experiments on the miniature benchmark: variants by name, the ledger of their rows, and the page made from it.
+"""Experiments on the miniature benchmark: variants, the ledger of their rows, and the page made from it.
 
     python -m benchmarks.experiments untuned default official --part report --seeds 3
     python -m benchmarks.experiments --page
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--part", default="development", choices=("development", "report"))
     parser.add_argument("--clips", type=int)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--page", action="store_true", help="draw docs/quality.md from the ledger")
+    parser.add_argument("--page", action="store_true", help="write docs/quality.md from the ledger")
     chosen = parser.parse_args()
     if unknown := set(chosen.variants) - VARIANTS.keys():
         parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are {'; '.join(VARIANTS)}")
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def page(rows: Rows) -> str:
-    """The experiments as Markdown, every number from the ledger."""
+    """Format the experiments as Markdown, with all numbers from the ledger."""
     development, report = ([row for row in rows if row["set"] == part] for part in ("development", "report"))
     ideas = {name: f"{idea.expected} | {idea.decision}" for name, idea in IDEAS.items()}
     return TEMPLATE.read_text(encoding="utf-8").format(
@@ -97,7 +97,7 @@ def _table(rows: Rows, names: Sequence[str]) -> str:
         if own:
             edits = edits_of(own)
             near = np.mean([edit["track"] <= 4 for edit in edits])
-            clean, shown, kept = (_share(estimate(edits, score)) for score in ("clean", "success", "preserved"))
+            clean, shown, kept = (_percent(estimate(edits, score)) for score in ("clean", "success", "preserved"))
             off = estimate(edits, "track").mean
             lines.append(
                 f"| {name} | {clean} | {shown} | {kept} | {off:.1f} | {near:.0%} | {_work(own):.2f} | {len(own)} |"
@@ -106,7 +106,7 @@ def _table(rows: Rows, names: Sequence[str]) -> str:
 
 
 def _compared(rows: Rows, about: Mapping[str, str], anchor: str) -> str:
-    """Each variant beside the anchor, on the clips and seeds that both have."""
+    """Format the differences of variants from the anchor, on the clips and seeds that both have."""
     lines = ["| change | clean edits, difference | track error, difference, px | work | hypothesis | decision |"]
     lines.append("| --- " * 6 + "|")
     base = _of(rows, anchor)
@@ -128,8 +128,8 @@ def _by_kind(rows: Rows, names: Sequence[str]) -> str:
     lines = ["| clean edits | " + " | ".join(KINDS) + " |", "| --- " * 5 + "|"]
     for name in names:
         edits = edits_of(_of(rows, name))
-        shares = [_share(estimate([edit for edit in edits if edit["kind"] == kind], "clean")) for kind in KINDS]
-        lines.append(f"| {name} | " + " | ".join(shares) + " |" if edits else "")
+        cells = [_percent(estimate([edit for edit in edits if edit["kind"] == kind], "clean")) for kind in KINDS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |" if edits else "")
     return "\n".join(line for line in lines if line)
 
 
@@ -137,35 +137,37 @@ def _difference(rows: Rows, name: str) -> str:
     ours, theirs = edits_of(_of(rows, name)), edits_of(_of(rows, "official"))
     if not (ours and theirs):
         return ""
-    told, work = difference(ours, theirs, "clean"), _work(_of(rows, name)) / _work(_of(rows, "official"))
+    estimated, work = difference(ours, theirs, "clean"), _work(_of(rows, name)) / _work(_of(rows, "official"))
     return (
-        f"- `{name}` minus `official`: {100 * told.mean:+.1f} % clean edits ({100 * told.low:+.1f} to "
-        f"{100 * told.high:+.1f}), {work:.2f} of the work."
+        f"- `{name}` minus `official`: {100 * estimated.mean:+.1f} % clean edits ({100 * estimated.low:+.1f} to "
+        f"{100 * estimated.high:+.1f}), {work:.2f} of the work."
     )
 
 
 def _of(rows: Rows, name: str) -> list[Mapping[str, Any]]:
-    """The rows of a variant as it is defined now."""
+    """Return the rows of a variant as it is defined now."""
     settings = dict(VARIANTS[name].settings)
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return [row for row in rows if row["variant"] == name and row["settings"] in (settings, plain)]
 
 
 def _work(rows: Rows) -> float:
-    """Operations of the UNet for a clip, in 10^12: tuning, inversion and four edits."""
+    """Return the mean TFLOP of the UNet per clip: tuning, inversion and four edits."""
     return float(np.mean([sum(stage["tflop"] for stage in row["stages"].values()) for row in rows]))
 
 
-def _share(told: Estimate) -> str:
-    return f"{told.mean:.0%} ({told.low:.0%} to {told.high:.0%})"
+def _percent(estimated: Estimate) -> str:
+    return f"{estimated.mean:.0%} ({estimated.low:.0%} to {estimated.high:.0%})"
 
 
 def _print(name: str, edits: Rows) -> None:
     print(f"\n{name} ({len(edits)} edits)")
     for kind in ("all", *KINDS):
         of_kind = [edit for edit in edits if kind in ("all", edit["kind"])]
-        said = [(score, estimate(of_kind, score)) for score in SCORES if any(e[score] is not None for e in of_kind)]
-        print(f"  {kind:10} " + "  ".join(f"{score} {e.mean:.3f} [{e.low:.2f} {e.high:.2f}]" for score, e in said))
+        estimates = [
+            (score, estimate(of_kind, score)) for score in SCORES if any(e[score] is not None for e in of_kind)
+        ]
+        print(f"  {kind:10} " + "  ".join(f"{score} {e.mean:.3f} [{e.low:.2f} {e.high:.2f}]" for score, e in estimates))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is tried on the miniature benchmark, what was expected of it, and what came of it."""
+"""Variants of the miniature benchmark, with the hypothesis and the decision on each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANCHOR = {"preset": "official", **BRIEF, "learning_rate": 1e-3, "max_train_steps
 
 
 class Idea(NamedTuple):
-    """A change to the anchor, what it should do, and the decision with its reason."""
+    """A change to the anchor, its hypothesis, and the decision with its reason."""
 
     change: dict[str, Any]
     expected: str

@@ -1,4 +1,4 @@
-"""What tuning Stable Diffusion has to hold in memory, counted without a GPU; writes benchmarks/results/memory.json.
+"""Memory estimates of tuning Stable Diffusion, without a GPU; writes benchmarks/results/memory.json.
 
     python -m benchmarks.memory
 
@@ -27,7 +27,7 @@ FRAMES = (4, 8, 12, 16, 24)
 
 
 def weights(folder: Path) -> int:
-    """Parameters of a family's autoencoder and text encoders."""
+    """Count the parameters of a family's autoencoder and text encoders."""
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     encoders = [kind(kind.config_class.from_pretrained(folder / name))
                 for name, kind in kinds.items() if (folder / name).is_dir()]  # fmt: skip
@@ -36,7 +36,7 @@ def weights(folder: Path) -> int:
 
 
 class Family:
-    """Models of one shape, on the meta device, inflated and ready to be tuned."""
+    """Models of one shape on the meta device, inflated for tuning."""
 
     def __init__(self, name: str) -> None:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A base the size of Stable Diffusion 1.5 with random weights: for time and memory where nothing can be downloaded.
+"""A base of the size of Stable Diffusion 1.5 with random weights, to measure time and memory without downloads.
 
     python -m benchmarks.random_base FOLDER
 

@@ -1,4 +1,4 @@
-"""The work of the published implementation, written plainly: what every figure is held against.
+"""Reference implementation of the published method, the baseline of the measurements.
 
 VAE and text encoder run at every step, the text is repeated for every frame, attention scores are materialised, every
 block is computed twice, and Adam takes every tuned tensor by itself. Four prompts cost one inversion and four guided
@@ -31,7 +31,7 @@ TUNED = ("attn1.to_q", "attn2.to_q", "attn_temp")
 
 
 def scores(attention: Attention, q_NLC: Tensor, k_NMC: Tensor, v_NMC: Tensor) -> Tensor:
-    """Attention with its whole map in memory."""
+    """Compute attention with its whole map in memory."""
     heads = attention.heads
     q, k, v = (rearrange(x, "n l (h d) -> (n h) l d", h=heads) for x in (q_NLC, k_NMC, v_NMC))
     seen = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(-1, -2), beta=0, alpha=attention.scale).softmax(dim=-1)
@@ -126,25 +126,25 @@ class Reference:
         return torch.optim.AdamW(self.tuned.values(), lr=3e-5, foreach=False, fused=False)
 
     def unet(self, x_BCTHW: Tensor, t_B: Tensor, text_BLD: Tensor) -> Tensor:
-        """Prediction for clips; the text is repeated for every frame."""
+        """Predict noise for clips; the text is repeated for every frame."""
         frames = self.clip.frames = x_BCTHW.shape[2]
         x_NCHW = rearrange(x_BCTHW.to(self.parts.unet.dtype), "b c t h w -> (b t) c h w")
         text_NLD = text_BLD.repeat_interleave(frames, dim=0)
-        told = Conditions(text_NLD, self.parts.pooled(len(x_NCHW), str(x_NCHW.device)), stride=self.parts.stride)
-        added = told.added(*x_NCHW.shape[-2:])
+        conditions = Conditions(text_NLD, self.parts.pooled(len(x_NCHW), str(x_NCHW.device)), stride=self.parts.stride)
+        added = conditions.added(*x_NCHW.shape[-2:])
         t_N = t_B.repeat_interleave(frames)
         y_NCHW = self.parts.unet(x_NCHW, t_N, text_NLD, added_cond_kwargs=added, return_dict=False)[0]
         return rearrange(y_NCHW, "(b t) c h w -> b c t h w", t=frames)
 
     @torch.no_grad()
     def encoded(self, pixels_TCHW: Tensor) -> Tensor:
-        """Latents `1 C T H W`, drawn from the posterior."""
+        """Encode a clip to latents `1 C T H W`, sampled from the posterior."""
         drawn = self.parts.vae.encode(pixels_TCHW).latent_dist.sample()
         return rearrange(drawn, "t c h w -> 1 c t h w") * self.parts.vae.config.scaling_factor
 
     @torch.no_grad()
     def words(self, ids_BL: Tensor) -> Tensor:
-        """Text embeddings `B L D`; zeros where the base's text encoder is not measured."""
+        """Return text embeddings `B L D`; zeros if the text encoder is not measured."""
         if self.parts.text is None:
             return torch.zeros(*ids_BL.shape, self.parts.unet.config.cross_attention_dim, device=ids_BL.device)
         return self.parts.text(ids_BL)[0]
@@ -152,11 +152,11 @@ class Reference:
     def loss(self, latents_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor, text_BLD: Tensor) -> Tensor:
         alpha_B = self.levels.alphas.to(t_B.device)[t_B]
         prediction = self.unet(add_noise(latents_BCTHW, noise_BCTHW, alpha_B), t_B, text_BLD)
-        asked = target(latents_BCTHW, noise_BCTHW, alpha_B, self.levels.prediction_type)
-        return mse_loss(prediction.float(), asked.float())
+        wanted = target(latents_BCTHW, noise_BCTHW, alpha_B, self.levels.prediction_type)
+        return mse_loss(prediction.float(), wanted.float())
 
     def gradients(self, pixels_TCHW: Tensor, ids_BL: Tensor) -> Tensor:
-        """The loss of a step, drawn anew from the pixels and the words on, with its gradients."""
+        """Compute the loss of a step from pixels and words, with its gradients."""
         latents = self.encoded(pixels_TCHW)
         t_B = torch.randint(len(self.levels.alphas), (1,), device=latents.device)
         loss = self.loss(latents, torch.randn_like(latents), t_B, self.words(ids_BL))
@@ -164,7 +164,7 @@ class Reference:
         return loss
 
     def step(self, optimizer: torch.optim.Optimizer, pixels_TCHW: Tensor, ids_BL: Tensor) -> Tensor:
-        """One whole step."""
+        """Run one tuning step."""
         loss = self.gradients(pixels_TCHW, ids_BL)
         nn.utils.clip_grad_norm_(self.tuned.values(), 1.0, foreach=False)
         optimizer.step()
@@ -173,7 +173,7 @@ class Reference:
 
     @torch.no_grad()
     def inverted(self, x_BCTHW: Tensor, empty_BLD: Tensor, grid: list[int]) -> Tensor:
-        """DDIM inversion along rising timesteps."""
+        """Invert latents by DDIM along rising timesteps."""
         alpha = self.levels.final_alpha
         for t in grid:
             output = self.unet(x_BCTHW, torch.tensor([t], device=x_BCTHW.device), empty_BLD)
@@ -184,14 +184,14 @@ class Reference:
 
     @torch.no_grad()
     def guided(self, x_BCTHW: Tensor, t: int, texts_2LD: Tensor, scale: float) -> Tensor:
-        """Prediction with classifier-free guidance, from the empty text and the prompt."""
+        """Predict noise with classifier-free guidance."""
         both = torch.cat([x_BCTHW, x_BCTHW])
         without, towards = self.unet(both, torch.tensor([t, t], device=both.device), texts_2LD).chunk(2)
         return without + scale * (towards - without)
 
     @torch.no_grad()
     def sampled(self, x_BCTHW: Tensor, texts_2LD: Tensor, grid: list[int], scale: float) -> Tensor:
-        """DDIM sampling along falling timesteps."""
+        """Sample by DDIM along falling timesteps."""
         for t, after in zip(grid, [*grid[1:], None], strict=True):
             output = self.guided(x_BCTHW, t, texts_2LD, scale)
             clean, noise = split(x_BCTHW, output, self.levels.alphas[t], self.levels.prediction_type)
@@ -201,6 +201,6 @@ class Reference:
 
     @torch.no_grad()
     def decoded(self, x_BCTHW: Tensor) -> Tensor:
-        """Pixels `T C H W` of one clip, all frames at once."""
+        """Decode a clip to pixels `T C H W`, all frames at once."""
         latents = rearrange(x_BCTHW, "1 c t h w -> t c h w") / self.parts.vae.config.scaling_factor
         return self.parts.vae.decode(latents).sample

@@ -1,4 +1,4 @@
-"""Time and memory of a call, above what was held before."""
+"""Time of a call, and its peak memory minus the memory before."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """The most memory held since it was made, above what was held then: resident on a CPU, allocated on a GPU.
+    """Peak memory since its creation minus the memory then: resident on a CPU, allocated on a GPU.
 
-    Linux forgets its high-water mark when told so; elsewhere the mark is of the whole process. What the process keeps
+    Linux can reset its peak; elsewhere the peak is that of the whole process. What the process keeps
     though it is free is not held.
     """
 
@@ -38,13 +38,13 @@ class Peak:
             self.base = psutil.Process().memory_info().rss
 
     def above(self) -> int:
-        """Bytes."""
+        """Return the difference in bytes."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() - self.base
         return max(0, _high_water() - self.base)
 
     def timed(self, run: Callable[[], Any]) -> tuple[float, float]:
-        """Wall seconds of one call, the device waited for, and the seconds that this process's threads computed.
+        """Return wall seconds of one call, with synchronisation of the device, and CPU seconds of this process.
 
         The second tells what the first would be if nothing else ran here.
         """

@@ -1,4 +1,4 @@
-"""What is measured: one row is one piece of work at one size, timed in a process of its own."""
+"""Rows of the benchmark: a row is one task at one size, measured in its own process."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class Row:
         channels_last: Layout of the UNet's convolutions (in bf16 on a CPU it is that anyway).
         prompts: Edited in one batch.
         reused: Inner features are those of an earlier step (`feature_reuse`).
-        led: Of `edits`: whether they follow the clip (`attention_injection`, as by default).
+        injected: Of `edits`: with attention injection, as by default.
         fast: Of `edits`: as the preset `fast` makes them, in a tenth of its steps.
         frozen: Whether the down path learns nothing (as published).
-        default: Among those that are measured unless `--all` is said: the quick ones.
+        default: Whether it is measured without `--all`.
     """
 
     task: Task
@@ -75,7 +75,7 @@ class Row:
     channels_last: bool = False
     prompts: int = 1
     reused: bool = False
-    led: bool = True
+    injected: bool = True
     fast: bool = False
     frozen: bool = False
     default: bool = True
@@ -83,21 +83,21 @@ class Row:
     @property
     def name(self) -> str:
         words = ("checkpointing", "compiled", "channels_last", "frozen", "reused", "fast")
-        more = [word for word in words if getattr(self, word)] + ["not_led"] * (not self.led)
+        more = [word for word in words if getattr(self, word)] + ["not_injected"] * (not self.injected)
         more += [f"{self.prompts}-prompts"] * (self.prompts > 1) + [self.precision] * (self.precision != "fp32")
         return "-".join([self.task, self.base, f"{self.frames}x{self.pixels}", *more])
 
 
 @dataclass
 class Bench:
-    """What a row runs: `step` once, on a model that is `held` in memory."""
+    """The call `step` that a row measures, and the model that it keeps in memory (`held`)."""
 
     step: Callable[[], Any]
     count: Callable[[], Any]
 
 
 def measured(row: Row, *, device: str, seconds: float = 40.0) -> dict[str, Any]:
-    """Run a row: once to warm up, then three times or for about `seconds`; what takes `LONG` is warm by itself."""
+    """Run a row: a warm-up, then three times or for about `seconds`; rows that take `LONG` have no warm-up."""
     network = parts(row.base, device, DTYPES[row.precision])
     weights = Peak(device)
     bench = TASKS[row.task](row, network, device)
@@ -128,7 +128,7 @@ def measured(row: Row, *, device: str, seconds: float = 40.0) -> dict[str, Any]:
 
 
 def counted(row: Row) -> float:
-    """Operations of the row's step, on torch's meta device."""
+    """Count the operations of the row's step on torch's meta device."""
     row = dataclasses.replace(row, precision="fp32")
     if row.task == "edits":
         return _counted_edits(row)
@@ -136,7 +136,7 @@ def counted(row: Row) -> float:
 
 
 def least(row: Row) -> float:
-    """The least operations of a tuning step (see `work.Least`)."""
+    """Return the least operations of a tuning step (see `work.Least`)."""
     network = parts(row.base, "meta")
     video, tuned = _learning(row, network)
     x, t, text = _inputs(row, network, "meta")
@@ -145,7 +145,7 @@ def least(row: Row) -> float:
 
 
 def matmul_rate(device: str, precision: str = "fp32") -> float:
-    """Operations per second of a large matrix product: the best of six."""
+    """Measure operations per second of a large matrix product: the best of six."""
     size, at_once = (
         (2048, 1) if device == "cpu" else (8192, 10)
     )  # on a GPU a smaller one is over while it is waited for
@@ -168,7 +168,7 @@ def _inputs(row: Row, network: Parts, device: str, clips: int = 1) -> tuple[Tens
 
 
 def _learning(row: Row, network: Parts) -> tuple[VideoUNet, list[Any]]:
-    """An inflated UNet whose tuned layers learn, on whatever device it is."""
+    """Inflate a UNet and enable gradients of the tuned layers."""
     video = inflate(network.unet)
     network.unet.requires_grad_(False).train()
     tuned = list(trainable_parameters(network.unet, TUNED, ("down_blocks",) if row.frozen else ()).values())
@@ -180,7 +180,7 @@ def _learning(row: Row, network: Parts) -> tuple[VideoUNet, list[Any]]:
 
 
 class Steps(Tuning):
-    """Tuning whose every step can be called by itself."""
+    """Tuning with single steps as calls."""
 
     def step(self) -> None:
         self._move(float(self.learn(0)[0]))
@@ -188,7 +188,7 @@ class Steps(Tuning):
 
 
 def tune(row: Row, network: Parts, device: str) -> Bench:
-    """The default step, or with `checkpointing` the one for little memory."""
+    """Make a tuning step, by default without gradient checkpointing."""
     if device == "meta":
         video, _ = _learning(row, network)
         x, t, text = _inputs(row, network, device)
@@ -235,7 +235,7 @@ def invert(row: Row, network: Parts, device: str) -> Bench:
 
 
 def edit(row: Row, network: Parts, device: str) -> Bench:
-    """One guided step of all prompts."""
+    """Make a guided step of all prompts."""
     return _called(row, network, device, clips=2 * row.prompts)
 
 
@@ -260,17 +260,17 @@ def reference_edit(row: Row, network: Parts, device: str) -> Bench:
 def _reference_called(row: Row, network: Parts, device: str, clips: int) -> Bench:
     reference = Reference(network, levels())
     network.unet.eval()
-    x, t, told = _inputs(row, network, device, clips)
-    x, text = (part.to(DTYPES[row.precision]) for part in (x, told.text_BLD))
+    x, t, conditions = _inputs(row, network, device, clips)
+    x, text = (part.to(DTYPES[row.precision]) for part in (x, conditions.text_BLD))
     call = torch.no_grad()(lambda: reference.unet(x, t, text))
     return Bench(call, call)
 
 
 def edits(row: Row, network: Parts, device: str) -> Bench:
-    """One inversion and four edits, `row.prompts` of them at a time."""
+    """Make an inversion with four edits, `row.prompts` at a time."""
     video = _prepared(row, inflate(network.unet.requires_grad_(False)))
-    x, _, told = _inputs(row, network, device, clips=2)
-    clean, (empty, text) = x[:1], told.split(1)
+    x, _, conditions = _inputs(row, network, device, clips=2)
+    clean, (empty, text) = x[:1], conditions.split(1)
     settings, texts = _sampling(row), text.expand(row.prompts)
 
     def run() -> list[Tensor]:
@@ -289,14 +289,14 @@ def edits(row: Row, network: Parts, device: str) -> Bench:
 
 
 def _sampling(row: Row) -> Sampling:
-    """The settings of the edits, in a tenth of the steps."""
-    told: dict[str, Any] = {"num_inference_steps": 50, **(PRESETS["fast"] if row.fast else {})}
-    told["num_inference_steps"] *= STEPS / 50
-    return Sampling(**told, **({} if row.led else {"attention_injection": 0.0}))
+    """Return the settings of the edits, with a tenth of the steps."""
+    settings: dict[str, Any] = {"num_inference_steps": 50, **(PRESETS["fast"] if row.fast else {})}
+    settings["num_inference_steps"] *= STEPS / 50
+    return Sampling(**settings, **({} if row.injected else {"attention_injection": 0.0}))
 
 
 def _counted_edits(row: Row) -> float:
-    """Operations of `edits`, from those of its calls."""
+    """Count the operations of `edits` from those of its calls."""
     settings = _sampling(row)
     steps, every, share = settings.num_inference_steps, settings.feature_reuse, settings.attention_injection
 
@@ -311,8 +311,8 @@ def _counted_edits(row: Row) -> float:
 def reference_edits(row: Row, network: Parts, device: str) -> Bench:
     reference = Reference(network, levels())
     network.unet.eval()
-    x, _, told = _inputs(row, network, device, clips=2)
-    x, texts = (part.to(DTYPES[row.precision]) for part in (x[:1], told.text_BLD))
+    x, _, conditions = _inputs(row, network, device, clips=2)
+    x, texts = (part.to(DTYPES[row.precision]) for part in (x[:1], conditions.text_BLD))
     grid = levels().inversion_grid(STEPS, "trailing")
 
     def run() -> list[Tensor]:
@@ -323,7 +323,7 @@ def reference_edits(row: Row, network: Parts, device: str) -> Bench:
 
 
 def decode(row: Row, network: Parts, device: str) -> Bench:
-    """A clip, frame by frame."""
+    """Decode a clip frame by frame."""
     if device == "cuda":
         channels_last.lay_out(network.vae)
     latents = _latents(row, network, device).to(DTYPES[row.precision])
@@ -362,7 +362,7 @@ _MORE = (
     *(
         Row("edits", precision=precision, **change)
         for precision in DTYPES
-        for change in ({}, {"led": False}, {"prompts": 4}, {"fast": True})
+        for change in ({}, {"injected": False}, {"prompts": 4}, {"fast": True})
     ),
     Row("reference-tune", frozen=True),
     Row("tune", frozen=True),
@@ -402,5 +402,5 @@ GPU_ROWS = {
 
 
 def described(row: Row) -> dict[str, Any]:
-    """A row's fields, without its place in the default set."""
+    """Return a row's fields, without `default`."""
     return {name: value for name, value in dataclasses.asdict(row).items() if name != "default"}

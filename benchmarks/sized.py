@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights: speed does not hang on values."""
+"""Models of the published sizes with random weights, on which speed does not depend."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class Parts:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def pooled(self, clips: int, device: str) -> Tensor | None:
-        """What Stable Diffusion XL is told beside the text."""
+        """Return the pooled text embedding that Stable Diffusion XL takes."""
         return None if self.unet.config.addition_embed_type is None else torch.zeros(clips, 1280, device=device)
 
 
 def parts(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
-    """The networks of a size on `device`, which may be torch's `meta` for counting."""
+    """Make the networks of a size on `device`, which may be `meta` for counting."""
     if name == MINIATURE and device != "meta":
         unet = UNet2DConditionModel.from_pretrained(miniature.MODEL / "unet")
         vae = AutoencoderKL.from_pretrained(miniature.MODEL / "vae")
@@ -111,7 +111,7 @@ _STORED = ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
 
 @torch.no_grad()
 def filled(network: nn.Module, device: str) -> nn.Module:
-    """A network that is only described gets memory on `device`, and weights as wide as torch's own."""
+    """Allocate a network of the meta device on `device`, with weights of the scale of torch's defaults."""
     described = any(parameter.is_meta for parameter in network.parameters())
     if described and device != "meta":
         network.to_empty(device=device)
@@ -127,7 +127,7 @@ def filled(network: nn.Module, device: str) -> nn.Module:
 
 
 def _number_positions(network: nn.Module) -> None:
-    """Positions are a buffer that is not kept with the weights."""
+    """Set the position ids, a buffer that is not saved with the weights."""
     for name, buffer in network.named_buffers():
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))

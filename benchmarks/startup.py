@@ -1,4 +1,4 @@
-"""How long `tune` takes to its first step when the clip is cached; writes benchmarks/results/startup.json.
+"""Time of `tune` to its first step with a cached clip; writes benchmarks/results/startup.json.
 
     python -m benchmarks.startup CLIP [--base build/sd15-sized]
 
@@ -31,17 +31,17 @@ def main() -> None:
     words = [sys.executable, "-W", "ignore", "-m", "benchmarks.startup", str(options.clip), "--base", options.base]
     with tempfile.TemporaryDirectory() as work:
         for number in ("first", "again"):
-            said = subprocess.run(
+            output = subprocess.run(
                 [*words, "--child", f"{work}/{number}"], check=True, stdout=subprocess.PIPE, text=True
             )
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    results[Path(options.base).name] = json.loads(said.stdout.splitlines()[-1])
+    results[Path(options.base).name] = json.loads(output.stdout.splitlines()[-1])
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(RESULTS.read_text())
 
 
 def _started(clip: Path, base: str, out: Path) -> dict[str, float]:
-    """Seconds of each part of the way to the first step, after which the job is left."""
+    """Return the seconds of each stage to the first step, after which the job is stopped."""
     began = time.perf_counter()
     import tuneavideo.jobs.tune  # noqa: F401
     from tuneavideo import api

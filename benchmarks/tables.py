@@ -104,7 +104,7 @@ def description(row: Row) -> str:
     variants = {"checkpointing": "gradient checkpointing", "compiled": "compiled", "channels_last": "channels-last"}
     variants |= {"frozen": "down blocks frozen", "reused": "feature reuse", "fast": "preset `fast`"}
     words += [text for variant, text in variants.items() if row.get(variant)]
-    words += ["no attention injection"] * (not row.get("led", True))
+    words += ["no attention injection"] * (not row.get("injected", True))
     words += [f"batch of {row['prompts']}"] * (row["prompts"] > 1)
     return f"{'*baseline:* ' if row['task'].startswith('reference-') else ''}{', '.join(words)}"
 
@@ -114,7 +114,7 @@ def speedup(rows: Mapping[str, Row], name: str, precision: str) -> tuple[float, 
 
     None for the baseline itself, and where either was not measured.
     """
-    plain = re.sub(r"-(checkpointing|compiled|channels_last|reused|fast|not_led|\d-prompts)", "", name)
+    plain = re.sub(r"-(checkpointing|compiled|channels_last|reused|fast|not_injected|\d-prompts)", "", name)
     same = f"reference-{plain}"
     ours, theirs = rows[name], rows.get(same if precision != "fp32" else same.removesuffix("-bf16"))
     if not theirs or name.startswith("reference") or {"failed"} & (ours.keys() | theirs.keys()):

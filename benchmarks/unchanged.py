@@ -98,14 +98,14 @@ def digest(*parts: str | bytes) -> str:
 
 
 def tensors(path: Path) -> str:
-    """Names, shapes, types and bytes of the tensors in a file, whatever else is in its header."""
+    """Return a digest of names, shapes, types and bytes of the tensors in a file."""
     found = load_file(path)
     parts = [(name, str(x.dtype), str(tuple(x.shape)), x.reshape(-1).view(torch.uint8)) for name, x in found.items()]
     return digest(*(each for *about, raw in sorted(parts, key=lambda part: part[0]) for each in (*about, bytes(raw))))
 
 
 def square(folder: Path, count: int, side: int) -> Path:
-    """Frames of a moving square as PNG: an encoder with threads does not write the same video twice."""
+    """Write frames of a moving square as PNG: an encoder with threads does not write the same video twice."""
     frames = np.full((count, side, side, 3), 200, np.uint8)
     for t in range(count):
         left = 2 + 4 * t % (side - 8)
@@ -115,7 +115,7 @@ def square(folder: Path, count: int, side: int) -> Path:
 
 
 def coarse_folder(folder: Path) -> Path:
-    """The tiny base with a VAE of stride 32, so that large frames have small latents."""
+    """Write the tiny base with a VAE of stride 32, so that large frames have small latents."""
     base_folder(folder)
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     stages = {"block_out_channels": (4,) * 6, "down_block_types": ("DownEncoderBlock2D",) * 6}
@@ -215,7 +215,7 @@ def void(_: object) -> None: ...
 
 
 def made(folder: Path) -> Results:
-    """Run every job; one that fails is a result, too."""
+    """Run every job; a failure is a result, too."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
@@ -232,7 +232,7 @@ def made(folder: Path) -> Results:
 
 
 def compared(before: Path, after: Path) -> list[str]:
-    """A line for every result that differs."""
+    """Return a line for every result that differs."""
     old, new = (json.loads((folder / "digests.json").read_text(encoding="utf-8")) for folder in (before, after))
     lines = []
     for name in sorted(old.keys() | new.keys()):
@@ -241,7 +241,7 @@ def compared(before: Path, after: Path) -> list[str]:
         frames = f"{name.removesuffix(': frames')}.npy"
         if name == "scores" and old.get(name) and new.get(name):
             left, right = (np.array(numbers(json.loads(each[name]))) for each in (old, new))
-            if left.shape != right.shape or not np.allclose(left, right, rtol=0.25):  # films are encoded by threads
+            if left.shape != right.shape or not np.allclose(left, right, rtol=0.25):  # videos are encoded by threads
                 lines.append("scores: more than a quarter apart")
         elif name.endswith(": frames") and (before / frames).is_file() and (after / frames).is_file():
             left, right = (np.load(folder / frames).astype(int) for folder in (before, after))
@@ -256,7 +256,7 @@ def compared(before: Path, after: Path) -> list[str]:
 
 
 def numbers(scores: Any) -> list[float]:
-    """All values of a set of scores, in order of their names."""
+    """Return all values of a set of scores, in the order of their names."""
     if isinstance(scores, list):
         return [value for each in scores for value in numbers(each)]
     if isinstance(scores, dict):

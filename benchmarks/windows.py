@@ -1,4 +1,4 @@
-"""What long clips cost, and whether their seams show; writes benchmarks/results/windows.json.
+"""Time and memory of long clips, and visibility of seams between windows; writes benchmarks/results/windows.json.
 
     python -m benchmarks.windows --clip man-skiing.mp4 [--only linear memory seams]
 
@@ -37,7 +37,7 @@ COARSE = STUB | {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
 
 
 def linear() -> dict[str, Any]:
-    """One prediction of clips of several lengths."""
+    """Measure one prediction for clips of several lengths."""
     import torch
     from diffusers import UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
@@ -63,7 +63,7 @@ def linear() -> dict[str, Any]:
 
 
 def _fit(rows: dict[int, dict[str, float]], name: str) -> dict[str, float]:
-    """A line through the rows, how much of their variance it explains, and the exponent of a power law."""
+    """Fit a line to the rows; return it with its explained variance and the exponent of a power law."""
     x, y = np.array(list(rows)), np.array([row[name] for row in rows.values()])
     slope, start = np.polyfit(x, y, 1)
     unexplained = ((y - slope * x - start) ** 2).sum() / ((y - y.mean()) ** 2).sum()
@@ -72,7 +72,7 @@ def _fit(rows: dict[int, dict[str, float]], name: str) -> dict[str, float]:
 
 
 def memory(work: Path) -> dict[str, Any]:
-    """Peaks in bytes above the imports."""
+    """Measure peak memory minus that of the imports, in bytes."""
     _write_stub(work / "base")
     _write_clip(work / "clip.mp4", LONG)
     peaks = {}
@@ -87,7 +87,7 @@ def memory(work: Path) -> dict[str, Any]:
 
 
 def child(frames: int, work: Path) -> None:
-    """One job in this process; prints the most resident memory."""
+    """Run one job in this process and print the peak of resident memory."""
     from tuneavideo import api
 
     if frames:
@@ -136,7 +136,7 @@ def _drawn(frames: int) -> Iterator[np.ndarray]:
 
 
 def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str, Any]:
-    """Edits of a real clip in windows of 8 frames, which follow it as by default."""
+    """Edit a real clip in windows of 8 frames, with attention injection."""
     from tuneavideo import api
     from tuneavideo.method import editing, inversion
     from tuneavideo.method.inflate import video_unet
@@ -177,7 +177,7 @@ def seams(clip: Path, work: Path, frames: int = 64, steps: int = 8) -> dict[str,
 
 
 def _flicker(edits: list[np.ndarray], source: np.ndarray, borders: list[int]) -> dict[str, float]:
-    """Mean absolute difference of neighbours (0..255) beyond the source's: where windows begin, and elsewhere."""
+    """Return mean absolute differences of neighbouring frames (0..255) minus the source's, at borders and elsewhere."""
     own, *steps = (np.abs(np.diff(clip.astype(float), axis=0)).mean(axis=(1, 2, 3)) for clip in (source, *edits))
     excess = np.concatenate([step - own for step in steps])
     at = np.tile(np.isin(np.arange(1, len(source)), borders), len(edits))

@@ -1,4 +1,4 @@
-"""Lower bound on the floating-point operations of a step, beside `count_flops`, which counts those that run.
+"""Lower bound on the floating-point operations of a step; `count_flops` counts those that run.
 
 Both take a multiplication and an addition as two operations; only matrix products and convolutions are counted.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Least:
-    """The least operations of one step: what every layer needs for its output, once, and for the gradients that count.
+    """Least operations of one step: those of every layer's output, once, and of the necessary gradients.
 
     A layer's output is needed once. The gradient of its input is needed if anything before it learns, that of its
     weight if it learns itself. Attention needs, for every query, each *different* token it looks at, once.
@@ -24,15 +24,15 @@ class Least:
         self.tuned, self.forward, self.backward = tuned, 0.0, 0.0
 
     def layer(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """A linear layer or a convolution (a hook of its forward)."""
+        """Add a linear layer or a convolution (a forward hook)."""
         weight: Any = module.weight
         work = 2.0 * output.numel() * weight[0].numel()
         self.forward += work
         self.backward += work * (inputs[0].requires_grad + any(weight is each for each in self.tuned))
 
-    def attention(self, queries: Tensor, looked_at: int, learns: tuple[bool, bool]) -> None:
-        """`queries` numbers that look at `looked_at` tokens each; does the query learn, and do key and value?"""
-        product = 2.0 * queries.numel() * looked_at
+    def attention(self, queries: Tensor, key_tokens: int, learns: tuple[bool, bool]) -> None:
+        """Add an attention of `queries` to `key_tokens` tokens; `learns`: gradients of queries, of keys and values."""
+        product = 2.0 * queries.numel() * key_tokens
         query, keys = learns
         self.forward += 2 * product
         # Of scores: gradients of query and key; of the sum: of weights and value.
@@ -40,7 +40,7 @@ class Least:
 
 
 def least(run: Callable[[], Tensor], unet: nn.Module, tuned: list[nn.Parameter], clip: Any, words: int) -> Least:
-    """Watch the layers of one forward pass `run` (on the meta device) and add up what they need."""
+    """Add up the least operations of the layers of one forward pass `run` (on the meta device)."""
     total = Least(set(tuned))
     with _watched(unet, total, clip, words):
         run()
@@ -50,10 +50,10 @@ def least(run: Callable[[], Tensor], unet: nn.Module, tuned: list[nn.Parameter],
 @contextmanager
 def _watched(unet: nn.Module, total: Least, clip: Any, words: int) -> Iterator[None]:
     handles = []
-    seen = {"to_k", "to_v"}
+    key_layers = {"to_k", "to_v"}
     for name, module in unet.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not (
-            name.split(".")[-1] in seen and ("attn1" in name or "attn2" in name)
+            name.split(".")[-1] in key_layers and ("attn1" in name or "attn2" in name)
         ):
             handles.append(module.register_forward_hook(total.layer))
         if isinstance(module, BasicTransformerBlock):
@@ -66,7 +66,7 @@ def _watched(unet: nn.Module, total: Least, clip: Any, words: int) -> Iterator[N
 
 
 class _Block:
-    """What a transformer block needs beside its layers: keys, values, and the three kinds of looking."""
+    """Least operations of a transformer block besides its layers: keys, values, and three attentions."""
 
     def __init__(self, total: Least, clip: Any, words: int) -> None:
         self.total, self.clip, self.words = total, clip, words
@@ -76,9 +76,9 @@ class _Block:
         clips, tokens, width = len(x_NLC) // frames, x_NLC.shape[1], x_NLC.shape[2]
         before = x_NLC.requires_grad
         inner = block.attn1.to_q.out_features
-        # Keys and values: of frames that are looked at (all but the last), and of the text, once a clip.
-        looked_at = max(frames - 1, 1) * clips * tokens
-        keys = 2 * 2.0 * looked_at * width * inner
+        # Keys and values: of all frames but the last, and of the text, once per clip.
+        key_tokens = max(frames - 1, 1) * clips * tokens
+        keys = 2 * 2.0 * key_tokens * width * inner
         self.total.forward += keys + 2 * 2.0 * clips * self.words * block.attn2.to_k.in_features * inner
         self.total.backward += keys * before
         learns = (before or self._learns(block.attn1.to_q), before)

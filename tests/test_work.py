@@ -63,7 +63,7 @@ def test_edits_of_the_reference_are_ours_when_they_do_not_follow_the_clip() -> N
     network, made = parts("tiny"), []
     for task in ("edits", "reference-edits"):
         torch.manual_seed(0)
-        made.append(TASKS[task](Row(task, base="tiny", frames=3, pixels=64, led=False), network, "cpu").step())
+        made.append(TASKS[task](Row(task, base="tiny", frames=3, pixels=64, injected=False), network, "cpu").step())
     assert len(made[0]) == len(made[1]) == 4
     assert all((ours - theirs).abs().max() < 1e-3 for ours, theirs in zip(*made, strict=True))
 

@@ -42,7 +42,7 @@ DARK = (14, 10, 30)
 
 
 def fetch(folder: Path) -> Path:
-    """Bring the sprites the world uses into `folder`, once; return their file."""
+    """Download the sprites of the world into `folder`, once; return their file."""
     sprites = folder / SPRITES
     if sprites.exists():
         return sprites
@@ -63,7 +63,7 @@ def _bodies(file: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def drawing(file: Path, subject: str, pixels: int) -> Image.Image:
-    """The subject as RGBA, cropped to its outline and centred in a square of `pixels`."""
+    """Draw the subject as RGBA, cropped to its outline and centred in a square of `pixels`."""
     import resvg_py
 
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 128 128">{_bodies(file)[subject]}</svg>'
@@ -78,7 +78,7 @@ def drawing(file: Path, subject: str, pixels: int) -> Image.Image:
 
 
 def recoloured(image: Image.Image, subject: str, colour: tuple[int, int, int]) -> Image.Image:
-    """The drawing with its main colour exchanged; light and shade stay."""
+    """Exchange the main colour of a drawing; light and shade stay."""
     rgba = np.asarray(image).astype(np.float32) / 255
     rgb, target = rgba[..., :3], np.array(colour, np.float32) / 255
     high, low = rgb.max(-1), rgb.min(-1)
@@ -92,7 +92,7 @@ def recoloured(image: Image.Image, subject: str, colour: tuple[int, int, int]) -
 
 
 def outlined(image: Image.Image) -> tuple[Image.Image, Image.Image, Image.Image]:
-    """Edges, dark parts and silhouette of a drawing, each a grey image; edges are some 1/22 of its side thick."""
+    """Return edges, dark parts and silhouette of a drawing as grey images; edges are about 1/22 of its side thick."""
     alpha = image.getchannel("A")
     flat = Image.new("RGBA", image.size, (128, 128, 128, 255))
     flat.alpha_composite(image)
@@ -115,7 +115,7 @@ def outlined(image: Image.Image) -> tuple[Image.Image, Image.Image, Image.Image]
 
 @lru_cache(maxsize=512)
 def sprite(file: Path, subject: str, colour: str | None, style: str | None, pixels: int) -> Image.Image:
-    """The subject as the style draws it: RGBA, a square of `pixels`."""
+    """Draw the subject in a style: RGBA, a square of `pixels`."""
     image = drawing(file, subject, pixels)
     if style not in ("line drawing", "neon style"):
         return recoloured(image, subject, COLOURS[colour]) if colour else image

@@ -25,7 +25,7 @@ TO_CHROMA = ((0.5, -0.5, 0.0), (-0.25, -0.25, 0.5))
 
 
 def new_autoencoder(channels: int = CHANNELS) -> AutoencoderKL:
-    """Fresh weights; the posterior starts narrow, or its noise drowns the picture and training stalls."""
+    """Initialise the autoencoder; the posterior starts narrow, since its noise would stall the training."""
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=8, latent_channels=channels,
@@ -37,7 +37,7 @@ def new_autoencoder(channels: int = CHANNELS) -> AutoencoderKL:
 
 
 class PatchHead(nn.Module):
-    """A linear reader of the latents, thrown away later: it makes them hold each patch's colours from the start."""
+    """A linear decoder of the latents, used in training only: it makes them encode each patch's colours early."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class PatchHead(nn.Module):
 
 
 def chroma(pictures_N3HW: Tensor) -> Tensor:
-    """The two colour differences of every pixel."""
+    """Compute the two colour differences of every pixel."""
     return torch.einsum("kc,nchw->nkhw", torch.tensor(TO_CHROMA, device=pictures_N3HW.device), pictures_N3HW)
 
 
 def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
-    """L1, with what L1 alone loses: mean colour of patches, hue, large errors, and edges."""
+    """Compute L1 with terms for mean colour of patches, hue, large errors, and edges."""
     error = drawn - wanted
     pooled = F.avg_pool2d(error, 4).abs().mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -77,7 +77,7 @@ def train(settings: Settings) -> None:
 
 
 def _batch(world: World, settings: Settings, step: int, progress: float) -> Tensor:
-    """Crops first, for many cheap steps; whole pictures, as the autoencoder will be used, in the last third."""
+    """Draw a batch: crops at first, for many cheap steps; whole pictures, as in use, in the last third."""
     rng = generator("autoencoder", settings.seed, step, rank(), world_size())
     if progress > WHOLE_FROM:
         return pictures(world, [random_scene(rng, held_out=None) for _ in range(settings.batch // 2)], settings.device)
@@ -87,14 +87,14 @@ def _batch(world: World, settings: Settings, step: int, progress: float) -> Tens
 
 
 def _crop(whole: Tensor, rng: random.Random) -> Tensor:
-    """A quarter of each picture: as much to learn from for less work, so more steps."""
+    """Crop a quarter of each picture, so that steps are cheaper."""
     corners = [(4 * rng.randint(0, 8), 4 * rng.randint(0, 8)) for _ in whole]
     half = PIXELS // 2
     return torch.stack([w[:, y : y + half, x : x + half] for w, (x, y) in zip(whole, corners, strict=True)])
 
 
 def tune_decoder(settings: Settings) -> None:
-    """Go on with the decoder alone, the latents as they are, with noise on them as a UNet leaves it; `decoder.pt`."""
+    """Train the decoder alone on fixed latents, with noise as a UNet leaves it; the state is `decoder.pt`."""
     torch.manual_seed(settings.seed)
     vae = finished(settings.build, settings.device)
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
@@ -112,7 +112,7 @@ def tune_decoder(settings: Settings) -> None:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, world: World, device: str, count: int = 64, seed: str = "held out") -> float:
-    """Mean PSNR in dB over drawings no training has seen."""
+    """Measure the mean PSNR in dB over held-out drawings."""
     rng = generator("psnr", seed)
     wanted = pictures(world, [random_scene(rng, held_out=None) for _ in range(count)], device)
     drawn = vae.decode(vae.encode(wanted).latent_dist.mode()).sample.clamp(-1, 1)
@@ -122,7 +122,7 @@ def psnr(vae: AutoencoderKL, world: World, device: str, count: int = 64, seed: s
 
 @torch.no_grad()
 def scaling_factor(vae: AutoencoderKL, world: World, device: str, count: int = 512) -> float:
-    """What brings the latents of training scenes to a standard deviation of one."""
+    """Compute the factor that scales the latents of training scenes to a standard deviation of one."""
     rng = generator("scaling")
     latents = [
         vae.encode(pictures(world, [random_scene(rng) for _ in range(64)], device)).latent_dist.mode()
@@ -132,7 +132,7 @@ def scaling_factor(vae: AutoencoderKL, world: World, device: str, count: int = 5
 
 
 def finished(build: Path, device: str = "cpu") -> AutoencoderKL:
-    """The trained autoencoder with its scaling factor, frozen."""
+    """Load the trained autoencoder with its scaling factor, frozen."""
     state = load(build / "autoencoder.pt")
     if state is None:
         raise FileNotFoundError(f"{build} holds no autoencoder.pt: run the stage 'autoencoder' first")

@@ -1,4 +1,4 @@
-"""The model card, its numbers taken from what was measured."""
+"""The model card, with the measured numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AGAIN = LEDGER.with_name("miniature-again.json")
 
 
 def write(product: Path) -> None:
-    """Write `README.md` beside the model, from `measured.json` and the benchmark's ledger."""
+    """Write `README.md` next to the model, from `measured.json` and the benchmark's ledger."""
     measured = json.loads((product / "measured.json").read_text())
     judge, vae = measured["judge"], measured["autoencoder"]
     kinds = measured["text to image"]
@@ -41,7 +41,7 @@ def write(product: Path) -> None:
 
 
 def again() -> str:
-    """What came out when the whole recipe was run in one go."""
+    """Format the results of the whole recipe in one run."""
     made = json.loads(AGAIN.read_text())
     table = "\n".join(_row(kind, scores) for kind, scores in made["text to image"].items())
     return (
@@ -63,7 +63,7 @@ HEAD = "| requested | subject | background | style | colour |\n| --- | --- | ---
 
 
 def one_shot(variants: Sequence[str]) -> str:
-    """What tuning on one clip gives, from the rows of the benchmark's ledger."""
+    """Format the results of tuning on one clip, from the rows of the benchmark's ledger."""
     rows = [row for row in read_rows(LEDGER) if row["set"] == "development" and row["variant"] in variants]
     variants = [name for name in variants if any(row["variant"] == name for row in rows)]
     if not rows:
@@ -79,9 +79,9 @@ def one_shot(variants: Sequence[str]) -> str:
         shares = [estimate([e for e in edits if e["kind"] == kind], "success").mean for kind in kinds]
         shares += [estimate(near, score).mean for score in ("preserved", "near", "clean")]
         track = estimate(edits, "track")
-        told = f"{track.mean:.1f} px ({track.low:.1f} to {track.high:.1f})"
+        distance = f"{track.mean:.1f} px ({track.low:.1f} to {track.high:.1f})"
         seeds = len({edit["seed"] for edit in edits})
-        lines.append(f"| {name}, {seeds} seed(s) | " + " | ".join(map(_percent, shares)) + f" | {told} |")
+        lines.append(f"| {name}, {seeds} seed(s) | " + " | ".join(map(_percent, shares)) + f" | {distance} |")
     clips = len({row["clip"] for row in rows})
     return (
         f"The benchmark's development clips ({clips}, 8 frames, every second one), four edits each; "

@@ -1,4 +1,4 @@
-"""The sample clips: scenes whose subject moves, the true track of its centre, and edits to try on each."""
+"""The sample clips: scenes whose subject moves, the true track of its centre, and edits of each."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class Clip:
     two: tuple[str, str]
 
     def scenes(self) -> list[Scene]:
-        """The scene of every frame."""
+        """Return the scene of every frame."""
         places = [self.path(frame / (FRAMES - 1)) for frame in range(FRAMES)]
         return [replace(self.scene, x=x, y=y, angle=angle) for x, y, angle in places]
 
     def edits(self) -> list[dict[str, str | None]]:
-        """What to ask for, and what should then be seen."""
+        """Return the prompts of the edits and their expected attributes."""
         colourless = self.style in ("line drawing", "black and white")
         wanted = {
             "subject": replace(self.scene, subject=self.subject, colour=None),
@@ -140,7 +140,7 @@ CLIPS = (
 
 
 def draw(world: World, folder: Path) -> None:
-    """Write every clip, and `clips.json` that says what they hold."""
+    """Write every clip, and their description, `clips.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for clip in CLIPS:

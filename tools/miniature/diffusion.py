@@ -42,7 +42,7 @@ def new_unet(channels: int) -> UNet2DConditionModel:
 
 
 class Painter(nn.Module):
-    """What is trained together: words to states, states and noisy latents to noise."""
+    """Text encoder and UNet, trained together."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ class Shard:
 
 
 def shard_scenes(seed: int, number: int) -> list[Scene]:
-    """The scenes of one shard; they follow from its number."""
+    """Return the scenes of one shard, which its number determines."""
     rng = generator("shard", seed, number)
     return [random_scene(rng) for _ in range(SHARD)]
 
 
 @torch.no_grad()
 def draw_shards(settings: Settings, count: int) -> None:
-    """Draw and encode what is missing of `count` shards, one file each; every process takes its share."""
+    """Draw and encode what is missing of `count` shards, one file each; divided among the processes."""
     folder, world, vae = settings.build / "latents", World.open(settings.build), None
     for number in range(rank(), count, world_size()):
         file = folder / f"shard-{number:03}.pt"
@@ -85,7 +85,7 @@ def draw_shards(settings: Settings, count: int) -> None:
 
 
 def open_shards(settings: Settings) -> list[Shard]:
-    """The shards on disk that belong to this process."""
+    """Load the shards of this process."""
     files = sorted((settings.build / "latents").glob("shard-*.pt"))[rank() :: world_size()]
     return [Shard(shard_scenes(settings.seed, int(f.stem[-3:])), load(f)["moments"]) for f in files]
 
@@ -98,7 +98,7 @@ def timestep_shares(alphas: Tensor, progress: float) -> Tensor:
 
 
 class Batches:
-    """Noisy latents to learn from: the same for the same step, whenever it is taken."""
+    """Batches of noisy latents that the number of the step determines."""
 
     def __init__(self, settings: Settings, scaling_factor: float) -> None:
         self.settings, self.shards, self.scaling_factor = settings, open_shards(settings), scaling_factor
@@ -155,7 +155,7 @@ def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def finished(build: Path, vae: AutoencoderKL) -> Painter:
-    """The averaged text encoder and UNet of the last state."""
+    """Load the averaged text encoder and UNet of the last state."""
     state = load(build / "diffusion.pt")
     if state is None:
         raise FileNotFoundError(f"{build} holds no diffusion.pt: run the stage 'diffusion' first")

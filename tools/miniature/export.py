@@ -1,4 +1,4 @@
-"""The trained parts as one Stable Diffusion pipeline folder, in half precision, and the judge beside it."""
+"""Export of the trained parts as a Stable Diffusion folder in half precision, and of the judge."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PARTS = {
 
 
 def history(build: Path) -> str:
-    """How long every part was trained, in words."""
-    said: list[str] = []
+    """Describe how long every part was trained."""
+    described: list[str] = []
     for name, part in PARTS.items():
         if state := load(build / f"{part}.pt"):
-            said += [state.get("before") or f"{name} {_took(state)}"]
+            described += [state.get("before") or f"{name} {_took(state)}"]
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
-    return ", ".join(said) + f", on {where} ({platform.machine()})"
+    return ", ".join(described) + f", on {where} ({platform.machine()})"
 
 
 def _took(state: dict[str, Any]) -> str:

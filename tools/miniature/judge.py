@@ -1,6 +1,6 @@
-"""The judge: what a picture of the world shows, and where. It is trained on drawings only, apart from the model.
+"""Training of the judge, a classifier and locator of the world's subjects, on drawings only.
 
-So that it goes by shape and not by colour alone, half of its drawings are grey, recoloured or inverted, and
+So that it uses shape and not colour alone, half of its drawings are grey, recoloured or inverted, and
 most hold blobs in another subject's colours.
 """
 
@@ -27,7 +27,7 @@ WORDS = {"subject": SUBJECTS, "background": BACKGROUNDS, "style": ALL_STYLES, "c
 
 
 def recoloured(picture_HWC: np.ndarray, rng: random.Random) -> np.ndarray:
-    """The picture with its colours exchanged or taken away; shapes stay."""
+    """Exchange or remove the colours of a picture; shapes stay."""
     if rng.random() < 0.4:
         grey = picture_HWC.astype(np.float32) @ np.array([0.3, 0.59, 0.11], np.float32)
         return np.repeat(grey[..., None], 3, axis=-1).astype(np.uint8)
@@ -38,7 +38,7 @@ def recoloured(picture_HWC: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def with_distractors(picture_HWC: np.ndarray, scene: Scene, rng: random.Random) -> np.ndarray:
-    """The picture with blobs in subjects' colours, off the subject itself."""
+    """Add blobs in subjects' colours outside the subject."""
     image = Image.fromarray(picture_HWC)
     canvas = ImageDraw.Draw(image)
     for _ in range(rng.randint(1, 2)):
@@ -51,7 +51,7 @@ def with_distractors(picture_HWC: np.ndarray, scene: Scene, rng: random.Random) 
 
 
 def softened(picture_HWC: np.ndarray, rng: random.Random) -> np.ndarray:
-    """As a model might paint it: a little blurred, a little noisy."""
+    """Add blur and noise, as in a picture of a model."""
     small = rng.randint(36, 60)
     image = Image.fromarray(picture_HWC).resize((small, small), Image.Resampling.BOX)
     soft = np.asarray(image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC), np.float32)
@@ -60,7 +60,7 @@ def softened(picture_HWC: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def example(world: World, rng: random.Random) -> tuple[np.ndarray, Scene, bool]:
-    """A drawing to learn from, its scene, and whether its colours still are those of its background and style."""
+    """Return a training drawing, its scene, and whether its colours are still those of background and style."""
     scene = random_scene(rng, held_out=None)
     picture, true_colours = world.draw(scene), True
     if scene.style in (None, "neon style") and rng.random() < 0.45:
@@ -71,7 +71,7 @@ def example(world: World, rng: random.Random) -> tuple[np.ndarray, Scene, bool]:
 
 
 def labels(scenes: list[Scene], device: str = "cpu") -> dict[str, Tensor]:
-    """What is right for each scene; the centre is that of the whole subject, also where the frame cuts it."""
+    """Return the labels of scenes; the centre is that of the whole subject, even if the frame cuts it."""
     rows = {
         "subject": [SUBJECTS.index(s.subject) for s in scenes],
         "background": [BACKGROUNDS.index(s.background) for s in scenes],
@@ -101,14 +101,14 @@ def train(settings: Settings) -> None:
 
 def _loss(judge: Judge, examples: list[tuple[np.ndarray, Scene, bool]], device: str) -> Tensor:
     pictures, scenes, true_colours = zip(*examples, strict=True)
-    said, right = judge(to_tensor(list(pictures), device)), labels(list(scenes), device)
+    predicted, right = judge(to_tensor(list(pictures), device)), labels(list(scenes), device)
     kept = torch.tensor(true_colours, device=device).float()
-    style = F.cross_entropy(said["style"], right["style"], reduction="none")
-    colour = F.cross_entropy(said["colour"], right["colour"], reduction="none")
-    background = F.cross_entropy(said["background"], right["background"])
-    centre = F.smooth_l1_loss(said["centre"], right["centre"], beta=2.0)
+    style = F.cross_entropy(predicted["style"], right["style"], reduction="none")
+    colour = F.cross_entropy(predicted["colour"], right["colour"], reduction="none")
+    background = F.cross_entropy(predicted["background"], right["background"])
+    centre = F.smooth_l1_loss(predicted["centre"], right["centre"], beta=2.0)
     return (
-        F.cross_entropy(said["subject"], right["subject"])
+        F.cross_entropy(predicted["subject"], right["subject"])
         + background
         + (kept * (style + 0.5 * colour)).mean()
         + 0.2 * centre
@@ -117,14 +117,14 @@ def _loss(judge: Judge, examples: list[tuple[np.ndarray, Scene, bool]], device: 
 
 @torch.no_grad()
 def accuracy(judge: Judge, world: World, device: str = "cpu", count: int = 512, seed: int = 0) -> dict[str, float]:
-    """Shares of held-out drawings judged right, plain and recoloured, and the mean error of the centre in pixels."""
+    """Measure accuracy on held-out drawings, plain and recoloured, and the mean error of the centre in pixels."""
     rng = generator("judge, held out", seed)
     scenes = [random_scene(rng, held_out=None) for _ in range(count)]
     drawn = [world.draw(scene) for scene in scenes]
     right = labels(scenes, device)
-    said = judge(to_tensor(drawn, device))
-    scores = {name: (said[name].argmax(1) == right[name]).float().mean() for name in WORDS}
-    scores["pixels"] = (said["centre"] - right["centre"]).norm(dim=1).mean()
+    predicted = judge(to_tensor(drawn, device))
+    scores = {name: (predicted[name].argmax(1) == right[name]).float().mean() for name in WORDS}
+    scores["pixels"] = (predicted["centre"] - right["centre"]).norm(dim=1).mean()
     plain = [i for i, scene in enumerate(scenes) if scene.style is None]
     other = judge(to_tensor([recoloured(drawn[i], rng) for i in plain], device))["subject"].argmax(1)
     scores["subject, recoloured"] = (other == right["subject"][plain]).float().mean()

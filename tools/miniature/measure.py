@@ -1,4 +1,4 @@
-"""How good the exported model is: the judge reads what it paints for captions, and drawings are sent through it."""
+"""Quality of the exported model: accuracy of its pictures by the judge, and reconstruction of drawings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = ("seen", "held out", "style", "colour")
 
 
 def wanted(kind: str, rng: random.Random) -> Scene:
-    """A scene to ask for: a pair seen in training, one never seen, one in a style, or one in a colour."""
+    """Choose a scene to request: a pair seen in training, one never seen, one in a style, or one in a colour."""
     while True:
         scene = random_scene(rng, held_out=kind == "held out")
         if kind == "colour" and not (scene.colour and scene.style is None):
@@ -40,7 +40,7 @@ def wanted(kind: str, rng: random.Random) -> Scene:
 
 
 def open_pipeline(model: Path) -> StableDiffusionPipeline:
-    """The exported model, in single precision."""
+    """Load the exported model in single precision."""
     pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
@@ -49,7 +49,7 @@ def open_pipeline(model: Path) -> StableDiffusionPipeline:
 
 @torch.no_grad()
 def paint(pipeline: StableDiffusionPipeline, captions: list[str], seed: int, guidance: float) -> Tensor:
-    """A picture for every caption, `N 3 64 64` in -1..1."""
+    """Generate a picture for every caption, `N 3 64 64` in -1..1."""
     rng, parts = torch.Generator().manual_seed(seed), []
     for start in range(0, len(captions), BATCH):
         made = pipeline(
@@ -61,31 +61,31 @@ def paint(pipeline: StableDiffusionPipeline, captions: list[str], seed: int, gui
 
 
 @torch.no_grad()
-def followed(judge: Judge, painted: Tensor, scenes: list[Scene]) -> dict[str, list[bool]]:
-    """For every picture whether subject, background, style and colour are the ones asked for.
+def correct(judge: Judge, painted: Tensor, scenes: list[Scene]) -> dict[str, list[bool]]:
+    """Return for every picture whether subject, background, style and colour are the requested ones.
 
-    Where a colour is asked for, the judge says which of the colours it is, "its own" left out: a star's own is yellow.
+    A requested colour is compared with the most probable one other than "its own": a star's own colour is yellow.
     """
-    said = judge(painted)
+    predicted = judge(painted)
     coloured = torch.tensor([scene.colour is not None for scene in scenes])
-    said["colour"][coloured, 0] = -torch.inf
+    predicted["colour"][coloured, 0] = -torch.inf
     return {
         kind: [
             words[k] == (getattr(scene, kind) or words[0])
-            for k, scene in zip(said[kind].argmax(1).tolist(), scenes, strict=True)
+            for k, scene in zip(predicted[kind].argmax(1).tolist(), scenes, strict=True)
         ]
         for kind, words in judge.words.items()
     }
 
 
 def text_to_image(product: Path, kind: str, count: int, seed: int | str, guidance: float) -> dict:
-    """Shares followed, over `count` captions of one kind, and the subject's share for each subject."""
+    """Measure accuracy over `count` captions of one kind, and the subject's accuracy for each subject."""
     torch.set_num_threads(1)
     pipeline, judge = open_pipeline(product / "model"), Judge.open(product / "judge")
     rng = generator("captions", kind, seed)
     scenes = [wanted(kind, rng) for _ in range(count)]
     painted = paint(pipeline, [caption(s) for s in scenes], rng.getrandbits(32), guidance)
-    right = followed(judge, painted, scenes)
+    right = correct(judge, painted, scenes)
     by_subject = {
         subject: _share([r for r, s in zip(right["subject"], scenes, strict=True) if s.subject == subject])
         for subject in SUBJECTS
@@ -96,14 +96,14 @@ def text_to_image(product: Path, kind: str, count: int, seed: int | str, guidanc
 
 
 def best_guidance(pool: ProcessPoolExecutor, product: Path, count: int) -> float:
-    """The guidance scale that serves all kinds of captions best, found on other captions than are reported."""
+    """Find the best guidance scale over all kinds of captions, on other captions than are reported."""
     tried = {
         scale: [pool.submit(text_to_image, product, kind, count, "guidance", scale) for kind in KINDS]
         for scale in GUIDANCES
     }
-    asked = {"seen": "subject", "held out": "subject", "style": "subject", "colour": "colour"}
+    attribute = {"seen": "subject", "held out": "subject", "style": "subject", "colour": "colour"}
     right = {
-        scale: sum(run.result()[asked[kind]] for kind, run in zip(KINDS, runs, strict=True))
+        scale: sum(run.result()[attribute[kind]] for kind, run in zip(KINDS, runs, strict=True))
         for scale, runs in tried.items()
     }
     return max(right, key=lambda scale: right[scale])
@@ -115,7 +115,7 @@ def _share(answers: list[bool]) -> float:
 
 @torch.no_grad()
 def chroma_error(pipeline: StableDiffusionPipeline, world: World, count: int = 128) -> float:
-    """Mean absolute error of the colour differences after the autoencoder, in steps of 0..255."""
+    """Measure the mean absolute error of the colour differences after the autoencoder, in levels of 255."""
     rng = generator("chroma")
     drawn = pictures(world, [random_scene(rng, held_out=None) for _ in range(count)])
     back = pipeline.vae.decode(pipeline.vae.encode(drawn).latent_dist.mode()).sample.clamp(-1, 1)
@@ -123,7 +123,7 @@ def chroma_error(pipeline: StableDiffusionPipeline, world: World, count: int = 1
 
 
 def grid(pipeline: StableDiffusionPipeline, file: Path, guidance: float, zoom: int = 2) -> None:
-    """64 pictures, four of every subject: two of pairs seen in training, one in a style, one coloured or never seen."""
+    """Generate four pictures of every subject: two of pairs seen in training, a style, and a colour or unseen pair."""
     rng = generator("grid")
     scenes = []
     for subject in SUBJECTS:
@@ -138,7 +138,7 @@ def grid(pipeline: StableDiffusionPipeline, file: Path, guidance: float, zoom: i
 
 
 def measure(product: Path, world: World, count: int, seeds: int, processes: int, again: Sequence[str] = ()) -> None:
-    """Write `measured.json` and the grid beside the model; or take only some kinds of captions `again`."""
+    """Write `measured.json` and the grid next to the model; `again` measures only some kinds of captions."""
     file = product / "measured.json"
     before = json.loads(file.read_text()) if again else {}
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -172,7 +172,7 @@ def measure(product: Path, world: World, count: int, seeds: int, processes: int,
 
 
 def _mean(runs: list[dict]) -> dict:
-    """The mean over seeds of every number, nested or not."""
+    """Return the mean over seeds of every number, nested or not."""
     first = runs[0]
     return {
         name: _mean([run[name] for run in runs if name in run]) if isinstance(value, dict)

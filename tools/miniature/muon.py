@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is made orthogonal, matrix by matrix; it learns more from each picture than AdamW."""
+"""Muon: momentum whose update is made orthogonal, matrix by matrix; it needs fewer pictures than AdamW."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(matrices_BNM: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest (about) orthogonal matrix to each of a batch.
+    """Compute approximately the nearest orthogonal matrix to each of a batch.
 
     The iteration `x <- (a + b g + c g g) x`, `g = x x'`, is carried out on the small square `g` alone: every
     factor is a polynomial in `g`, so that their product can be gathered first and meet `x` only once.
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
                 p.add_(move, alpha=-group["lr"])
 
     def _momentum(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov's momentum of a weight, as a matrix."""
+        """Return Nesterov's momentum of a weight as a matrix."""
         average = self.state[p].setdefault("momentum", torch.zeros_like(p))
         average.lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(average, momentum).flatten(1)
@@ -75,7 +75,7 @@ def _work(parameter: nn.Parameter) -> int:
 
 
 def _share(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The weights that this process makes orthogonal: the heaviest first, each to whoever has least to do."""
+    """Choose the weights that this process makes orthogonal, balanced by their size."""
     if not dist.is_initialized():
         return parameters
     shares: list[list[nn.Parameter]] = [[] for _ in range(dist.get_world_size())]
@@ -88,7 +88,7 @@ def _share(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def _summed(tensors: list[Tensor]) -> list[Tensor]:
-    """The sum of every tensor over all processes."""
+    """Sum every tensor over all processes."""
     if not dist.is_initialized():
         return tensors
     flat = torch.cat([t.flatten() for t in tensors])
@@ -97,7 +97,7 @@ def _summed(tensors: list[Tensor]) -> list[Tensor]:
 
 
 class Pair:
-    """Muon for the matrices inside a model, AdamW for everything else, behind the face of one optimizer."""
+    """Muon for the matrices inside a model, AdamW for everything else, as one optimizer."""
 
     def __init__(self, model: nn.Module, rate: float) -> None:
         matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding.weight" not in name]

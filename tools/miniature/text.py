@@ -1,4 +1,4 @@
-"""The words of the world as a CLIP tokenizer, and the small CLIP text encoder that reads them."""
+"""CLIP tokenizer of the world's words, and a small CLIP text encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainings of the recipe share: processes, a schedule counted in steps, states that survive."""
+"""Shared parts of the trainings: processes, a schedule in steps, resumable states."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONGEST_STEP = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a training runs: where its state lives, on what, how many steps, and from which seed."""
+    """Settings of a training: folder of its state, device, number of steps, seed."""
 
     build: Path
     steps: int
@@ -106,7 +106,7 @@ def set_rate(optimizer: Pair, highest: float, progress: float, warm: float = 0.0
 
 
 def save(state: dict[str, Any], file: Path) -> None:
-    """Write a state so that a reader never sees half of it."""
+    """Write a state atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, file.with_suffix(".part"))
     os.replace(file.with_suffix(".part"), file)
@@ -131,7 +131,7 @@ class Log:
 
 
 class Run:
-    """A training that may be stopped at any time: it goes on from its last state on disk, `<name>.pt`.
+    """A training that can be stopped at any time and resumes from its last state on disk, `<name>.pt`.
 
     Iterating gives the number of each step and the share of the steps that are taken; the loop's body takes the
     step and calls `learned` with its loss.
@@ -184,11 +184,11 @@ def learn(run: Run, loss: Tensor, parameters: Iterable[nn.Parameter], highest_no
 
 
 def pictures(world: World, scenes: Iterable[Scene], device: str = "cpu") -> Tensor:
-    """The scenes drawn, as `N 3 64 64` in -1..1."""
+    """Draw scenes, `N 3 64 64` in -1..1."""
     drawn = np.stack([world.draw(scene) for scene in scenes])
     return torch.from_numpy(drawn).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def generator(*parts: object) -> random.Random:
-    """Randomness that depends only on what is named: a training that resumes draws what it would have drawn."""
+    """Make a generator whose seed depends on the arguments only, so that resuming repeats the numbers."""
     return random.Random(" ".join(map(str, parts)))

@@ -58,7 +58,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The artwork at hand, and how to draw with it."""
+    """The artwork, and methods to draw with it."""
 
     sprites: Path
 
@@ -105,7 +105,7 @@ def _background(name: str, seed: int, style: str | None, canvas: int) -> Image.I
 
 
 def caption(scene: Scene, *, colour: bool = True, motion: bool = True, place: bool = True) -> str:
-    """What the scene shows, in the world's grammar; parts can be left out."""
+    """Describe the scene in the world's grammar; parts can be left out."""
     words = ["a", scene.colour, scene.subject] if colour and scene.colour else ["a", scene.subject]
     words += ["is", scene.motion] if motion else []
     words += [PLACES[scene.background]] if place else []
@@ -113,7 +113,7 @@ def caption(scene: Scene, *, colour: bool = True, motion: bool = True, place: bo
 
 
 def random_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption for training: empty in one of ten, otherwise with parts dropped now and then."""
+    """Draw a training caption: empty in one of ten, otherwise with parts left out at random."""
     if rng.random() < 0.1:
         return ""
     kept = {"colour": rng.random() < 0.9, "motion": rng.random() < 0.75, "place": rng.random() < 0.9}
@@ -121,7 +121,7 @@ def random_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def random_scene(rng: random.Random, *, held_out: bool | None = False) -> Scene:
-    """A scene of the world; of held-out pairs only, of all the others (as in training), or of both (`None`)."""
+    """Draw a random scene: of held-out pairs only, of all others (as in training), or of both (`None`)."""
     while True:
         subject, background = rng.choice(SUBJECTS), rng.choice(tuple(PLACES))
         if held_out is None or ((subject, background) in HELD_OUT) == held_out:
@@ -138,6 +138,6 @@ def random_scene(rng: random.Random, *, held_out: bool | None = False) -> Scene:
 
 
 def words() -> tuple[str, ...]:
-    """Every word a caption can hold."""
+    """Return all words of captions."""
     sentences = [*SUBJECTS, *COLOURS, *MOTIONS, *PLACES.values(), *STYLES, "a", "is"]
     return tuple(sorted({word for sentence in sentences for word in sentence.split()}))
