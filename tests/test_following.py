@@ -20,7 +20,8 @@ from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.inversion import invert, path_to
 from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.sampling import Source, generate
-from tuneavideo.settings import OTHER_LEVELS, SAMPLERS, Inflation
+from tuneavideo.samplers import OWN_TIMESTEPS, SAMPLERS
+from tuneavideo.settings import Inflation
 
 LEVELS = NoiseSchedule.of(DDIMScheduler(**STABLE))
 CLIP, TEXT = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 24)
@@ -101,7 +102,7 @@ def test_guidance_in_part_of_the_steps_saves_half_of_the_others(video: VideoUNet
     assert not torch.allclose(part[2], none[2])
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in OTHER_LEVELS])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in OWN_TIMESTEPS])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_samplers_step_on_the_levels_of_the_inversion(name: str, strength: float) -> None:
     sampler = LEVELS.sampler(name, 10, spacing="trailing", strength=strength)

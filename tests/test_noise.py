@@ -14,7 +14,7 @@ from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.inversion import invert, path_to
 from tuneavideo.method.noise import NoiseSchedule, add_noise, ddim_move, split, target
 from tuneavideo.method.sampling import generate, mix_noise
-from tuneavideo.settings import SAMPLERS
+from tuneavideo.samplers import SAMPLERS
 
 
 def levels(**changes) -> NoiseSchedule:

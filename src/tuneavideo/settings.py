@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import types
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -22,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-logger = logging.getLogger(__name__)
+from tuneavideo.samplers import OWN_TIMESTEPS, STOCHASTIC_SAMPLERS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -51,29 +50,6 @@ Seeds = Annotated[
     tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(lambda seeds: tuple(dict.fromkeys(seeds)))
 ]
 Seconds = Annotated[NonNegativeFloat | None, BeforeValidator(_seconds)]
-
-_PLAIN = {"use_karras_sigmas": False}
-
-
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # name: (diffusers scheduler, changes to the base's scheduler config)
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **_PLAIN}),
-    "dpm++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
-    "unipc": ("UniPCMultistepScheduler", _PLAIN),
-    "deis": ("DEISMultistepScheduler", _PLAIN),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", _PLAIN),
-    "heun": ("HeunDiscreteScheduler", {"clip_sample": False, **_PLAIN}),
-    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
-}
-
-
-# Samplers whose timesteps differ from those of a DDIM inversion with as many steps.
-OTHER_LEVELS = {"dpm++-karras", "plms", "heun"}
-
-
-STOCHASTIC_SAMPLERS = {"euler-ancestral"}
 
 
 class Inflation(NamedTuple):
@@ -156,7 +132,7 @@ class Sampling(Settings):
                 f"{self.inversion_steps}) to num_inference_steps ({self.num_inference_steps}), or attention_injection "
                 "to 0"
             )
-        if self.attention_injection and self.sampler in OTHER_LEVELS:
+        if self.attention_injection and self.sampler in OWN_TIMESTEPS:
             raise ValueError(f"attention_injection does not work with sampler {self.sampler}: use ddim, or set it to 0")
         if self.attention_injection and self.sampler != "ddim" and self.timestep_spacing != "trailing":
             raise ValueError(

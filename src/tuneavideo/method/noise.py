@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tuneavideo.errors import SettingsError
-from tuneavideo.settings import SAMPLERS
+from tuneavideo.samplers import SAMPLERS
 
 
 def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
