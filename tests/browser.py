@@ -1,4 +1,4 @@
-"""Drives a headless Chromium over a pipe, by its DevTools protocol; no network, no further library."""
+"""Control of a headless Chromium over a pipe, by its DevTools protocol; no network, no further library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TROUBLE = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdde
 
 
 class Browser:
-    """One page; `events` are those that its protocol has told so far."""
+    """A page; `events` are the protocol's events so far."""
 
     def __init__(self, write: int, read: int) -> None:
         self.write, self.read, self.number, self.rest = write, read, 0, b""
@@ -57,7 +57,7 @@ class Browser:
             self.events.append(self._next())
 
     def ask(self, script: str) -> Any:
-        """The value of an expression, awaited."""
+        """Evaluate an expression, awaited."""
         result = self("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
@@ -75,16 +75,16 @@ class Browser:
         self("Emulation.setEmulatedMedia", features=named)
 
     def picture(self, path: Path, whole: bool = False) -> Path:
-        """A screenshot as PNG; of the whole page or of what is to be seen at once."""
+        """Return a screenshot as PNG, of the whole page or the visible part."""
         path.write_bytes(base64.b64decode(self("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
         return path
 
     def trouble(self) -> list[dict[str, Any]]:
-        """Exceptions and whatever the console was told."""
+        """Return exceptions and messages of the console."""
         return [event for event in self.events if event["method"] in TROUBLE]
 
     def requests(self) -> list[str]:
-        """Addresses the page has asked for, other than data."""
+        """Return the addresses that the page requested, other than data."""
         sent = [
             event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
         ]
@@ -93,20 +93,20 @@ class Browser:
 
 @contextmanager
 def chromium(profile: Path) -> Generator[Browser, None, None]:
-    """A browser of its own; it speaks on the file descriptors 3 and 4."""
-    heard, say = os.pipe()
-    hear, said = os.pipe()
-    command = f'exec chromium "$@" 3<&{heard} 4>&{said}'
+    """Start a browser that communicates on file descriptors 3 and 4."""
+    commands, send = os.pipe()
+    receive, replies = os.pipe()
+    command = f'exec chromium "$@" 3<&{commands} 4>&{replies}'
     process = subprocess.Popen(
         ["bash", "-c", command, "chromium", *FLAGS, f"--user-data-dir={profile}"],
-        pass_fds=(heard, said), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        pass_fds=(commands, replies), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    os.close(heard)
-    os.close(said)
+    os.close(commands)
+    os.close(replies)
     try:
-        yield Browser(say, hear)
+        yield Browser(send, receive)
     finally:
         process.kill()
         process.wait()
-        os.close(say)
-        os.close(hear)
+        os.close(send)
+        os.close(receive)

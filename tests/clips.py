@@ -1,4 +1,4 @@
-"""Makes clips of every kind with PyAV and Pillow alone, not with the code under test.
+"""Clips of every kind for tests, made by PyAV and Pillow without the code under test.
 
 Frame n shows its number: eight columns, white above black for a bit that is set, black above white for one that is not.
 Turned, mirrored or shifted it reads as another number.
@@ -20,7 +20,7 @@ CLAPS = (0.48, 1.44, 2.4, 3.36)  # seconds at which a flash and a click begin
 
 
 def barcode(number: int, width: int = 96, height: int = 64) -> np.ndarray:
-    """A picture that shows a number up to 255, H W 3."""
+    """Draw a picture H W 3 that shows a number up to 255."""
     image = np.zeros((height, width, 3), np.uint8)
     for bit in range(8):
         rows = slice(0, height // 2) if number >> bit & 1 else slice(height // 2, height)
@@ -33,7 +33,7 @@ def barcodes(count: int, width: int = 96, height: int = 64) -> list[np.ndarray]:
 
 
 def number_of(image: np.ndarray) -> int:
-    """The number a picture shows, at any size."""
+    """Read the number that a picture shows, at any size."""
     grey = image.astype(float).mean(axis=-1)
     height, width = grey.shape
     number = 0
@@ -43,7 +43,7 @@ def number_of(image: np.ndarray) -> int:
             column[height // 8 : height * 3 // 8 or 1].mean(),
             column[height * 5 // 8 : height * 7 // 8].mean(),
         )
-        assert abs(upper - lower) > 100, f"bit {bit} is not to be told: {upper:.0f} above {lower:.0f}"
+        assert abs(upper - lower) > 100, f"bit {bit} is ambiguous: {upper:.0f} above {lower:.0f}"
         number |= int(upper > lower) << bit
     return number
 
@@ -57,7 +57,7 @@ def see_through(image: np.ndarray) -> np.ndarray:
     return np.dstack([np.zeros_like(image), 255 - image[..., 0]])
 
 
-def film(
+def encode(
     path: Path,
     images: Sequence[np.ndarray],
     codec: str = "libx264",
@@ -72,7 +72,7 @@ def film(
     sound: tuple[str, np.ndarray, int] | None = None,
     file_options: dict[str, str] | None = None,
 ) -> Path:
-    """A film of pictures (RGB, or RGBA), each shown for a tick or from its time (seconds) on.
+    """Encode pictures (RGB, or RGBA), each shown for a tick or from its time (seconds) on.
 
     Args:
         matrix: a, b, c, d of the display matrix: a pixel at x, y is shown at ax + cy, bx + dy.
@@ -91,7 +91,7 @@ def film(
             stream.sample_aspect_ratio = pixel_aspect
         if curve:
             stream.color_trc, stream.color_primaries, stream.colorspace, stream.color_range = curve, 9, 9, 1
-        heard = container.add_stream(sound[0], rate=sound[2]) if sound else None
+        track = container.add_stream(sound[0], rate=sound[2]) if sound else None
         for number, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(image, format="rgba" if image.shape[2] == 4 else "rgb24")
             if curve:
@@ -101,15 +101,15 @@ def film(
                 frame.pts, frame.time_base = round(times[number] * 1000), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-        if heard and sound:
+        if track and sound:
             samples = av.AudioFrame.from_ndarray(
                 np.ascontiguousarray(sound[1].T, np.float32),
                 format="fltp",
                 layout=("mono", "stereo")[sound[1].shape[1] - 1],
             )
             samples.sample_rate, samples.pts = sound[2], 0
-            container.mux(heard.encode(samples))
-            container.mux(heard.encode(None))
+            container.mux(track.encode(samples))
+            container.mux(track.encode(None))
     return path
 
 
@@ -118,9 +118,9 @@ def clapped(path: Path, video_codec: str, sound_codec: str, rate: int, channels:
     frames, samples = np.arange(100) / 25, np.arange(4 * rate) / rate
     lit = [any(clap - 1e-6 <= time < clap + 0.16 for clap in CLAPS) for time in frames]
     images = [np.full((48, 64, 3), 255 * on, np.uint8) for on in lit]
-    heard = sum((samples >= clap) * (samples < clap + 0.02) * np.sin(2000 * np.pi * (samples - clap)) for clap in CLAPS)
-    sound = np.repeat(0.8 * np.asarray(heard)[:, None], channels, axis=1)
-    return film(path, images, video_codec, rate=25, sound=(sound_codec, sound, rate))
+    track = sum((samples >= clap) * (samples < clap + 0.02) * np.sin(2000 * np.pi * (samples - clap)) for clap in CLAPS)
+    sound = np.repeat(0.8 * np.asarray(track)[:, None], channels, axis=1)
+    return encode(path, images, video_codec, rate=25, sound=(sound_codec, sound, rate))
 
 
 def animate(path: Path, images: Sequence[np.ndarray], milliseconds: int | list[int] = 100, **options) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tests import forks
-from tests.clips import animate, barcodes, film
+from tests.clips import animate, barcodes, encode
 from tuneavideo.config import checked, read_yaml
 from tuneavideo.errors import SettingsError, TuneAVideoError, VideoError
 from tuneavideo.settings import TuneSettings
@@ -48,7 +48,7 @@ def clip(kind: str, folder: Path) -> Path:
     codec, sound_codec = FILMS[kind]
     sound = np.sin(np.arange(38_400) / 20)[:, None]
     options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
-    return film(
+    return encode(
         path,
         images,
         codec,
@@ -133,12 +133,12 @@ def attempt(reading: Callable[[Path], None], path: Path) -> None:
 
 def tried(reading: Callable[[Path], None], path: Path, log: Path) -> str:
     """How reading ended in a copy of a process: "read", "refused", or what went wrong."""
-    code, said = forks.run(partial(attempt, reading, path), log, 6 * SECONDS)
+    code, output = forks.run(partial(attempt, reading, path), log, 6 * SECONDS)
     if code is None:
         return "hang"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return said.split()[-1] if code == 0 else said[-2000:]
+    return output.split()[-1] if code == 0 else output[-2000:]
 
 
 def ends(kind: str, seeds: Iterable[int], folder: Path) -> dict[str, list[int]]:

@@ -84,7 +84,7 @@ def test_a_scalar_of_an_old_release_is_a_scalar(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "words"),
+    ("name", "damage", "words"),
     [
         ("small_enc_AES-GCM", lambda data: data, "is encrypted"),
         ("small", lambda data: data[:-1], "cut short"),
@@ -95,9 +95,9 @@ def test_a_scalar_of_an_old_release_is_a_scalar(tmp_path: Path) -> None:
         ("small", lambda data: data + data, "comes twice"),
     ],
 )
-def test_a_mindspore_file_that_is_not_whole_is_refused(name: str, spoil, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "spoilt.ckpt"
-    path.write_bytes(spoil((SMALL / f"{name}.ckpt").read_bytes()))
+def test_a_damaged_mindspore_file_is_refused(name: str, damage, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.ckpt"
+    path.write_bytes(damage((SMALL / f"{name}.ckpt").read_bytes()))
     with pytest.raises(CheckpointError, match=words):
         read_checkpoint(path)
 
@@ -168,7 +168,7 @@ def test_a_packed_archive_is_not_unpacked(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "bomb.pth")
 
 
-def test_names_never_lead_out_of_a_folder(base: Path, tmp_path: Path) -> None:
+def test_names_never_leave_the_folder(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(base, folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
@@ -269,7 +269,7 @@ def test_a_fork_and_a_file_of_tuned_layers_alone_are_read(tuned: Path, base: Pat
     assert report.unused["global_step"] == "no tensor"
 
 
-def test_the_published_layout_is_what_its_code_asks_for(tuned: Path, tmp_path: Path) -> None:
+def test_the_published_layout_is_what_its_code_needs(tuned: Path, tmp_path: Path) -> None:
     api.convert(tuned, tmp_path / "official", to="official")
     config = json.loads((tmp_path / "official/unet/config.json").read_text())
     assert config["_class_name"] == "UNet3DConditionModel"
@@ -283,7 +283,7 @@ def test_the_published_layout_is_what_its_code_asks_for(tuned: Path, tmp_path: P
     assert "decoder.mid_block.attentions.0.proj_attn.weight" in vae
 
 
-def test_training_state_is_dropped_and_said(tuned: Path, base: Path, tmp_path: Path) -> None:
+def test_training_state_is_dropped_and_reported(tuned: Path, base: Path, tmp_path: Path) -> None:
     api.convert(tuned, tmp_path / "plain.ckpt", to="mindone")
     plain = mindspore.read(tmp_path / "plain.ckpt")
     state = {f"{kind}{name}": tensor for kind in ("adam_m.", "ema.") for name, tensor in list(plain.items())[:3]}
@@ -360,7 +360,7 @@ def test_a_stock_pipeline_loads_the_lora(style: str, tuned: Path, base: Path, tm
             assert torch.allclose(moved[name], tensor, atol=1e-5), name
 
 
-def test_a_lora_of_less_rank_says_how_far_it_is() -> None:
+def test_a_lora_of_lower_rank_reports_its_error() -> None:
     name = "unet.x.attn1.to_q.weight"
     change = torch.diag(torch.tensor([4.0, 3.0]))
     made = lora.factorize({name: LazyTensor.of(change)}, {name: LazyTensor.of(torch.zeros(2, 2))}, rank=1)

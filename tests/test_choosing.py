@@ -1,4 +1,4 @@
-"""Which frames, at which size: any choice is what a plain model of it says; mistakes are told in one line."""
+"""Selection and resizing of frames agree with a simple model; mistakes are one-line errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.clips import animate, barcode, barcodes, film, numbers
+from tests.clips import animate, barcode, barcodes, encode, numbers
 from tuneavideo.config import checked
 from tuneavideo.errors import SettingsError, VideoError
 from tuneavideo.settings import TuneSettings
@@ -27,7 +27,7 @@ COUNT, RATE = 40, 20
 @pytest.fixture(scope="module")
 def forty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty frames in two seconds."""
-    return film(tmp_path_factory.mktemp("forty") / "clip.mp4", barcodes(COUNT, 32, 32), rate=RATE, options={"g": "5"})
+    return encode(tmp_path_factory.mktemp("forty") / "clip.mp4", barcodes(COUNT, 32, 32), rate=RATE, options={"g": "5"})
 
 
 whole = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -101,7 +101,7 @@ def refused(path: Path, **options) -> str:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"start": 40}, "CLIP has 40 frames; none from 40; start at 39 or before"),
         ({"start": 4000}, "CLIP has 40 frames; none from 4000; start at 39 or before"),
@@ -120,24 +120,24 @@ def refused(path: Path, **options) -> str:
         ),
     ],
 )  # fmt: skip
-def test_frames_that_are_not_there_are_refused_in_the_words_they_were_asked_in(forty, options, told) -> None:
-    assert refused(forty, **options) == told
+def test_missing_frames_are_refused_in_the_terms_of_the_request(forty, options, message) -> None:
+    assert refused(forty, **options) == message
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"start": 3, "start_time": 1}, "settings: start 3 and start_time 1 both"),
         ({"stride": 2, "sample_fps": 8}, "settings: stride 2 and sample_fps 8 both"),
     ],
 )
-def test_a_setting_given_twice_in_other_words_is_refused_at_the_door(values, told) -> None:
+def test_contradicting_options_are_refused(values, message) -> None:
     with pytest.raises(SettingsError) as error:
         checked(TuneSettings, {"video": "a.mp4", "prompt": "a man", **values})
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(message)
 
 
-def test_other_words_may_be_mixed() -> None:
+def test_options_in_frames_and_in_seconds_can_be_mixed() -> None:
     checked(TuneSettings, {"video": "a.mp4", "prompt": "a man", "start": 3, "sample_fps": 8})
     checked(TuneSettings, {"video": "a.mp4", "prompt": "a man", "start_time": 3, "stride": 2})
 
@@ -147,14 +147,14 @@ def test_other_words_may_be_mixed() -> None:
 def test_what_is_no_video_is_refused(content: bytes, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"clip.{suffix}"
     path.write_bytes(content)
-    told = refused(path)
-    assert told.startswith("CLIP cannot be read as a video: ") or told.startswith("CLIP holds no pictures")
-    assert told.endswith("; give mp4, mov, webm, mkv, avi, gif, webp or a folder of pictures")
-    assert content or "it is empty (0 bytes)" in told
+    message = refused(path)
+    assert message.startswith("CLIP cannot be read as a video: ") or message.startswith("CLIP holds no pictures")
+    assert message.endswith("; give mp4, mov, webm, mkv, avi, gif, webp or a folder of pictures")
+    assert content or "it is empty (0 bytes)" in message
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm", "avi", "gif", "webp"])
-def test_of_a_truncated_clip_what_is_there_is_read_and_what_is_not_is_refused(suffix: str, tmp_path: Path) -> None:
+def test_a_truncated_clip_is_read_as_far_as_it_goes_and_refused_beyond(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"clip.{suffix}"
     noise = np.random.default_rng(0).integers(0, 99, (30, 64, 96, 3), np.uint8)
     images = list(np.array(barcodes(30)) // 2 + noise)
@@ -164,31 +164,31 @@ def test_of_a_truncated_clip_what_is_there_is_read_and_what_is_not_is_refused(su
         codec, pix_fmt = {"webm": ("libvpx", "yuv420p"), "avi": ("mjpeg", "yuvj420p")}.get(
             suffix, ("libx264", "yuv420p")
         )
-        film(path, images, codec, pix_fmt, file_options={"movflags": "+faststart"} if suffix == "mp4" else {})
+        encode(path, images, codec, pix_fmt, file_options={"movflags": "+faststart"} if suffix == "mp4" else {})
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
-    told = refused(path, count=30)
+    message = refused(path, count=30)
     if suffix in ("mov", "webp"):  # their tables are at the end, or nothing is decoded unless all is there
-        assert told.startswith("CLIP cannot be read as a video: ")
+        assert message.startswith("CLIP cannot be read as a video: ")
         return
     assert numbers(read(path, count=8)) == list(range(8))
     there = r"CLIP has (\d+) frames(, though it says it lasts [23.]+ s)?; 30 frames, .* need 30; take \1 frames"
-    assert re.fullmatch(there, told) or re.match(r"CLIP is damaged after \d\.\d+ s: ", told)
+    assert re.fullmatch(there, message) or re.match(r"CLIP is damaged after \d\.\d+ s: ", message)
 
 
-def test_a_frame_damaged_on_the_way_is_named_and_those_before_it_are_read(tmp_path: Path) -> None:
-    path = film(tmp_path / "clip.mov", barcodes(10), "png", "rgb24")
+def test_a_damaged_frame_is_named_and_those_before_it_are_read(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.mov", barcodes(10), "png", "rgb24")
     data = bytearray(path.read_bytes())
     places = [place for place in range(len(data)) if data.startswith(b"IDAT", place)]
     data[places[6] + 8 : places[6] + 40] = bytes(32)
     path.write_bytes(data)
     assert numbers(read(path, count=6)) == [0, 1, 2, 3, 4, 5]
-    told = refused(path)
-    assert told.startswith("CLIP is damaged after 0.50 s: ") and told.endswith(
+    message = refused(path)
+    assert message.startswith("CLIP is damaged after 0.50 s: ") and message.endswith(
         "repair it: ffmpeg -i clip.mov repaired.mp4"
     )
 
 
-def test_frames_too_large_to_be_meant_are_refused(tmp_path: Path) -> None:
+def test_frames_of_absurd_size_are_refused(tmp_path: Path) -> None:
     path = animate(tmp_path / "clip.gif", barcodes(2))
     data = bytearray(path.read_bytes())
     struct.pack_into("<HH", data, 6, 16_000, 9_000)
@@ -200,19 +200,19 @@ def test_frames_too_large_to_be_meant_are_refused(tmp_path: Path) -> None:
     assert refused(tmp_path / "pictures") == f"CLIP/0.png has frames of 8200 x 8200; {most}"
 
 
-def test_a_clip_larger_than_memory_should_hold_is_refused(tmp_path: Path) -> None:
-    path = film(tmp_path / "clip.mp4", [barcode(3, 1280, 720)] * 2, rate=Fraction(1, 500))
+def test_a_clip_too_large_for_memory_is_refused(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.mp4", [barcode(3, 1280, 720)] * 2, rate=Fraction(1, 500))
     taken = "3107 frames of 1280 x 720 take 8 GiB"
-    told = refused(path, sample_fps=8.0)
-    assert told == f"CLIP is more than is held in memory: {taken}; take fewer frames, or smaller ones"
+    message = refused(path, sample_fps=8.0)
+    assert message == f"CLIP is more than is held in memory: {taken}; take fewer frames, or smaller ones"
 
 
-def test_a_list_of_other_files_does_not_reach_into_the_network(tmp_path: Path) -> None:
-    asked = []
+def test_a_playlist_does_not_open_network_addresses(tmp_path: Path) -> None:
+    opened = []
 
     class Host(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            opened.append(self.path)
 
     server = HTTPServer(("127.0.0.1", 0), Host)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -221,7 +221,7 @@ def test_a_list_of_other_files_does_not_reach_into_the_network(tmp_path: Path) -
     path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{part}\n#EXT-X-ENDLIST\n")
     assert refused(path).startswith("CLIP ")
     server.shutdown()
-    assert not asked
+    assert not opened
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_list_of_other_files_does_not_reach_into_the_network(tmp_path: Path) -
         ({"usual": 8}, (5, 8)),  # 0, 5, ... 35: all of two seconds
         ({"usual": 4}, (5, 4)),  # no further apart than a quarter of a second
         ({"usual": 24}, (1, 24)),
-        ({"usual": 50}, (1, 40)),  # nobody asked for more than there is
+        ({"usual": 50}, (1, 40)),  # no count is given
         ({"usual": 24, "stride": 2}, (2, 20)),
         ({"usual": 24, "stride": 2, "start": 36}, (2, 2)),
         ({"usual": 8, "start": 25}, (2, 8)),
@@ -241,7 +241,7 @@ def test_a_list_of_other_files_does_not_reach_into_the_network(tmp_path: Path) -
         ({"usual": 8, "count": "all", "stride": 4}, (4, None)),
     ],
 )
-def test_frames_are_spread_over_a_clip_unless_something_else_is_asked(forty: Path, options: dict, taken) -> None:
+def test_frames_are_spread_over_a_clip_by_default(forty: Path, options: dict, taken) -> None:
     span = choose_span(forty, **options)
     assert (span.stride, span.count, span.total, span.seconds) == (*taken, COUNT, COUNT / RATE)
 
@@ -253,7 +253,7 @@ def test_too_few_frames_are_refused_in_the_same_words_before_any_is_decoded(fort
     assert str(error.value).replace(str(forty), "CLIP") == refused(forty, **options)
 
 
-def test_pictures_of_a_folder_and_of_a_clip_that_says_no_rate_are_counted(tmp_path: Path) -> None:
+def test_images_of_a_folder_and_of_a_clip_without_rate_are_counted(tmp_path: Path) -> None:
     for number in range(20):
         Image.fromarray(barcodes(1)[0]).save(tmp_path / f"{number}.png")
     span = choose_span(tmp_path, usual=8)
@@ -262,17 +262,19 @@ def test_pictures_of_a_folder_and_of_a_clip_that_says_no_rate_are_counted(tmp_pa
     assert (choose_span(webp, usual=4).stride, choose_span(webp, usual=24).count) == (2, 9)
 
 
-def test_a_long_clip_is_looked_at_only_as_far_as_frames_are_taken(forty: Path, monkeypatch) -> None:
+def test_a_long_clip_is_examined_only_as_far_as_needed(forty: Path, monkeypatch) -> None:
     monkeypatch.setattr(reading, "SLOWEST", 40)
     span = choose_span(forty, usual=4)
     assert (span.stride, span.total) == (1, COUNT)  # the total is the file's word
 
 
-def test_where_the_rate_varies_pictures_and_seconds_are_those_of_the_pictures(tmp_path: Path) -> None:
+def test_a_clip_of_varying_rate_is_measured_by_its_images(tmp_path: Path) -> None:
     times = [number / 30 for number in (*range(15), *range(15, 30, 3))]
-    path = film(tmp_path / "phone.mkv", barcodes(20), times=times)
-    told = refused(path, count=500)
-    assert re.match(r"CLIP has \d\d frames at a steady [\d.]+ a second \(20 of varying length in the file\); 500", told)
+    path = encode(tmp_path / "phone.mkv", barcodes(20), times=times)
+    message = refused(path, count=500)
+    assert re.match(
+        r"CLIP has \d\d frames at a steady [\d.]+ a second \(20 of varying length in the file\); 500", message
+    )
 
 
 def test_a_folder_names_what_is_odd_about_its_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -284,8 +286,8 @@ def test_a_folder_names_what_is_odd_about_its_pictures(tmp_path: Path, caplog: p
     assert "f021.webp moves" in refused(tmp_path)
 
 
-def test_a_clip_that_is_damaged_on_the_way_gives_what_is_before_if_fewer_will_do(tmp_path: Path, caplog) -> None:
-    path = film(tmp_path / "clip.mov", barcodes(10), "png", "rgb24")
+def test_a_damaged_clip_gives_the_frames_before_if_fewer_are_allowed(tmp_path: Path, caplog) -> None:
+    path = encode(tmp_path / "clip.mov", barcodes(10), "png", "rgb24")
     data = bytearray(path.read_bytes())
     places = [place for place in range(len(data)) if data.startswith(b"IDAT", place)]
     data[places[6] + 8 : places[6] + 40] = bytes(32)

@@ -1,4 +1,4 @@
-"""Clips as people have them: every kind is read with the right frames, told by the numbers drawn into them."""
+"""Clips of every kind are read with the right frames, which are identified by the numbers drawn into them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from av.stream import Disposition
 from av.video.reformatter import Colorspace
 
-from tests.clips import HLG, PQ, animate, barcode, barcodes, film, numbers, see_through
+from tests.clips import HLG, PQ, animate, barcode, barcodes, encode, numbers, see_through
 from tuneavideo.errors import VideoError
 from tuneavideo.video import read
 
@@ -19,7 +19,7 @@ COUNT = 12
 TELEVISION = Fraction(30000, 1001)
 INTERLACED = {"flags": "+ildct+ilme", "x264-params": "interlaced=1"}  # the lower rows come first
 
-# name: file, size, codec, pixels, rate, and what else `film` takes
+# name: file, size, codec, pixels, rate, and what else `encode` takes
 FILMS = {
     "mp4 h264": ("mp4", (96, 64), "libx264", "yuv420p", 25, {}),
     "mp4 h264 of television's rate": ("mp4", (96, 64), "libx264", "yuv420p", TELEVISION, {}),
@@ -69,12 +69,12 @@ SHOWN = {"wide pixels": (85, 96), "high pixels": (96, 128)}
 
 
 @pytest.mark.parametrize("name", FILMS)
-def test_a_film_of_any_kind_is_read_with_the_right_frames(name: str, tmp_path: Path) -> None:
+def test_a_video_of_any_kind_is_read_with_the_right_frames(name: str, tmp_path: Path) -> None:
     suffix, size, codec, pix_fmt, rate, more = FILMS[name]
     images = barcodes(COUNT, *size)
     if "a" in pix_fmt.removeprefix("gray"):
         images = [see_through(image) for image in images]
-    path = film(tmp_path / f"clip.{suffix}", images, codec, pix_fmt, rate, **more)
+    path = encode(tmp_path / f"clip.{suffix}", images, codec, pix_fmt, rate, **more)
     video = read(path)
     assert numbers(video) == list(range(COUNT))
     assert (video.width, video.height) == SHOWN.get(name, size)
@@ -85,7 +85,7 @@ def test_a_film_of_any_kind_is_read_with_the_right_frames(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["gif", "gif of odd size", "webp", "webp alpha", "webp called gif"])
-def test_a_moving_picture_is_read_with_the_right_frames(kind: str, tmp_path: Path) -> None:
+def test_an_animated_image_is_read_with_the_right_frames(kind: str, tmp_path: Path) -> None:
     images = barcodes(COUNT, 95, 61) if "odd" in kind else barcodes(COUNT)
     if "alpha" in kind:
         images = [see_through(image) for image in images]
@@ -100,14 +100,14 @@ def test_a_moving_picture_is_read_with_the_right_frames(kind: str, tmp_path: Pat
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov"])
 @pytest.mark.parametrize("matrix", TURNS)
-def test_a_film_turned_or_mirrored_is_read_upright(suffix: str, matrix: tuple[int, ...], tmp_path: Path) -> None:
+def test_a_rotated_or_mirrored_video_is_read_upright(suffix: str, matrix: tuple[int, ...], tmp_path: Path) -> None:
     a, b, c, d = matrix
     shown = barcode(77)
     height, width = shown.shape[:2]
     stored = np.zeros((width, height, 3) if b else (height, width, 3), np.uint8)
     for y, x in np.ndindex(stored.shape[:2]):  # the definition, pixel by pixel
         stored[y, x] = shown[(b * x + d * y) % height, (a * x + c * y) % width]
-    video = read(film(tmp_path / f"clip.{suffix}", [stored] * 2, matrix=matrix))
+    video = read(encode(tmp_path / f"clip.{suffix}", [stored] * 2, matrix=matrix))
     assert (video.width, video.height) == (width, height)
     assert numbers(video) == [77, 77]
 
@@ -120,8 +120,8 @@ def shown_at(times: list[float], moment: float) -> int:
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm"])
-def test_where_the_rate_varies_frames_are_what_is_shown_at_each_tick(suffix: str, tmp_path: Path) -> None:
-    path = film(tmp_path / f"clip.{suffix}", barcodes(12), "libvpx" if suffix == "webm" else "libx264", times=VARYING)
+def test_frames_of_a_varying_rate_are_those_shown_at_each_time(suffix: str, tmp_path: Path) -> None:
+    path = encode(tmp_path / f"clip.{suffix}", barcodes(12), "libvpx" if suffix == "webm" else "libx264", times=VARYING)
     video = read(path)
     assert video.fps == pytest.approx(25, rel=1e-3), "the rate of most frames, not the mean"
     expected = [shown_at(VARYING, (tick + 0.5) / 25) for tick in range(24)]
@@ -131,7 +131,7 @@ def test_where_the_rate_varies_frames_are_what_is_shown_at_each_tick(suffix: str
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
-def test_a_moving_picture_that_rests_on_its_last_frame_keeps_its_rate(suffix: str, tmp_path: Path) -> None:
+def test_an_animated_image_with_a_long_last_frame_keeps_its_rate(suffix: str, tmp_path: Path) -> None:
     path = animate(tmp_path / f"clip.{suffix}", barcodes(6), [50, 50, 50, 50, 50, 1000])
     video = read(path)
     assert video.fps == pytest.approx(20)
@@ -145,7 +145,7 @@ def test_interlaced_frames_show_their_first_field_without_combs(suffix: str, tmp
         fields.append(np.zeros((64, 96, 3), np.uint8))
         fields[-1][:, 5 * field : 5 * field + 16] = 255
     frames = [np.where(np.arange(64)[:, None, None] % 2, fields[t], fields[t + 1]) for t in range(0, 16, 2)]
-    video = read(film(tmp_path / f"clip.{suffix}", frames, options=INTERLACED | {"crf": "10"}))
+    video = read(encode(tmp_path / f"clip.{suffix}", frames, options=INTERLACED | {"crf": "10"}))
     assert video.frames == 8
     lit = video.frames_THWC[:, 8:56, :, 0] > 127
     assert np.abs(lit.argmax(axis=-1) - np.arange(0, 80, 10)[:, None]).max() <= 1, "one edge, not two"
@@ -154,17 +154,17 @@ def test_interlaced_frames_show_their_first_field_without_combs(suffix: str, tmp
 @pytest.mark.parametrize(
     ("nits", "grey"), [(0, 0), (1, 28), (50, 143), (100, 190), (203, 227), (1000, 255), (4000, 255)]
 )
-def test_hdr_is_shown_as_bright_as_ordinary_video_with_highlights_rolled_off(nits, grey, tmp_path: Path) -> None:
+def test_hdr_is_as_bright_as_sdr_with_highlights_compressed(nits, grey, tmp_path: Path) -> None:
     root = (nits / 10_000) ** (2610 / 16384)  # SMPTE ST 2084
     signal = ((3424 / 4096 + 2413 / 128 * root) / (1 + 2392 / 128 * root)) ** (2523 / 32)
     image = np.full((64, 64, 3), round(signal * 255), np.uint8)
-    video = read(film(tmp_path / "clip.mp4", [image] * 2, "libx264", "yuv420p10le", curve=PQ, options={"crf": "1"}))
+    video = read(encode(tmp_path / "clip.mp4", [image] * 2, "libx264", "yuv420p10le", curve=PQ, options={"crf": "1"}))
     assert np.abs(video.frames_THWC[0].mean(axis=(0, 1)) - grey).max() < 6
 
 
 def test_white_of_broadcast_hdr_is_white_of_the_same_light(tmp_path: Path) -> None:
     image = np.full((64, 64, 3), round(0.75 * 255), np.uint8)  # 203 nits (BT.2408)
-    video = read(film(tmp_path / "clip.mp4", [image] * 2, "libx264", "yuv420p10le", curve=HLG, options={"crf": "1"}))
+    video = read(encode(tmp_path / "clip.mp4", [image] * 2, "libx264", "yuv420p10le", curve=HLG, options={"crf": "1"}))
     assert np.abs(video.frames_THWC[0].mean(axis=(0, 1)) - 227).max() < 6
 
 
@@ -195,7 +195,7 @@ def long_clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """250 frames in 10 s, a keyframe every 20."""
     codec = {"webm": "libvpx", "avi": "mpeg4"}.get(request.param, "libx264")
     path = tmp_path_factory.mktemp("long") / f"clip.{request.param}"
-    return film(path, barcodes(250, 64, 32), codec, rate=25, options={"g": "20"})
+    return encode(path, barcodes(250, 64, 32), codec, rate=25, options={"g": "20"})
 
 
 @pytest.mark.parametrize("start", [51, 120, 160, 233])

@@ -24,7 +24,7 @@ from tuneavideo.video import Video, read, write, write_image
 
 
 def made_run(path: Path, base: str, caption: str, source: Video, edits: dict[str, Video]) -> Path:
-    """A run folder as far as evaluation looks into it."""
+    """Make the parts of a run folder that evaluation reads."""
     run = RunFolder.create("clip", path)
     run.write_settings(TuneSettings(video="clip.mp4", prompt=caption, base=base), {})
     write(source, run.source)
@@ -109,7 +109,7 @@ def test_the_miniature_has_its_judge_in_place_of_clip(tmp_path: Path) -> None:
     assert neon["success"] == 0 and neon["preserved"] == 1 and "background_psnr" not in neon
     api.evaluate(run, mask=next(run.glob("edits/*/frames/00000.png")), metrics=["background_psnr"])
     assert "background_psnr" in scores_of(run)["edits"][1]["scores"]
-    api.evaluate(run)  # without a mask again: what was measured with it does not stay beside the reason
+    api.evaluate(run)  # without a mask again: the score with it does not stay next to the reason
     scores = scores_of(run)
     assert "background_psnr" not in scores["edits"][1]["scores"]
     why = "the prompt requests another background or style"

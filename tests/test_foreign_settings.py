@@ -57,7 +57,7 @@ def test_the_published_yaml_is_read_as_it_is(tmp_path: Path, caplog: pytest.LogC
         assert key in message
 
 
-def test_every_key_of_the_published_yaml_means_something_or_is_said() -> None:
+def test_every_key_of_the_published_yaml_has_a_setting_or_a_reason() -> None:
     """No key is dropped in silence: each has a setting of ours, or a reason."""
     for table in (foreign_configs.OFFICIAL, foreign_configs.MINDONE):
         for key, ours in table.items():
@@ -109,7 +109,7 @@ def test_mindones_yaml_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert key in message
 
 
-def test_mindones_training_flags_say_what_to_type(tmp_path: Path) -> None:
+def test_mindones_training_flags_print_the_command(tmp_path: Path) -> None:
     path = written(tmp_path, MINDONE)
     words = ["--train_config", str(path), "--output", "runs/x", "--num_frames", "5", "--version", "1.5", "--dry_run"]
     config = mindone_flags.train(words)
@@ -120,7 +120,7 @@ def test_mindones_training_flags_say_what_to_type(tmp_path: Path) -> None:
     }
 
 
-def test_mindones_inference_flags_say_what_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mindones_inference_flags_print_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = """--config c.yaml --version 2.1 --video_path v.mp4 --num_frames 4 --sample_interval 1 --prompt iron_man
         --ckpt_path sd-500.ckpt --output_path out --sampling_steps 30 --inv_sampling_steps 40 --seed 42 --fps 8 --H 768
         --W 512 --n_samples 2 --ddim --fixed_code --dry_run"""
@@ -133,7 +133,7 @@ def test_mindones_inference_flags_say_what_to_type(capsys: pytest.CaptureFixture
         assert part in message, part
 
 
-def test_the_command_it_says_is_one(tmp_path: Path, base: Path, clip: Path) -> None:
+def test_the_printed_command_is_valid(tmp_path: Path, base: Path, clip: Path) -> None:
     """Every option of the printed command is a setting."""
     config = mindone_flags.train(
         ["--train_config", str(written(tmp_path, MINDONE)), "--video_path", str(clip), "--dry_run"]
@@ -163,7 +163,7 @@ def test_their_yaml_tunes_here(base: Path, clip: Path, tmp_path: Path, monkeypat
     assert run.edited() == {("a blue square", 0)}
 
 
-def test_mindones_commands_do_what_they_say(base: Path, clip: Path, tmp_path: Path, capsys) -> None:
+def test_mindones_commands_run(base: Path, clip: Path, tmp_path: Path, capsys) -> None:
     out, path = tmp_path / "run", written(tmp_path, MINDONE)
     theirs = ["--base", str(base), "--video_path", str(clip), "--sample_interval", "1", "--num_frames", "2"]
     main.main(

@@ -24,10 +24,10 @@ pytestmark = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_clip_is_read_or_refused(kind: str, copies: int, tmp_path: Path) -> None:
     found = ends(kind, range(copies), tmp_path)
-    told = {end: len(seeds) for end, seeds in found.items()}
-    print(f"{kind}: {told}")
+    counts = {end: len(seeds) for end, seeds in found.items()}
+    print(f"{kind}: {counts}")
     assert set(found) == {"read", "refused"}, found
-    assert sum(told.values()) == copies
+    assert sum(counts.values()) == copies
 
 
 def test_a_damaged_clip_that_made_threads_wait_for_ever_is_read(tmp_path: Path) -> None:

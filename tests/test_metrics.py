@@ -25,7 +25,7 @@ from tuneavideo.evaluation.metrics.table import METRICS, load_model
 from tuneavideo.video import Video, read, write, write_image
 
 
-def beside(left: Video, right: Video) -> Video:
+def joined(left: Video, right: Video) -> Video:
     """The left half of one clip and the right half of another."""
     half = SIDE // 2
     return Video(np.concatenate([left.frames_THWC[:, :, :half], right.frames_THWC[:, :, half:]], axis=2), 8)
@@ -44,7 +44,7 @@ def flow() -> Dis:
 
 
 def by_hand(folder: Path, video: Video, prompt: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Features of frames and prompt before they are brought to unit length, and the scale, the long way."""
+    """Compute features of frames and prompt before normalisation, and the scale, step by step."""
     model = CLIPModel.from_pretrained(folder).eval()
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     rows = []
@@ -179,24 +179,24 @@ def test_warp_error_counts_a_known_change_of_light(flow: Dis) -> None:
         (still(), passing((3, 0), seed=1), 0),
         (still(), still(1), 1),
         # every track of the edit has its like, half of the source's have not: they move against all of the edit's
-        (beside(passing((-2, 0)), passing((2, 0), seed=2)), passing((2, 0), seed=1), 0.5),
+        (joined(passing((-2, 0)), passing((2, 0), seed=2)), passing((2, 0), seed=1), 0.5),
     ],
 )
-def test_motion_fidelity_is_the_likeness_of_tracks_in_both_directions(
+def test_motion_fidelity_is_the_similarity_of_tracks_in_both_directions(
     source: Video, edit: Video, value: float, flow: Dis
 ) -> None:
     assert motion.motion_fidelity(sample(source, edit), flow) == pytest.approx(value, abs=0.07)
 
 
-def test_points_that_rest_have_a_likeness_and_it_is_no_merit_of_a_frozen_edit(flow: Dis) -> None:
-    half = beside(still(), passing((0, 3), seed=2))
+def test_static_points_are_similar_and_do_not_reward_a_frozen_edit(flow: Dis) -> None:
+    half = joined(still(), passing((0, 3), seed=2))
     assert motion.motion_fidelity_all(sample(half, half), flow) == pytest.approx(1, abs=1e-6)
     frozen = sample(half, still(1))
     assert motion.motion_fidelity(frozen, flow) == 0
     assert motion.motion_fidelity_all(frozen, flow) == pytest.approx((1 + 0.5) / 2, abs=0.12)
 
 
-def test_likeness_of_tracks_written_by_hand() -> None:
+def test_similarity_of_tracks_written_by_hand() -> None:
     steps = np.array([[[1.0, 0], [0, 1]], [[1, 0], [0, 0]], [[0, 0], [0, 0]]])
     tracks = motion.Tracks(steps, np.ones((3, 2), bool), np.array([True, True, False]))
     assert motion.track_similarity(tracks, tracks) == pytest.approx(np.array([[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]))
@@ -212,9 +212,9 @@ def test_flicker_of_noise_is_the_mean_difference_of_two_draws() -> None:
     assert flicker.flicker(sample(still(), still(1))) == 0
 
 
-def test_flicker_is_looked_for_where_the_source_stands_still() -> None:
-    source = beside(passing((3, 1)), still())
-    known = beside(passing((-1, 2), seed=1), still(2))
+def test_flicker_is_measured_where_the_source_is_static() -> None:
+    source = joined(passing((3, 1)), still())
+    known = joined(passing((-1, 2), seed=1), still(2))
     assert flicker.flicker(sample(source, known)) < 0.2  # chance pixels of the moving half that did not change
     assert flicker.flicker(sample(still(), known)) > 5
     with pytest.raises(NotMeasurable, match="hardly any pixel of the source is static"):
@@ -286,13 +286,13 @@ def judge() -> Judge:
     return Judge.open()
 
 
-def test_what_a_prompt_asks_for_is_found_word_by_word(judge: Judge) -> None:
+def test_the_request_of_a_prompt_is_found_word_by_word(judge: Judge) -> None:
     value = judge_metrics.requested("A balloon is rising in the snow, black and white", judge)
     assert value == {"subject": "balloon", "background": "snow", "style": "black and white"}
     assert judge_metrics.requested("it moves", judge) == {"style": "none"}
 
 
-def test_the_judge_tells_success_and_what_was_kept(judge: Judge) -> None:
+def test_the_judge_measures_success_and_preservation(judge: Judge) -> None:
     """Of two bundled clips on one path, the second stands for an edit of the first: a rabbit in place of a dog."""
     clips = {each["name"]: read(each["path"], size=(64, 64)) for each in miniature.clips()}
     source, edit = clips["dog-jumping"], clips["rabbit-jumping"]
@@ -309,7 +309,7 @@ def test_the_judge_tells_success_and_what_was_kept(judge: Judge) -> None:
             metric(sample(source, edit, "a dog is jumping on the grass", prompt), judge)
 
 
-def test_the_background_of_a_drawn_clip_is_what_lies_beside_its_subjects(judge: Judge) -> None:
+def test_the_background_of_a_drawn_clip_is_outside_its_subjects(judge: Judge) -> None:
     clip_ = miniature.clips()[0]
     video = read(clip_["path"], size=(64, 64))
     inside = judge_metrics.subject_mask(sample(video, video, clip_["caption"], clip_["edits"][0]["prompt"]), judge)

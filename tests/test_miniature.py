@@ -92,8 +92,8 @@ def test_tuning_learns_the_clip(pipe: StableDiffusionPipeline) -> None:
 
     clip = read(miniature.clips()[0]["path"], stride=4, count=4, size=(64, 64))
     fresh = pipelines.load_pipeline("miniature")
-    stated = {"video": "-", "prompt": "-", "max_train_steps": 30, "num_frames": 4}
-    settings = checked(TuneSettings, layers(stated, {}))
+    own = {"video": "-", "prompt": "-", "max_train_steps": 30, "num_frames": 4}
+    settings = checked(TuneSettings, layers(own, {}))
     text = codec.embed(fresh, ["a dog is jumping on the grass"])
     tuning = Tuning(
         video_unet(fresh.unet), NoiseSchedule.of(fresh.scheduler), codec.encode(fresh, clip), text, settings,

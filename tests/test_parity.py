@@ -1,4 +1,4 @@
-"""The package computes what the published code computed, as far as a part of its golden numbers tells."""
+"""The package computes what the published code computed, on a part of the recorded numbers."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_the_part_is_small():
     assert sum(sizes.values()) - mindone <= 6_100_000
 
 
-def test_agreement_is_told_in_the_last_line(one_layer, capsys):
+def test_the_last_line_reports_agreement(one_layer, capsys):
     status, last = outcome(one_layer, capsys)
     assert status == 0
     assert last.startswith("checked 1 files, 31 tensors, worst ")
 
 
-def test_a_changed_number_is_seen(one_layer, capsys):
+def test_a_changed_number_is_detected(one_layer, capsys):
     path = one_layer / BLOCK
     with safe_open(path, "pt") as file:
         about = file.metadata()
@@ -69,7 +69,7 @@ def test_a_changed_number_is_seen(one_layer, capsys):
     assert outcome(one_layer, capsys)[0] == 1
 
 
-def test_a_fault_of_the_method_is_seen(one_layer, capsys, monkeypatch):
+def test_a_fault_of_the_method_is_detected(one_layer, capsys, monkeypatch):
     def previous_frame_only(x_BTLC, start, frames, references):
         return x_BTLC[:, start - 1 :]
 

@@ -1,4 +1,4 @@
-"""What is written plays: in FFmpeg and in Chromium, for as long as it should, with its sound in time."""
+"""Written clips play in FFmpeg and Chromium with the right duration and with sound in time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.clips import clapped, film
+from tests.clips import clapped, encode
 from tuneavideo.video import Video, read, write
 from tuneavideo.video.montage import side_by_side
 
@@ -32,12 +32,12 @@ SPANS = [{"start": 26, "count": 50}, {"start": 60, "stride": 2, "count": 16}, {"
 
 
 def begins(times: np.ndarray, gap: float = 0.3) -> list[float]:
-    """The first of each row of times that lie close together."""
+    """Return the first of each group of close times."""
     return [float(time) for time, before in zip(times, [-1, *times[:-1]], strict=True) if time - before > gap]
 
 
 def claps(path: Path) -> tuple[list[float], list[float]]:
-    """Seconds at which flashes and clicks begin, by the file's own times."""
+    """Return the seconds at which flashes and clicks begin, in the file's own time."""
     with av.open(str(path)) as container:
         flashes = [frame.time for frame in container.decode(video=0) if frame.to_ndarray(format="gray").mean() > 127]
     resampler, loud = av.AudioResampler("s16", "mono", 48_000), []
@@ -94,11 +94,11 @@ def test_a_silent_clip_stays_silent_and_a_gif_is_always(tmp_path: Path) -> None:
 
 def test_sound_that_ends_early_is_followed_by_silence(tmp_path: Path) -> None:
     sound = ("aac", np.sin(np.arange(24_000) / 10)[:, None], 48_000)
-    path = film(tmp_path / "clip.mp4", [np.zeros((32, 32, 3), np.uint8)] * 30, sound=sound)
-    heard = read(path).sound_SC
-    assert heard is not None and len(heard) == 3 * 48_000
-    assert np.abs(heard[:20_000]).max() > 10_000 and np.abs(heard[30_000:]).max() == 0
-    assert read(path, start=20, count=10).sound_SC is None, "nothing is heard there"
+    path = encode(tmp_path / "clip.mp4", [np.zeros((32, 32, 3), np.uint8)] * 30, sound=sound)
+    samples = read(path).sound_SC
+    assert samples is not None and len(samples) == 3 * 48_000
+    assert np.abs(samples[:20_000]).max() > 10_000 and np.abs(samples[30_000:]).max() == 0
+    assert read(path, start=20, count=10).sound_SC is None, "there is no sound"
 
 
 def test_sound_that_cannot_be_decoded_is_left_out_with_a_warning(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_sound_that_cannot_be_decoded_is_left_out_with_a_warning(tmp_path: Path)
 # Chromium
 
 PAGE = """<script>
-function told(name) {
+function report(name) {
   return new Promise(done => {
     const video = document.createElement('video');
     const tell = event => done([name, {event, duration: video.duration, width: video.videoWidth,
@@ -131,21 +131,21 @@ function told(name) {
 }
 onload = async () => {
   const all = [];
-  for (const name of NAMES) all.push(await told(name));
-  await fetch('/told', {method: 'POST', body: JSON.stringify(Object.fromEntries(all))});
+  for (const name of NAMES) all.push(await report(name));
+  await fetch('/report', {method: 'POST', body: JSON.stringify(Object.fromEntries(all))});
 };
 </script><body>"""
 
 
 class _Host(SimpleHTTPRequestHandler):
-    """Serves a folder and keeps what the page tells."""
+    """Server of a folder that stores the reports of the page."""
 
-    def __init__(self, told: Queue, *arguments, **more) -> None:
-        self.told = told
+    def __init__(self, report: Queue, *arguments, **more) -> None:
+        self.report = report
         super().__init__(*arguments, **more)
 
     def do_POST(self) -> None:
-        self.told.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.report.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(204)
         self.end_headers()
 
@@ -154,10 +154,10 @@ class _Host(SimpleHTTPRequestHandler):
 
 
 def played(folder: Path, names: list[str], profile: Path) -> dict[str, dict]:
-    """What Chromium tells of the clips of a folder, each played to its end."""
+    """Return Chromium's report on the clips of a folder, each played to its end."""
     (folder / "page.html").write_text(PAGE.replace("NAMES", json.dumps(names)))
-    told: Queue = Queue()
-    server = HTTPServer(("127.0.0.1", 0), partial(_Host, told, directory=str(folder)))
+    report: Queue = Queue()
+    server = HTTPServer(("127.0.0.1", 0), partial(_Host, report, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--mute-audio", f"--user-data-dir={profile}"]
     flags.append("--autoplay-policy=no-user-gesture-required")
@@ -167,7 +167,7 @@ def played(folder: Path, names: list[str], profile: Path) -> dict[str, dict]:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        return told.get(timeout=90)
+        return report.get(timeout=90)
     finally:
         browser.kill()
         browser.wait()
@@ -184,13 +184,13 @@ def test_what_is_written_plays_in_chromium(tmp_path: Path) -> None:
     write(side_by_side([source, source], labels=["one", "two"]), folder / "side-by-side.mp4")
     write(Video(source.frames_THWC[:9, :47, :63], 8), folder / "silent.mp4")
     sizes = {"edit.mp4": (64, 48), "edit.webm": (64, 48), "side-by-side.mp4": (520, 222), "silent.mp4": (64, 48)}
-    told = played(folder, list(sizes), tmp_path / "profile")
+    report = played(folder, list(sizes), tmp_path / "profile")
     for name, (width, height) in sizes.items():
         seconds, tick = (9 / 8, 1 / 8) if name == "silent.mp4" else (1, 1 / 25)
-        assert told[name]["event"] == "ended" and told[name]["error"] is None
-        assert told[name]["duration"] == pytest.approx(seconds, abs=tick)
-        assert (told[name]["width"], told[name]["height"]) == (width, height)
-        assert (told[name]["sound"] > 0) == (name != "silent.mp4")
+        assert report[name]["event"] == "ended" and report[name]["error"] is None
+        assert report[name]["duration"] == pytest.approx(seconds, abs=tick)
+        assert (report[name]["width"], report[name]["height"]) == (width, height)
+        assert (report[name]["sound"] > 0) == (name != "silent.mp4")
 
 
 # Memory
@@ -213,7 +213,7 @@ print(status("VmHWM") - before)
 
 
 def peak_mb(work: str) -> int:
-    """Megabytes that a fresh process has taken at most above what its imports took."""
+    """Return the peak memory of a fresh process minus that of its imports, in megabytes."""
     code = MEASURED.format(work=work)
     return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
 
@@ -222,7 +222,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 def repeated(path: Path, times: int) -> Path:
-    """The same film many times over, without encoding it again."""
+    """Repeat a video many times without encoding it again."""
     long = path.with_name(f"long-{path.name}")
     with av.open(str(path)) as source, av.open(str(long), "w") as container:
         picture = source.streams.video[0]
@@ -243,7 +243,7 @@ def repeated(path: Path, times: int) -> Path:
 def test_eight_of_two_thousand_frames_of_720p_take_little_memory(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (10, 9, 16, 3), np.uint8)
     images = [np.kron(image, np.ones((80, 80, 1), np.uint8)) for image in noise]
-    path = repeated(film(tmp_path / "clip.mp4", images, rate=25, options={"preset": "ultrafast"}), 200)
+    path = repeated(encode(tmp_path / "clip.mp4", images, rate=25, options={"preset": "ultrafast"}), 200)
     work = f"assert read({str(path)!r}, stride=285, count=8).frames_THWC.shape == (8, 720, 1280, 3)"
     assert peak_mb(work) <= 300
 

@@ -53,7 +53,7 @@ def reported(*runs: Path) -> str:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees of the body, in one line."""
+    """Return the visible text of the body in one line."""
     body = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", page[page.index("<body>") :], flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", "", body).split())
 
@@ -287,7 +287,7 @@ needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="needs 
 
 
 @needs_chromium
-def test_clips_play_in_step_and_obey_the_keys(run: Path, browser: Browser) -> None:
+def test_clips_play_synchronously_and_obey_the_keys(run: Path, browser: Browser) -> None:
     browser.size(1280, 900)
     browser.open(api.report(run))
     until(browser, "playing && clips.length === 3 && clips.every(({video}) => video.currentTime > 0 && !video.paused)")
@@ -305,7 +305,7 @@ def test_clips_play_in_step_and_obey_the_keys(run: Path, browser: Browser) -> No
     assert watched["worst"] <= watched["tick"], "after a seek as well"
     browser.press("l")
     until(browser, "!playing && !moving")
-    assert browser.ask(AT) == [2] * 3, "without loop it rests on the last frame"
+    assert browser.ask(AT) == [2] * 3, "without loop it stops at the last frame"
     assert browser.ask("window.struck") is None, "a prompt is no script"
     assert browser.trouble() == []
     assert [url for url in browser.requests() if url != (run / "report.html").as_uri()] == []
@@ -334,7 +334,7 @@ def test_it_fits_wide_and_narrow_by_day_and_night(
 
 
 @needs_chromium
-def test_it_does_not_move_by_itself_for_those_who_ask_for_rest(run: Path, browser: Browser) -> None:
+def test_reduced_motion_disables_autoplay(run: Path, browser: Browser) -> None:
     browser.prefer(prefers_reduced_motion="reduce")
     browser.open(api.report(run))
     until(browser, "!moving && clips.every(({video}) => video.readyState >= 2 && video.currentTime > 0)")

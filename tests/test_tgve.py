@@ -1,4 +1,4 @@
-"""The benchmark runners: LOVEU-TGVE-2023 on a data set of its layout with a tiny base, and the miniature's door."""
+"""The benchmark commands: LOVEU-TGVE-2023 on a small data set with a tiny base, and the miniature benchmark."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def table(tmp_path: Path) -> Path:
     return data
 
 
-def test_configs_and_the_table_tell_the_same_clips(configs: Path, tmp_path: Path) -> None:
+def test_configs_and_the_table_give_the_same_clips(configs: Path, tmp_path: Path) -> None:
     clips = read_clips(configs)
     assert [(clip.set, clip.name, clip.count, clip.seed) for clip in clips] == [
         ("DAVIS_480p", "bmx", 3, 33), ("DAVIS_480p", "judo", 3, 33), ("youtube_480p", "salsa", 3, 33),

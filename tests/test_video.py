@@ -49,7 +49,7 @@ def corners(image: np.ndarray) -> str:
     return "".join(names[tuple(int(value > 127) for value in image[spot])] for spot in spots)
 
 
-def filmed(path: Path, video: Video, *, rate: Fraction | int = 10, rotation: int = 0) -> Path:
+def encoded(path: Path, video: Video, *, rate: Fraction | int = 10, rotation: int = 0) -> Path:
     """A file made by PyAV alone, not by the code under test."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(ENCODERS[path.suffix[1:]], rate=rate)
@@ -90,7 +90,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder, kind = tmp_path_factory.mktemp("source"), request.param
     if kind == "folder":
         return drawn(folder / "clip", numbered(), [f"{n}.png" for n in range(10)])
-    return (filmed if kind in ENCODERS else animated)(folder / f"clip.{kind}", numbered())
+    return (encoded if kind in ENCODERS else animated)(folder / f"clip.{kind}", numbered())
 
 
 # Reading
@@ -113,7 +113,7 @@ def test_the_frames_read_are_start_plus_multiples_of_the_stride(source, start, s
     assert video.fps == pytest.approx((8 if source.is_dir() else 10) / stride)
 
 
-def test_too_few_frames_are_refused_with_the_sum_and_a_way_out(source):
+def test_too_few_frames_are_refused_with_numbers_and_advice(source):
     with pytest.raises(VideoError) as error:
         read(source, stride=4, count=4)
     expected = f"{source} has 10 frames; 4 frames, every 4 from 0, need 13; take 3 frames, or every 3"
@@ -136,7 +136,7 @@ def test_a_start_beyond_the_end_is_refused(source, count):
 
 
 @pytest.mark.parametrize("wrong", [{"start": -1}, {"stride": 0}, {"count": 0}])
-def test_a_choice_of_frames_that_means_nothing_is_refused(source, wrong):
+def test_an_invalid_choice_of_frames_is_refused(source, wrong):
     with pytest.raises(VideoError, match="start at 0 or later, take every 1 or more, at least 1 frame"):
         read(source, **wrong)
 
@@ -144,7 +144,7 @@ def test_a_choice_of_frames_that_means_nothing_is_refused(source, wrong):
 def test_decoding_stops_after_the_last_frame_needed(tmp_path):
     names = [f"{n}.png" for n in range(10)]
     folder = drawn(tmp_path / "clip", numbered(), names)
-    (folder / "1.png").write_bytes(b"never looked at")
+    (folder / "1.png").write_bytes(b"never read")
     (folder / "5.png").write_bytes(b"never reached")
     assert numbers(read(folder, stride=2, count=2)) == [0, 2]
 
@@ -164,7 +164,7 @@ def test_a_file_that_is_no_video_is_refused(tmp_path, name):
 
 
 def test_a_damaged_file_is_refused(tmp_path):
-    path = filmed(tmp_path / "clip.mp4", numbered())
+    path = encoded(tmp_path / "clip.mp4", numbered())
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(VideoError, match="cannot be read as a video"):
         read(path)
@@ -181,7 +181,7 @@ def test_a_file_with_sound_alone_is_refused(tmp_path):
         read(tmp_path / "song.mp4")
 
 
-def test_a_text_is_not_filmed(tmp_path):
+def test_a_text_file_is_no_video(tmp_path):
     (tmp_path / "notes.txt").write_text("a man is skiing\n" * 50)
     with pytest.raises(VideoError, match=r"notes\.txt holds no pictures, only sound or text"):
         read(tmp_path / "notes.txt")
@@ -194,7 +194,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
     assert line(error).startswith(f"{tmp_path} has no frames; give ")
 
 
-def test_pictures_are_taken_in_the_order_people_count(tmp_path):
+def test_images_are_read_in_natural_order(tmp_path):
     names = ["frame2.PNG", "frame9.jpg", "frame10.webp", "frame100.jpeg"]
     folder = drawn(tmp_path / "clip", numbered(4), names)
     (folder / "notes.txt").write_text("not a picture")
@@ -219,16 +219,16 @@ def test_a_grey_or_transparent_picture_is_read_as_colours(tmp_path):
 
 
 @pytest.mark.parametrize(("rotation", "upright"), [(90, "GWRB"), (-90, "BRWG"), (180, "WBGR")])
-def test_a_clip_filmed_on_its_side_is_read_upright(tmp_path, rotation, upright):
+def test_a_rotated_clip_is_read_upright(tmp_path, rotation, upright):
     lying = Video(np.stack([quadrants(32, 64)] * 2), 10)
-    video = read(filmed(tmp_path / "phone.mp4", lying, rotation=rotation))
+    video = read(encoded(tmp_path / "phone.mp4", lying, rotation=rotation))
     assert (video.width, video.height) == ((64, 32) if rotation == 180 else (32, 64))
     assert corners(video.frames_THWC[0]) == upright
 
 
-def test_a_name_that_looks_like_a_protocol_is_a_file(tmp_path, monkeypatch):
+def test_a_name_like_a_protocol_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    filmed(tmp_path / "clip.mp4", numbered(2)).rename("12:30.mp4")
+    encoded(tmp_path / "clip.mp4", numbered(2)).rename("12:30.mp4")
     assert read("12:30.mp4").frames == 2
 
 
@@ -345,7 +345,7 @@ def test_the_rate_is_kept_to_a_thousandth(tmp_path, name, rate):
 
 
 def test_mp4_keeps_the_rate_of_television_exactly(tmp_path):
-    write(read(filmed(tmp_path / "a.mp4", numbered(), rate=Fraction(30000, 1001))), tmp_path / "b.mp4")
+    write(read(encoded(tmp_path / "a.mp4", numbered(), rate=Fraction(30000, 1001))), tmp_path / "b.mp4")
     with av.open(str(tmp_path / "b.mp4")) as container:
         assert container.streams.video[0].average_rate == Fraction(30000, 1001)
 
@@ -381,7 +381,7 @@ def test_pngs_are_exact_and_replace_an_older_folder_of_frames(tmp_path):
     assert np.array_equal(read(tmp_path / "frames").frames_THWC, noise)
 
 
-def test_a_folder_of_other_things_is_never_replaced(tmp_path):
+def test_a_folder_with_other_files_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(VideoError, match=r"has more than frames in it: found thesis\.tex; choose another"):
         write_frames(numbered(2), tmp_path)
@@ -389,7 +389,7 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.webm", "clip.gif", "clip.png"])
-def test_nothing_half_written_stays_where_writing_fails(tmp_path, name):
+def test_a_failed_write_leaves_nothing(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(DiskError) as error:
         write_image(quadrants(8, 8), tmp_path / name) if "png" in name else write(numbered(2), tmp_path / name)
@@ -433,12 +433,12 @@ def test_clips_stand_side_by_side_at_the_height_of_the_tallest():
     assert (video.frames_THWC[:, :, 600:608] == 255).all()
 
 
-def test_small_clips_are_enlarged_a_whole_number_of_times():
+def test_small_clips_are_enlarged_by_an_integer_factor():
     video = whole(side_by_side([numbered(2, height=64, width=64), numbered(2, height=64, width=80)]))
     assert (video.height, video.width) == (192, 192 + 8 + 240)
 
 
-def test_a_clip_that_ends_early_holds_its_last_frame_and_the_first_sets_the_rate():
+def test_a_clip_that_ends_early_repeats_its_last_frame_and_the_first_sets_the_rate():
     video = whole(side_by_side([numbered(3, fps=7), numbered(8, fps=30)]))
     left = Video(video.frames_THWC[:, :, :256], 7)
     right = Video(video.frames_THWC[:, :, 264:], 7)
@@ -448,7 +448,7 @@ def test_a_clip_that_ends_early_holds_its_last_frame_and_the_first_sets_the_rate
 
 
 @pytest.mark.parametrize("text", ["source", "wide " * 100, "W" * 500, "a\nb", ""])
-def test_labels_stand_below_their_columns_and_never_reach_into_the_next(text):
+def test_labels_are_below_their_columns_and_do_not_overlap(text):
     plain = whole(side_by_side([numbered(2)] * 2))
     video = whole(side_by_side([numbered(2)] * 2, labels=[text, ""]))
     assert (video.frames, video.width) == (plain.frames, plain.width)
