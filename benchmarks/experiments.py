@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ideas import ANCHOR, COMBINATIONS, IDEAS, OFFICIAL, REPORTED, SWEEP
+from benchmarks.ideas import ANCHOR, COMBINATIONS, IDEAS, OFFICIAL, RANKS, REPORTED, SWEEP
 from tuneavideo.evaluation.compare import Estimate, difference, estimate
 from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of, read_rows
 
@@ -33,7 +33,7 @@ VARIANTS = {
         Variant("anchor", ANCHOR),
         *(Variant(name, settings) for name, settings in SWEEP.items()),
         *(Variant(name, ANCHOR | idea.change) for name, idea in IDEAS.items()),
-        *(Variant(name, settings) for name, settings in COMBINATIONS.items()),
+        *(Variant(name, settings) for name, settings in (COMBINATIONS | RANKS).items()),
     )
 }
 SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")

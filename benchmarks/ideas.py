@@ -96,5 +96,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "ours, not tuned": _OURS | {"max_train_steps": 1, "learning_rate": 1e-9},
 }
 """What survived, together."""
+RANKS: dict[str, dict[str, Any]] = {f"rank {rank}": {"lora_rank": rank} for rank in (4, 16, 64)}
+"""Adapters of LoRAs, with the other settings of `default`."""
 REPORTED = ("default", "official", "untuned", "official, not tuned")
 """What is measured on the clips that nothing was chosen by."""

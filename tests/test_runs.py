@@ -129,8 +129,8 @@ def test_a_folder_inside_a_run_names_the_run(tmp_path: Path) -> None:
 
 def test_a_tuned_run_of_an_earlier_version_is_read_without_settings_that_were_removed(tmp_path: Path) -> None:
     run = RunFolder.create("clip.mp4", tmp_path / "run")
-    run.settings.write_text("video: clip.mp4\nprompt: a square\nlora_rank: 2\n", encoding="utf-8")
-    with pytest.raises(SettingsError, match="lora_rank"):
+    run.settings.write_text("video: clip.mp4\nprompt: a square\nprior_weight: 2\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="prior_weight"):
         run.read_settings()
     run.adapter.mkdir()
     (run.adapter / "adapter_config.json").write_text("{}", encoding="utf-8")

@@ -74,6 +74,7 @@ VARIANTS = {
     "other": {"optimizer": "torch.optim.RMSprop"},
     "weighted": {"snr_gamma": 5.0, "gradient_accumulation_steps": 2, "use_ema": True},
     "references": {"references": ("first", "own")},
+    "low rank": {"lora_rank": 2, "use_ema": True},
 }
 
 

@@ -39,7 +39,6 @@ REMOVED: dict[str, tuple[Any, ...] | None] = {
     "noise_shared": (0,),
     "debias_weight": (0,),
     "prior_weight": (0,),
-    "lora_rank": (None,),
     "early_stopping": (None,),
     "early_stopping_steps": None,
     "early_stopping_patience": None,

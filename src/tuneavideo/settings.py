@@ -57,7 +57,7 @@ class Inflation(NamedTuple):
 
     references: tuple[str, ...] = ("first", "previous")
     clip_norm: bool = True
-    temporal_init: str = "zero"
+    temporal_init: str = "zero"  # or "official"; or "copy", from the block's self-attention
 
 
 class Settings(BaseModel):
@@ -206,6 +206,9 @@ class TuneSettings(Sampling):
     """Name suffixes of the trainable modules."""
     frozen_modules: tuple[str, ...] = ()
     """Name prefixes of modules that are excluded from training."""
+    lora_rank: PositiveInt | None = None
+    """Rank of the LoRA that is trained for each trainable matrix: an adapter of a few MB. The temporal attention starts
+    as a copy of the self-attention, with zero output. None: train whole matrices, as in the paper."""
 
     max_train_steps: PositiveInt = 500
     """Number of optimiser steps."""
@@ -281,9 +284,18 @@ class TuneSettings(Sampling):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_lora_rank(self) -> TuneSettings:
+        if self.lora_rank and self.temporal_init == "official":
+            raise ValueError(
+                f"lora_rank {self.lora_rank} starts the temporal attention from the self-attention, temporal_init "
+                "official (as in the preset official) from random numbers; leave one of them out"
+            )
+        return self
+
     @property
     def inflation(self) -> Inflation:
-        return Inflation(self.references, self.clip_norm, self.temporal_init)
+        return Inflation(self.references, self.clip_norm, "copy" if self.lora_rank else self.temporal_init)
 
 
 class Styling(Settings):
@@ -343,6 +355,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temporal_init": "official",
         "trainable_modules": ("attn1.to_q", "attn2.to_q", "attn_temp"),
         "frozen_modules": ("down_blocks",),
+        "lora_rank": None,
         "optimizer": "adamw",
         "lr_scheduler": "constant",
         "use_ema": False,

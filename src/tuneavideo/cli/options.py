@@ -25,8 +25,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "train_batch_size",
-        "gradient_accumulation_steps", "max_grad_norm", "snr_gamma", "optimizer", "adam_beta1", "adam_beta2",
-        "adam_weight_decay", "adam_epsilon", "use_ema", "ema_decay", "seed", "checkpointing_steps",
+        "gradient_accumulation_steps", "max_grad_norm", "snr_gamma", "lora_rank", "optimizer", "adam_beta1",
+        "adam_beta2", "adam_weight_decay", "adam_epsilon", "use_ema", "ema_decay", "seed", "checkpointing_steps",
         "checkpoints_total_limit", "report_to",
     ),
     "editing": (

@@ -246,7 +246,7 @@ def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str
     steps, loss, seconds = weights.pop("totals").tolist()
     with torch.no_grad():
         for name, value in weights.items():
-            pipe.unet.get_parameter(name).copy_(value)
+            tuning.parameters[name].copy_(value)
     flops = per_batch * steps * settings.gradient_accumulation_steps
     return {"tflop": round(flops / 1e12, 4), "seconds": round(seconds, 2), "steps": int(steps), "loss": loss}
 

@@ -161,9 +161,10 @@ def _write_lora(
 ) -> None:
     if image is None:
         raise CheckpointError("a LoRA is a difference: give the model that the layers were tuned on with --base")
-    made = lora.factorize(found.tensors, image.tensors, rank, style)
+    tuned = lora.merged(found.tensors, image.tensors)
+    made = lora.factorize(tuned, image.tensors, rank, style)
     write_safetensors(out, made.tensors)
-    report.used, report.error = sum(name.endswith(lora.TUNED) for name in found.tensors), made.error
+    report.used, report.error = sum(name.endswith(lora.TUNED) for name in tuned), made.error
     report.notices.append("a LoRA holds the tuned query projections only; the temporal layers are left out")
 
 

@@ -1,4 +1,4 @@
-"""A LoRA of the tuned query projections, for programs without video layers."""
+"""LoRAs: of the tuned query projections, for programs without video layers; and those of an adapter, merged."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from tuneavideo.errors import CheckpointError
 from tuneavideo.interop.names import UNET
 from tuneavideo.models.adapter import FINGERPRINTED as TUNED
+from tuneavideo.models.adapter import loras
 from tuneavideo.storage.tensors import LazyTensor, Tensors
 
 Style = Literal["diffusers", "kohya"]
@@ -57,6 +58,43 @@ def factorize(
     if not out:
         raise CheckpointError("no query projection differs from the base: there is nothing to make a LoRA of")
     return Factorization({name: LazyTensor.of(tensor) for name, tensor in out.items()}, (lost / total) ** 0.5)
+
+
+def merged(tuned: Tensors, base: Tensors) -> Tensors:
+    """Replace the LoRAs of an adapter by whole matrices, and add the temporal layers as they start (see `inflate`).
+
+    Raises:
+        CheckpointError: The base lacks a layer, or has another shape.
+    """
+    pairs = list(loras(tuned))
+    if not pairs:
+        return tuned
+    start = {}
+    for name, tensor in base.items():
+        block, found, layer = name.partition(".attn1.")
+        if found and name.startswith(UNET):
+            start[f"{block}.attn_temp.{layer}"] = _zeros(tensor) if layer.startswith("to_out.") else tensor
+        elif ".norm1." in name and ".transformer_blocks." in name:
+            start[name.replace(".norm1.", ".norm_temp.")] = tensor
+    weights, whole = {**base, **start}, {name: tensor for name, tensor in tuned.items() if ".lora_" not in name}
+    for name, down, up in pairs:
+        if name not in weights or weights[name].shape != (up.shape[0], down.shape[1]):
+            raise CheckpointError(
+                f"{name.removeprefix(UNET)} is not in the base, or has another shape; give its own --base"
+            )
+        whole[name] = _sum(weights[name], down, up)
+    return start | whole
+
+
+def _zeros(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.dtype, tensor.shape, lambda: torch.zeros(tensor.shape, dtype=tensor.dtype))
+
+
+def _sum(weight: LazyTensor, down: LazyTensor, up: LazyTensor) -> LazyTensor:
+    def read() -> Tensor:
+        return (weight.read().float() + up.read().float() @ down.read().float()).to(weight.dtype)
+
+    return LazyTensor(weight.dtype, weight.shape, read)
 
 
 def _product(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneavideo.errors import CheckpointError
-from tuneavideo.interop import mindspore
+from tuneavideo.interop import lora, mindspore
 from tuneavideo.interop.model_configs import CONFIG, MODEL_INDEX, OFFICIAL_UNET, from_official, read_json
 from tuneavideo.interop.names import (
     BUFFERS,
@@ -75,9 +75,9 @@ class Checkpoint:
         return any(map(is_temporal, self.tensors))
 
     def over(self, base: Checkpoint) -> Checkpoint:
-        """Return the base with these tensors in the place of its own."""
+        """Return the base with these tensors in the place of its own, LoRAs merged."""
         return replace(
-            self, tensors=base.tensors | self.tensors, unused=base.unused | self.unused,
+            self, tensors=base.tensors | lora.merged(self.tensors, base.tensors), unused=base.unused | self.unused,
             configs=base.configs | self.configs, folder=base.folder,
         )  # fmt: skip
 

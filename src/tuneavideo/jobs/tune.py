@@ -202,6 +202,8 @@ def _prepare_for_inference(pipe: Pipeline, accelerator: Accelerator, tuning: Tun
     """Make the tuned UNet what a freshly loaded one is: in its own precision, without gradients."""
     unet: Any = accelerator.unwrap_model(tuning.video.unet, keep_fp32_wrapper=False)
     unet.disable_gradient_checkpointing()
+    if tuning.settings.lora_rank:
+        unet.unload_lora()  # edits take the merged matrices of the adapter
     unet.zero_grad(set_to_none=True)
     pipe.unet = unet.requires_grad_(False).eval().to(devices.PRECISIONS[accelerator.mixed_precision])
 

@@ -6,6 +6,7 @@ class in place and every transformer block gains `norm_temp` and `attn_temp`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from tuneavideo.errors import ModelError, SettingsError
@@ -38,6 +40,7 @@ _IMAGE_CLASS = {
     ClipGroupNorm: nn.GroupNorm,
 }
 _ADDED = ("norm_temp", "attn_temp")
+_LORA = "tuneavideo"  # name of the LoRA that is trained, for peft
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,44 @@ def trainable_parameters(
     }
 
 
+def low_rank_parameters(
+    unet: UNet2DConditionModel, trainable: Sequence[str], frozen: Sequence[str], rank: int, seed: int = 0
+) -> dict[str, nn.Parameter]:
+    """Add a LoRA to every linear layer among the trainable ones; `unet.unload_lora()` removes them.
+
+    The change of a weight is the product B A, which starts at zero. The entries of A have the variance 1 / rank, so
+    that a step of Adam changes B A about as much as it would change a whole matrix, whatever the rank and width.
+
+    Args:
+        unet: An inflated UNet.
+        trainable: Name suffixes of modules.
+        frozen: Name prefixes of modules that are left out.
+        rank: Rank of each product.
+        seed: Of the random numbers of A.
+
+    Returns:
+        `LAYER.lora_A.weight` (rank x in) and `LAYER.lora_B.weight` (out x rank), and biases and norms as they are.
+
+    Raises:
+        SettingsError: A name matches no layer, or there is no linear layer.
+    """
+    chosen = trainable_parameters(unet, trainable, frozen)
+    linear = [f"{name}.weight" for name, layer in unet.named_modules() if isinstance(layer, nn.Linear)]
+    matrices = {name for name in linear if name in chosen}
+    if not matrices:
+        raise SettingsError(f"lora_rank {rank}: no linear layer is among trainable_modules {', '.join(trainable)}")
+    layers = sorted(name.removesuffix(".weight") for name in matrices)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), _LORA)
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name, parameter in unet.named_parameters():
+        name = name.replace(".base_layer.", ".").replace(f".{_LORA}.", ".")
+        if name.endswith(".lora_A.weight"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank**0.5)
+        if ".lora_" in name or name in chosen.keys() - matrices:
+            found[name] = parameter
+    return found
+
+
 def _see_time(
     block: BasicTransformerBlock, clip: ClipLayout, init: str, generator: torch.Generator, dtype: torch.dtype
 ) -> None:
@@ -162,6 +203,8 @@ def _see_time(
     block.attn_temp = attention.to_empty(device="meta" if like.is_meta else "cpu")
     block.attn_temp.clip = clip
     _initialise(block.attn_temp, init, generator)
+    if init == "copy":
+        _copy_self_attention(block)
     for name in _ADDED:
         getattr(block, name).to(like.device, dtype).train(block.training)
     _become(block.attn1, SparseCausalAttention, clip)
@@ -174,8 +217,17 @@ def _see_time(
 def _initialise(attention: Attention, init: str, generator: torch.Generator) -> None:
     bound = attention.to_q.weight.shape[1] ** -0.5  # torch's own default for a linear layer
     for name, parameter in attention.named_parameters():
-        starts_at_zero = name == "to_out.0.weight" or (name == "to_out.0.bias" and init == "zero")
+        starts_at_zero = name == "to_out.0.weight" or (name == "to_out.0.bias" and init != "official")
         parameter.zero_() if starts_at_zero else parameter.uniform_(-bound, bound, generator=generator)
+
+
+@torch.no_grad()
+def _copy_self_attention(block: Any) -> None:
+    """Start temporal attention with the norm and the projections of self-attention, but for the output."""
+    for name in ("to_q", "to_k", "to_v"):
+        getattr(block.attn_temp, name).weight.copy_(getattr(block.attn1, name).weight)
+    if isinstance(block.norm1, nn.LayerNorm):
+        block.norm_temp = copy.deepcopy(block.norm1)
 
 
 def _clip_norms(unet: UNet2DConditionModel) -> Iterator[nn.GroupNorm]:

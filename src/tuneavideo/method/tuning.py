@@ -18,7 +18,7 @@ from torch import Tensor
 from tuneavideo.errors import RunError
 from tuneavideo.method import graphs, losses
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.inflate import VideoUNet, trainable_parameters
+from tuneavideo.method.inflate import VideoUNet, low_rank_parameters, trainable_parameters
 from tuneavideo.method.noise import NoiseSchedule, add_noise, target
 from tuneavideo.method.windows import Windows
 from tuneavideo.progress import Step
@@ -196,7 +196,11 @@ class Tuning:
     def _choose(self, video: VideoUNet) -> dict[str, Any]:
         """Freeze all but the chosen layers, which learn in float32 whatever the rest is kept in."""
         video.unet.to(self.accelerator.device).requires_grad_(False).train()
-        chosen = trainable_parameters(video.unet, self.settings.trainable_modules, self.settings.frozen_modules)
+        settings, names = self.settings, (self.settings.trainable_modules, self.settings.frozen_modules)
+        if settings.lora_rank:
+            chosen = low_rank_parameters(video.unet, *names, settings.lora_rank, settings.seed)
+        else:
+            chosen = trainable_parameters(video.unet, *names)
         for parameter in chosen.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,6 +23,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
 FORMAT = 1
 # Copies of one base in fp16, bf16 or fp32 have norms that agree to 1e-4.
 SAME_BASE = 5e-4
+T = TypeVar("T")
 FINGERPRINTED = ("attn1.to_q.weight", "attn2.to_q.weight")
 
 
@@ -61,7 +62,8 @@ class Adapter:
     """Weights tuned on one clip.
 
     Attributes:
-        tensors: Every added and every tuned tensor, under its name in the UNet.
+        tensors: Every added and every tuned tensor, under its name in the UNet. With LoRAs: the tuned tensors only, a
+            LoRA in the place of each matrix; the rest follows from the base.
         inflation: How the UNet was inflated.
         base: The base it was learned on, as its user named it.
         fingerprint: See `fingerprint`.
@@ -77,7 +79,7 @@ class Adapter:
     @classmethod
     def of(cls, unet: UNet2DConditionModel, tuned: Mapping[str, Tensor], **rest: Any) -> Adapter:
         """Copy the added layers of an inflated UNet and its `tuned` tensors to the CPU."""
-        kept = {**added_parameters(unet), **tuned}
+        kept = kept_tensors(unet, tuned)
         return cls({name: kept[name].detach().cpu().clone() for name in sorted(kept)}, **rest)
 
     def save(self, folder: Path | str, dtype: torch.dtype | None = torch.float16) -> Path:
@@ -129,30 +131,29 @@ class Adapter:
         self._check(unet, any_base)
         video = inflate(unet, self.inflation)
         parameters = _parameters(unet)
-        added = added_parameters(unet)
-        replaced = {name: parameters[name].detach().clone() for name in self.tensors if name not in added}
-        _assign(parameters, self.tensors)
+        added, tensors = added_parameters(unet), merged(self.tensors, parameters)
+        replaced = {name: parameters[name].detach().clone() for name in tensors if name not in added}
+        _assign(parameters, tensors)
         return Attached(video, replaced)
 
     def assign(self, unet: UNet2DConditionModel) -> VideoUNet:
-        """Copy the tensors into the UNet they were tuned in, which is inflated already and keeps its precision."""
-        _assign(_parameters(unet), self.tensors)
+        """Copy the tensors, once, into the UNet they were tuned in, which is inflated and keeps its precision."""
+        parameters = _parameters(unet)
+        _assign(parameters, merged(self.tensors, parameters))
         return video_unet(unet)
 
     def _check(self, unet: UNet2DConditionModel, any_base: bool) -> None:
         shapes = {name: tuple(p.shape) for name, p in _parameters(unet).items()}
-        for name, tensor in self.tensors.items():
+        whole = {name: tuple(tensor.shape) for name, tensor in self.tensors.items() if ".lora_" not in name}
+        whole |= {name: (len(up), down.shape[1]) for name, down, up in loras(self.tensors)}
+        for name, expected in whole.items():
             if ".attn_temp." in name or ".norm_temp." in name:
-                name, expected = (
-                    name.split(".attn_temp.")[0].split(".norm_temp.")[0] + ".norm1.weight",
-                    tensor.shape[:1],
-                )
-            else:
-                expected = tensor.shape
-            if shapes.get(name) != tuple(expected):
+                name = name.split(".attn_temp.")[0].split(".norm_temp.")[0] + ".norm1.weight"
+                expected = expected[:1]
+            if shapes.get(name) != expected:
                 raise AdapterError(
                     f"the adapter does not fit this UNet: {name} is {shapes.get(name, 'missing')}, expected "
-                    f"{tuple(expected)}; it was tuned on {self.base!r}: open that base"
+                    f"{expected}; it was tuned on {self.base!r}: open that base"
                 )
         theirs = fingerprint(unet)
         worst = max((abs(theirs[n] / norm - 1) for n, norm in self.fingerprint.items() if n in theirs), default=0.0)
@@ -175,6 +176,28 @@ class Attached:
         unet = deflate(self.video.unet)
         _assign(_parameters(unet), self.replaced)
         return unet
+
+
+def kept_tensors(unet: UNet2DConditionModel, tuned: Mapping[str, T]) -> dict[str, Tensor | T]:
+    """Select the tensors of an adapter: with LoRAs the tuned ones alone, otherwise the added layers as well."""
+    return dict(tuned) if any(loras(tuned)) else {**added_parameters(unet), **tuned}
+
+
+def loras(tensors: Mapping[str, T]) -> Iterator[tuple[str, T, T]]:
+    """Yield each LoRA among the tensors: name of the weight W that it changes, A and B (W becomes W + B A)."""
+    for name, down in tensors.items():
+        layer, found, _ = name.partition(".lora_A.")
+        if found:
+            yield f"{layer}.weight", down, tensors[f"{layer}.lora_B.weight"]
+
+
+def merged(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the LoRAs among the tensors by the matrices that they make of the `weights`."""
+    whole = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    for name, down, up in loras(tensors):
+        change = up.float() @ down.float()
+        whole[name] = weights[name].detach().float() + change.to(weights[name].device)
+    return whole
 
 
 def _parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:

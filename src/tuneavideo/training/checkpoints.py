@@ -16,9 +16,8 @@ import torch
 from accelerate import Accelerator
 
 from tuneavideo.errors import DiskError
-from tuneavideo.method.inflate import added_parameters
 from tuneavideo.method.tuning import Tuning
-from tuneavideo.models.adapter import Adapter
+from tuneavideo.models.adapter import Adapter, kept_tensors
 from tuneavideo.progress import Step
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
@@ -117,8 +116,7 @@ class CheckpointManager:
 
     def _adapter_bytes(self) -> float:
         """Of the adapter in half precision, with its config."""
-        added = added_parameters(self.tuning.video.unet)
-        all_of_it = {**added, **self.tuning.parameters}
+        all_of_it = kept_tensors(self.tuning.video.unet, self.tuning.parameters)
         return (
             2 * sum(each.numel() for each in all_of_it.values()) + disk_space.TENSOR * len(all_of_it) + disk_space.TEXT
         )

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tuneavideo.errors import MemoryShort
-from tuneavideo.method.inflate import trainable_parameters
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import cache
 from tuneavideo.training import memory_trace
@@ -83,7 +82,9 @@ class Model:
 
         With `casts` it is tuned as autocast computes on a GPU (see `counting.saved`).
         """
-        hangs_on = (settings.trainable_modules, settings.frozen_modules, settings.inflation, casts)
+        hangs_on = (
+            settings.trainable_modules, settings.frozen_modules, settings.inflation, settings.lora_rank, casts,
+        )  # fmt: skip
         name = cache.key("memory", __version__, dict(pipe.unet.config), dict(pipe.vae.config), *hangs_on)
         counts = cache.cached(name, lambda: {"counts": _counts(pipe, settings, casts)})["counts"].tolist()
         others = sum(each.numel() for part in _beside(pipe) for each in part.parameters())
@@ -124,9 +125,10 @@ def _beside(pipe: Any) -> list[Any]:
 
 def _counts(pipe: Any, settings: TuneSettings, casts: bool) -> Tensor:
     """The numbers of `Model`, in one row."""
-    trainable, frozen = settings.trainable_modules, settings.frozen_modules
-    video = memory_trace.blank_unet(pipe.unet.config, trainable, frozen, settings.inflation)
-    learned = sum(each.numel() for each in trainable_parameters(video.unet, trainable, frozen).values())
+    video = memory_trace.blank_unet(
+        pipe.unet.config, settings.trainable_modules, settings.frozen_modules, settings.inflation, settings.lora_rank
+    )
+    learned = sum(each.numel() for each in video.unet.parameters() if each.requires_grad)
     every = sum(each.numel() for each in video.unet.parameters())
     painted = memory_trace.painted(pipe.vae.config, SIDES[1], SIDES[1]) / SIDES[1] ** 2
     activations = (

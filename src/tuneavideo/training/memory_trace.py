@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tuneavideo.method.conditioning import Conditions
-from tuneavideo.method.inflate import VideoUNet, inflate, trainable_parameters
+from tuneavideo.method.inflate import VideoUNet, inflate, low_rank_parameters, trainable_parameters
 from tuneavideo.settings import Inflation
 
 
@@ -109,13 +109,19 @@ def _weights(model: torch.nn.Module) -> set[int]:
     return {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
 
-def blank_unet(config: Any, trainable: tuple[str, ...], frozen: tuple[str, ...], inflation: Inflation) -> VideoUNet:
+def blank_unet(
+    config: Any, trainable: tuple[str, ...], frozen: tuple[str, ...], inflation: Inflation, rank: int | None = None
+) -> VideoUNet:
     """A UNet without numbers, ready to be tuned."""
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(config)
     video = inflate(unet.to(torch.bfloat16).train(), inflation)
     unet.requires_grad_(False)
-    for parameter in trainable_parameters(unet, trainable, frozen).values():
+    if rank:
+        chosen = low_rank_parameters(unet, trainable, frozen, rank)
+    else:
+        chosen = trainable_parameters(unet, trainable, frozen)
+    for parameter in chosen.values():
         parameter.requires_grad_(True)
     return video
 
