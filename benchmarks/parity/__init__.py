@@ -1,16 +1,16 @@
-"""Does tuneavideo compute what the published code computed? Compares with numbers recorded from it ("goldens").
+"""Comparison with numbers recorded from the published code ("goldens").
 
-    compare.py  how far a tensor is from the recorded one, and how far it may be
-    golden.py   what was recorded: tensors, models, noise levels
-    unet.py     whole UNets: predictions, outputs inside, gradients, names
+    compare.py  differences of tensors and their bounds
+    golden.py   recorded tensors and models
+    unet.py     whole UNets: predictions, inner outputs, gradients, names
     layers.py   single layers
     pipe.py     text encoder and VAE
     ddim.py     inversion and sampling
     tuning.py   a tuning with its validation
     mindone.py  MindONE's checkpoints, models, samplers and optimiser
-    folder.py   which file is checked how, and what is told
+    folder.py   choice of the check of each file, and the command
 
-Imports go up this list only.
+Modules import only from those above them.
 """
 
 from benchmarks.parity.folder import check, main

@@ -1,4 +1,4 @@
-"""How far a tensor is from the recorded one, and how far it may be."""
+"""Differences of tensors from the recorded ones, and their bounds."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch import Tensor
 FORWARD, LAYER = 2e-5, 1e-5  # absolute
 LOSS, REPLAYED_LOSS = 1e-6, 1e-5  # relative
 GRADIENT, DDIM, UPDATE = 1e-4, 2e-4, 5e-3  # relative, in the L2 norm
-# A gradient that is zero on paper is rounding in floats; one below this share of all is measured against that share.
+# A gradient that is zero in theory is rounding; gradients below this fraction of all are compared with that fraction.
 SMALL = 1e-3
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one tensor is from the recorded one, and how far it may be."""
+    """Difference of a tensor from the recorded one, and its bound."""
 
     tensor: str
     value: float
     bound: float
 
     @property
-    def share(self) -> float:
-        """Of the bound; infinite where nothing, or no number, is allowed."""
+    def fraction(self) -> float:
+        """The difference divided by its bound; infinite for any difference where none is allowed."""
         return self.value / self.bound if self.bound else math.inf if self.value else 0.0
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one file: its differences, or why it was `skipped`."""
+    """Result of one file: its differences, or the reason why it was `skipped`."""
 
     name: str
     kind: str
@@ -43,13 +43,13 @@ class Result:
 
     @property
     def worst(self) -> Difference:
-        """The one that uses most of its bound."""
-        return max(self.differences, key=lambda each: each.share)
+        """The difference with the largest fraction of its bound."""
+        return max(self.differences, key=lambda each: each.fraction)
 
     @property
     def ok(self) -> bool:
-        """It was compared, and no difference is above its bound."""
-        return not self.skipped and self.worst.share <= 1
+        """Whether it was compared and no difference exceeds its bound."""
+        return not self.skipped and self.worst.fraction <= 1
 
     def __str__(self) -> str:
         if self.skipped:
@@ -61,14 +61,14 @@ class Result:
 
 
 def absolute(name: str, ours: Tensor, theirs: Tensor, bound: float) -> Difference:
-    """Largest difference of any element."""
+    """Compute the largest difference of any element."""
     if ours.shape != theirs.shape:
         return Difference(f"{name}: shape {tuple(ours.shape)}, recorded {tuple(theirs.shape)}", math.inf, bound)
     return _measured(name, (_here(ours) - _here(theirs)).abs().max(), bound)
 
 
 def relative(name: str, ours: Tensor, theirs: Tensor, bound: float, least: float = 1e-30) -> Difference:
-    """Norm of the difference as a share of the recorded norm (or of `least`, where that is more)."""
+    """Compute the norm of the difference divided by the recorded norm, or by `least` if that is larger."""
     if ours.shape != theirs.shape:
         return absolute(name, ours, theirs, bound)
     return _measured(name, (_here(ours) - _here(theirs)).norm() / max(float(theirs.norm()), least), bound)
@@ -79,7 +79,7 @@ def _here(x: Tensor) -> Tensor:
 
 
 def same(name: str, ours: Any, theirs: Any) -> Difference:
-    """Facts that agree or do not."""
+    """Compare values that must be equal."""
     return Difference(name, 0.0 if ours == theirs else math.inf, 0.0)
 
 
@@ -92,5 +92,5 @@ def gradients_agree(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Itera
 
 
 def _measured(name: str, value: Tensor, bound: float) -> Difference:
-    """What is no number is infinitely far."""
+    """Make a difference; NaN counts as infinite."""
     return Difference(name, float(value) if value.isfinite() else math.inf, bound)

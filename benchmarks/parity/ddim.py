@@ -27,25 +27,25 @@ SAMPLED = {
 
 @dataclass(frozen=True)
 class Walk:
-    """A model on its way between clean latents and noise, in `steps` steps."""
+    """An inversion or sampling with a model in `steps` steps."""
 
     video: VideoUNet
     levels: NoiseSchedule
     steps: int
 
     def inverted(self, x: Tensor, text: Tensor) -> list[Tensor]:
-        """Latents before and after every step to the noise."""
+        """Yield the latents of every step of an inversion."""
         grid = self.levels.inversion_grid(self.steps, SPACING)
         return [x, *(step.latents for step in invert(self.video, self.levels, x, text, grid))]
 
     def sampled(self, x: Tensor, text: Tensor, negative: Tensor, guidance: float) -> list[Tensor]:
-        """Latents after every step from the noise."""
+        """Yield the latents of every step of a sampling."""
         sampler = self.levels.sampler("ddim", self.steps, spacing=SPACING)
         return [step.latents for step in generate(self.video, sampler, x, text, negative, guidance)]
 
 
 def ddim(place: Place, golden: Golden) -> Iterator[Difference]:
-    """Whole walks and single steps, with the embeddings that were recorded; and their pixels."""
+    """Compare whole inversions and samplings, single steps, and pixels, with the recorded embeddings."""
     known, steps = levels(golden.about["set_alpha_to_one"]), golden.about["steps"]
     walk = Walk(opened(place.model(place.path.stem)), known, steps)
     yield from schedule(golden, known, steps)
@@ -57,7 +57,7 @@ def ddim(place: Place, golden: Golden) -> Iterator[Difference]:
 
 
 def schedule(golden: Golden, known: NoiseSchedule, steps: int) -> Iterator[Difference]:
-    """Noise levels, timesteps, seeded noise."""
+    """Compare the noise schedule, timesteps and seeded noise."""
     yield relative("alphas_cumprod", known.alphas, golden["alphas_cumprod"], DDIM)
     yield relative("final_alpha_cumprod", known.final_alpha, golden["final_alpha_cumprod"], DDIM)
     grid, sampler = known.inversion_grid(steps, SPACING), known.sampler("ddim", steps, spacing=SPACING)
@@ -69,7 +69,7 @@ def schedule(golden: Golden, known: NoiseSchedule, steps: int) -> Iterator[Diffe
 
 
 def single_steps(golden: Golden, known: NoiseSchedule, steps: int) -> Iterator[Difference]:
-    """Steps from a timestep towards the clean latents, or to it from them, with a given prediction."""
+    """Compare single steps in both directions with a given prediction."""
     sampler = known.sampler("ddim", steps, spacing=SPACING)
     for name, match in golden.matching(r"unit_ddim_step_t(\d+)"):
         ours = sampler.step(golden["unit_eps"], torch.tensor(int(match[1])), golden["x0"], None)
@@ -82,7 +82,7 @@ def single_steps(golden: Golden, known: NoiseSchedule, steps: int) -> Iterator[D
 
 
 def walks(golden: Golden, walk: Walk) -> Iterator[Difference]:
-    """Inversions, and samplings from what is recorded of their start."""
+    """Compare inversions, and samplings from their recorded start."""
     for name, text in {"inverted": "inversion", "inverted_with_prompt": "cond"}.items():
         if name in golden:
             path = walk.inverted(golden["x0"], golden[f"{text}_embedding"])
@@ -96,7 +96,7 @@ def walks(golden: Golden, walk: Walk) -> Iterator[Difference]:
 
 
 def along(name: str, path: list[Tensor], golden: Golden, every: str) -> Iterator[Difference]:
-    """Compare the end of a path, and every step of it, if they are recorded."""
+    """Compare the end of a trajectory and its steps, if they are recorded."""
     yield relative(name, path[-1], golden[name], DDIM)
     if every != name and every in golden:
         yield same(f"steps of {every}", len(path), len(golden[every]))

@@ -1,4 +1,4 @@
-"""Does tuneavideo compute what the published code computed? Compares with numbers recorded from it ("goldens").
+"""Comparison of a folder of recorded numbers ("goldens") with this package.
 
 `python -m benchmarks.parity --goldens DIR` takes any folder laid out like ours:
 
@@ -66,7 +66,7 @@ DESCRIPTIONS = (".md", ".json", ".mp4", ".txt")
 
 
 def check(folder: Path) -> Iterator[Result]:
-    """Compare every file below `folder` with what this package computes; yields as it goes."""
+    """Compare every file below `folder` with this package's results; yields a result per file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     found = {path.parent.name: path.parent for path in folder.rglob("unet2d") if path.is_dir()}
     pipe = tiny_pipe(folder)
@@ -82,7 +82,7 @@ def check(folder: Path) -> Iterator[Result]:
 
 
 def compared(name: str, kind: str, run: Check, place: Place) -> Result:
-    """The result of one file. What cannot be read, or lacks a part, is skipped and says why."""
+    """Compare one file; one that cannot be read or lacks a part is skipped with the reason."""
     try:
         json_file = place.path.suffix == ".json"
         golden = json.loads(place.path.read_text(encoding="utf-8")) if json_file else Golden(place.path)
@@ -95,25 +95,25 @@ def compared(name: str, kind: str, run: Check, place: Place) -> Result:
 
 
 def tiny_pipe(folder: Path) -> StableDiffusionPipeline | None:
-    """Text encoder and VAE of the recorded pipeline, if it is there; its UNet is one of the models."""
+    """Load text encoder and VAE of the recorded pipeline, if there is one; its UNet is one of the models."""
     index = next(folder.rglob("tiny_pipe/model_index.json"), None)
     return index and StableDiffusionPipeline.from_pretrained(index.parent, unet=None).to(On.device)
 
 
 def summary(results: list[Result]) -> str:
-    """The last line: `checked N files, M tensors, worst …`, and how many files were skipped, if any."""
+    """Format the last line: `checked N files, M tensors, worst …`, and how many files were skipped, if any."""
     compared = [result for result in results if not result.skipped]
     tensors = sum(len(result.differences) for result in compared)
     worst = "none: nothing was compared"
     if compared:
-        last = max(compared, key=lambda result: result.worst.share)
-        worst = f"{last.worst.share:.0%} of its bound ({last.name}: {last.worst.tensor})"
+        last = max(compared, key=lambda result: result.worst.fraction)
+        worst = f"{last.worst.fraction:.0%} of its bound ({last.name}: {last.worst.tensor})"
     skipped = f", skipped {len(results) - len(compared)}" if len(results) > len(compared) else ""
     return f"checked {len(compared)} files, {tensors} tensors, worst {worst}{skipped}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line a file and a last one for all; 0 if everything was compared and agrees."""
+    """Print a line per file and one for all; return 0 if everything was compared and agrees."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--goldens", type=Path, required=True, help="folder of recorded numbers")

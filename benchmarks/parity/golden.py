@@ -1,4 +1,4 @@
-"""What was recorded: the tensors of a file, and the models and noise levels they were made with."""
+"""Recorded tensors of a file, and the models and noise schedule they were computed with."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SPACING = OFFICIAL["timestep_spacing"]
 
 
 class On:
-    """Where all is computed; set once, by `folder.main`."""
+    """The device of all computations; set once, by `folder.main`."""
 
     device = torch.device("cpu")
 
 
 class Golden(dict[str, Tensor]):
-    """Tensors of a file by name, and its metadata `about`; remembers which were read. Other files have none."""
+    """Tensors of a file by name, its metadata `about`, and the names that were `read`."""
 
     def __init__(self, path: Path) -> None:
         entries: dict[str, str] = {}
@@ -48,39 +48,39 @@ class Golden(dict[str, Tensor]):
         return super().__getitem__(name)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose name begins with `prefix`, by the rest of it."""
+        """Return the tensors whose names begin with `prefix`, by the remainder of the name."""
         return {name.removeprefix(prefix): self[name] for name in self if name.startswith(prefix)}
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a UNet is called with: latents, timestep or timesteps, text."""
+        """Return the inputs of a UNet: latents, timestep or timesteps, text."""
         t = self["timesteps" if "timesteps" in self else "timestep"]
         return self["latents"], t, self["encoder_hidden_states"]
 
     def matching(self, pattern: str) -> Iterator[tuple[str, re.Match[str]]]:
-        """Names that are `pattern` from end to end, with its groups."""
+        """Return the names that match `pattern` fully, with its groups."""
         return ((name, match) for name in self if (match := re.fullmatch(pattern, name)))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file lies, and what it may need from around it."""
+    """A file, and the models and pipeline recorded with it."""
 
     path: Path
     models: dict[str, Path]
     pipe: StableDiffusionPipeline | None
 
     def model(self, name: str) -> Path:
-        """Folder of the model with the longest name that `name` begins with."""
+        """Return the folder of the model with the longest name that `name` begins with."""
         return self.models[max((each for each in self.models if name.startswith(each)), key=len)]
 
 
 def image_unet(folder: Path) -> UNet2DConditionModel:
-    """A model, as it was before inflation."""
+    """Load a model as it was before inflation."""
     return torch.nn.Module.to(UNet2DConditionModel.from_pretrained(folder / "unet2d"), On.device)
 
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32) -> VideoUNet:
-    """A model, inflated and with its temporal weights."""
+    """Load a model, inflated and with its temporal weights."""
     video, temporal = inflate(image_unet(folder)), load_file(folder / "unet3d_temporal.safetensors")
     if temporal.keys() != added_parameters(video.unet).keys():
         raise ValueError("unet3d_temporal names other tensors than inflation adds")
@@ -90,12 +90,12 @@ def opened(folder: Path, dtype: torch.dtype = torch.float32) -> VideoUNet:
 
 
 def give(unet: UNet2DConditionModel, weights: dict[str, Tensor]) -> None:
-    """Put tensors into a UNet, by name."""
+    """Load tensors into a UNet by name."""
     if unknown := unet.load_state_dict(weights, strict=False).unexpected_keys:
         raise ValueError(f"the UNet has no {unknown[0]}")
 
 
 def levels(set_alpha_to_one: bool = False) -> NoiseSchedule:
-    """The noise levels of Stable Diffusion 1, with which all was recorded."""
+    """Return the noise schedule of Stable Diffusion 1, with which all was recorded."""
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     return NoiseSchedule.of(DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=set_alpha_to_one))

@@ -1,4 +1,4 @@
-"""Single layers, each with its weights and gradients."""
+"""Comparison of single layers, with their weights and gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tuneavideo.method.inflate import inflate
 
 
 class Parts(nn.Module):
-    """The least that `inflate` takes for a UNet: a transformer block, and some other layer."""
+    """A minimal UNet for `inflate`: a transformer block and another layer."""
 
     conv_norm_out, _repeated_blocks, _no_split_modules = None, (), ()
 
@@ -31,7 +31,7 @@ class Parts(nn.Module):
 
 
 def attention_block(w: dict[str, Tensor], about: dict[str, Any]) -> BasicTransformerBlock:
-    """A block that holds the attention layers of `w`, or whose self- or cross-attention `w` is."""
+    """Make a block with the attention layers of `w`, or whose self- or cross-attention `w` is."""
     query = w.get("attn1.to_q.weight", w.get("to_q.weight", torch.empty(8, 8)))
     key = w.get("attn2.to_k.weight", w.get("to_k.weight", query))
     heads = about.get("heads", 1)
@@ -77,7 +77,7 @@ LAYERS: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], nn.Module]
 
 
 def called(layer: nn.Module, inputs: dict[str, Tensor], clip: ClipLayout, about: dict[str, Any]) -> Tensor:
-    """Output of an image layer for clips `B C T H W`, or for tokens of images `N L C`, laid out like the input."""
+    """Call an image layer for clips `B C T H W` or tokens of images `N L C`; the output has the input's layout."""
     others = dict(inputs)
     x = others.pop("x" if "x" in inputs else "hidden_states")
     if "output_size" in about:
@@ -92,7 +92,7 @@ def called(layer: nn.Module, inputs: dict[str, Tensor], clip: ClipLayout, about:
 
 
 def layer(place: Place, golden: Golden) -> Iterator[Difference]:
-    """One layer, inflated as in a UNet, and the gradients of sum(out * grad_out)."""
+    """Compare one inflated layer, and the gradients of sum(out * grad_out)."""
     kind = next((kind for kind in LAYERS if place.path.name.startswith(kind)), None)
     if kind is None:
         raise ValueError(f"no such layer is known; known are {', '.join(LAYERS)}")

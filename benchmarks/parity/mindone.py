@@ -1,4 +1,4 @@
-"""MindONE's checkpoints, models, samplers and optimiser.
+"""Comparison with MindONE's checkpoints, models, samplers and optimiser.
 
 Its GELU is an approximation (tanh); where its numbers were made with it, it is put in for the check.
 """
@@ -65,7 +65,7 @@ def opened(checkpoint: Path) -> Models:
 
 
 def container(place: Place, _: Golden) -> Iterator[Difference]:
-    """Everything that was written is read, and written again the same."""
+    """Compare the contents of files, and the bytes of files written again."""
     if "enc" in place.path.name:
         yield same("refused", _refusal(place.path), "encrypted")
         return
@@ -85,7 +85,7 @@ def container(place: Place, _: Golden) -> Iterator[Difference]:
 
 
 def conversion(place: Place, _: Golden) -> Iterator[Difference]:
-    """The whole checkpoint has the documented names, fits the models, and comes back."""
+    """Compare the names of the whole checkpoint, its models, and its conversion there and back."""
     rows = [row.split("\t") for row in place.path.with_name("names_v1.txt").read_text().splitlines()]
     found = mindspore.entries(place.path)
     yield same("names", [(e.tag, str(e.shape), e.kind) for e in found], [(r[1], r[2], r[3]) for r in rows])
@@ -112,7 +112,7 @@ def written_again(path: Path) -> Iterator[Difference]:
 
 @torch.no_grad()
 def models(place: Place, golden: Golden) -> Iterator[Difference]:
-    """UNet, text encoder, VAE and the inversion."""
+    """Compare UNet, text encoder, VAE and the inversion."""
     tiny = opened(place.path.with_name(CHECKPOINT))
     with approximate(tiny.video):
         yield from unet(tiny.video, golden, "tanh")
@@ -144,7 +144,7 @@ def unet(video: VideoUNet, golden: Golden, kind: str) -> Iterator[Difference]:
 
 @torch.no_grad()
 def samplers(place: Place, golden: Golden) -> Iterator[Difference]:
-    """From the clip to its noise, and from there with each sampler of MindONE."""
+    """Compare the inversion, and each sampler of MindONE from its end."""
     tiny, texts = opened(place.path.with_name(CHECKPOINT)), Golden(place.path.with_name("golden_v1.npz"))
     text, negative = texts["clip_out"], texts["clip_out_empty"]
     with approximate(tiny.video):
@@ -161,7 +161,7 @@ def samplers(place: Place, golden: Golden) -> Iterator[Difference]:
 
 
 def continuous(walk: Walk, algorithm: str) -> Any:
-    """DPM-Solver at MindONE's times: evenly spread, between timesteps too; diffusers takes whole ones."""
+    """Run DPM-Solver at MindONE's continuous timesteps; diffusers uses integers."""
     config = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -181,7 +181,7 @@ def continuous(walk: Walk, algorithm: str) -> Any:
 
 
 class approximate:
-    """Within it, a UNet computes MindONE's GELU."""
+    """Replace GELU by MindONE's approximation within the context."""
 
     def __init__(self, video: VideoUNet) -> None:
         self.layers = [layer for layer in video.unet.modules() if isinstance(layer, GEGLU)]
@@ -196,7 +196,7 @@ class approximate:
 
 
 def optimizer(_: Place, golden: Golden) -> Iterator[Difference]:
-    """Three steps of its AdamW, with the gradients that were recorded."""
+    """Compare three steps of its AdamW with the recorded gradients."""
     names = [name.removesuffix("@0") for name in golden if name.endswith("@0") and not name.startswith("grad:")]
     weights = {name: torch.nn.Parameter(golden[f"{name}@0"].clone()) for name in names}
     adamw = UncorrectedAdamW(weights.values(), lr=RATE)

@@ -1,4 +1,4 @@
-"""Text encoder and VAE of the recorded pipeline."""
+"""Comparison of text encoder and VAE of the recorded pipeline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def text(place: Place, golden: Golden) -> Iterator[Difference]:
 
 
 def embedded(pipe: StableDiffusionPipeline, prompts: list[str], ids: Tensor, embedding: Tensor) -> Iterator[Difference]:
-    """Prompts as token numbers, and as what the UNet is told."""
+    """Compare token ids and embeddings of prompts."""
     length = {"padding": "max_length", "max_length": pipe.tokenizer.model_max_length, "truncation": True}
     yield same("tokens", pipe.tokenizer(prompts, **length).input_ids, ids.tolist())
     yield absolute("embedding", codec.embed(pipe, prompts).text_BLD, embedding, LAYER)
@@ -38,7 +38,7 @@ def vae(place: Place, golden: Golden) -> Iterator[Difference]:
 
 @torch.no_grad()
 def decoded(name: str, pipe: StableDiffusionPipeline, latents: Tensor, clip: Tensor) -> Iterator[Difference]:
-    """Pixels in 0..1, `B C T H W`: as the VAE gives them, and as nearly as the bytes of an edit can tell."""
+    """Compare decoded pixels `B C T H W` in 0..1, in floats and rounded to bytes."""
     x_NCHW = rearrange(latents / pipe.vae.config.scaling_factor, "b c t h w -> (b t) c h w")
     pixels = (pipe.vae.decode(x_NCHW).sample / 2 + 0.5).clamp(0, 1)
     yield relative(name, rearrange(pixels, "(b t) c h w -> b c t h w", b=len(latents)), clip, DDIM)

@@ -1,4 +1,4 @@
-"""A tuning, told what the published run drew, and the validation that ended it."""
+"""Comparison of a tuning with the recorded random numbers, and of its validation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tuneavideo.training.optimizers import make_optimizer
 
 
 class Watched(Accelerator):
-    """Keeps the gradients of the first step, before they are clipped, and the norm of the last step's."""
+    """Recorder of the first step's gradients before clipping, and of the norm of the last step's."""
 
     def __init__(self) -> None:
         super().__init__(cpu=On.device.type == "cpu", mixed_precision="no")
@@ -52,7 +52,7 @@ class Watched(Accelerator):
 
 
 class Replay(Tuning):
-    """Draws what was recorded instead of random numbers; keeps what the UNet was `seen` to get and to give."""
+    """Replacement of random numbers by recorded ones; `seen` has the UNet's inputs and outputs."""
 
     def __init__(self, video: VideoUNet, known: NoiseSchedule, golden: Golden) -> None:
         text, unused, self.watched = golden["encoder_hidden_states"][0], golden["latents"][0], Watched()
@@ -73,7 +73,7 @@ class Replay(Tuning):
 
 
 def train(place: Place, golden: Golden) -> Iterator[Difference]:
-    """What the published run started from, did at every step, and ended with."""
+    """Compare the start, every step and the end of the published run."""
     known, video = levels(), started(place.model(golden.about["unet"]), golden.under("init."))
     yield relative("alphas_cumprod", known.alphas, golden["alphas_cumprod"], DDIM)
     yield from replayed(golden, known, video)
@@ -87,7 +87,7 @@ def train(place: Place, golden: Golden) -> Iterator[Difference]:
 
 
 def started(folder: Path, init: dict[str, Tensor]) -> VideoUNet:
-    """The model as it was before tuning: with the temporal weights of its folder, if `init` agrees, or fresh."""
+    """Load the model before tuning: with the temporal weights of its folder, if `init` agrees, or fresh."""
     video = opened(folder)
     weights = added_parameters(video.unet)
     if not all(torch.equal(value, weights[name]) for name, value in init.items() if name in weights):
@@ -97,7 +97,7 @@ def started(folder: Path, init: dict[str, Tensor]) -> VideoUNet:
 
 
 def tune_settings(golden: Golden) -> TuneSettings:
-    """Ours for a recorded run; the published checkpointing froze the down path, which is a row of `official`."""
+    """Return the settings of a recorded run; the published checkpointing froze the down path, as `official` does."""
     config, frozen = golden.about["config"], golden.about["gradient_checkpointing"]
     shared = {name: config[name] for name in TuneSettings.model_fields if name in config}
     rest = {"video": "recorded", "prompt": config["train_data"]["prompt"], "max_train_steps": len(golden["loss"])}
@@ -105,7 +105,7 @@ def tune_settings(golden: Golden) -> TuneSettings:
 
 
 def replayed(golden: Golden, known: NoiseSchedule, video: VideoUNet) -> Iterator[Difference]:
-    """Tune as the published run did; all that is not tuned stays what it was, bit for bit."""
+    """Tune like the published run; frozen weights must stay the same bit for bit."""
     before = {name: value.clone() for name, value in video.unet.state_dict().items()}
     replay = Replay(video, known, golden)
     for index, step in enumerate(replay):
@@ -121,10 +121,10 @@ def replayed(golden: Golden, known: NoiseSchedule, video: VideoUNet) -> Iterator
 
 
 def one_step(index: int, step: Step, golden: Golden, replay: Replay) -> Iterator[Difference]:
-    """What the UNet got, gave and was asked for, as far as it is recorded; the loss, and the gradients' norm."""
+    """Compare inputs, output and target of the UNet as far as recorded, the loss, and the gradients' norm."""
     clean, noise, t_B = (golden[name][index] for name in ("latents", "noise", "timesteps"))
-    asked = target(clean, noise, replay.alphas[t_B], replay.prediction_type)
-    for name, ours in (replay.seen | {"target": asked}).items():
+    wanted = target(clean, noise, replay.alphas[t_B], replay.prediction_type)
+    for name, ours in (replay.seen | {"target": wanted}).items():
         if name in golden:
             yield absolute(f"{name}[{index}]", ours, golden[name][index], FORWARD)
     loss = torch.tensor(step.loss)
@@ -133,7 +133,7 @@ def one_step(index: int, step: Step, golden: Golden, replay: Replay) -> Iterator
 
 
 def updates(prefix: str, golden: Golden, replay: Tuning, before: dict[str, Tensor]) -> Iterator[Difference]:
-    """How far tuning moved the weights; those that the published run did not move are compared bit for bit."""
+    """Compare the changes of the weights; those that the published run did not change must be equal."""
     ours = replay.video.unet.state_dict()
     for name, theirs in golden.under(prefix).items():
         if name in replay.parameters:
@@ -145,7 +145,7 @@ def updates(prefix: str, golden: Golden, replay: Tuning, before: dict[str, Tenso
 def validated(
     golden: Golden, known: NoiseSchedule, video: VideoUNet, pipe: StableDiffusionPipeline
 ) -> Iterator[Difference]:
-    """The validation that ended the published run, each stage from what is recorded of the one before."""
+    """Compare the validation of the published run, each stage from the recorded result of the one before."""
     config, empty = golden.about["config"]["validation_data"], codec.embed(pipe, [""])
     path = Walk(video, known, config["num_inv_steps"]).inverted(golden["val.latent_in"], empty)
     yield relative("val.inverted", path[-1], golden["val.inverted"], DDIM)

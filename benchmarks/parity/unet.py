@@ -1,4 +1,4 @@
-"""Whole UNets: predictions, outputs inside, names of the weights, gradients."""
+"""Comparison of whole UNets: predictions, inner outputs, names of the weights, gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def forward(place: Place, golden: Golden) -> Iterator[Difference]:
 
 @torch.no_grad()
 def still(place: Place, golden: Golden) -> Iterator[Difference]:
-    """The image UNet, and the freshly inflated one, whose temporal output projection is zero."""
+    """Compare the image UNet and the newly inflated one, whose temporal output projection is zero."""
     unet, (x, t, text) = image_unet(place.path.parent), golden.inputs()
     yield absolute("out_2d_f32", unet(x, t, text).sample, golden["out_2d_f32"], FORWARD)
     output = inflate(unet)(x[:, :, None], t, text)[:, :, 0]
@@ -35,7 +35,7 @@ def still(place: Place, golden: Golden) -> Iterator[Difference]:
 
 @torch.no_grad()
 def taps(place: Place, golden: Golden) -> Iterator[Difference]:
-    """Outputs inside the UNet, for the inputs of the forward file of the same name.
+    """Compare inner outputs of the UNet for the inputs of the forward file of the same name.
 
     They spread up to ten times as wide as the prediction, and rounding grows with them; so does the bound.
     """
@@ -54,7 +54,7 @@ def taps(place: Place, golden: Golden) -> Iterator[Difference]:
 
 
 def keys(place: Place, shapes: dict[str, list[int]]) -> Iterator[Difference]:
-    """Names and shapes of all weights."""
+    """Compare names and shapes of all weights."""
     ours = {name: list(value.shape) for name, value in inflate(image_unet(place.path.parent)).unet.state_dict().items()}
     for name in ours.keys() | shapes.keys():
         yield same(name, ours.get(name), shapes.get(name))
@@ -62,7 +62,7 @@ def keys(place: Place, shapes: dict[str, list[int]]) -> Iterator[Difference]:
 
 @functools.lru_cache(maxsize=2)  # both dtypes
 def differentiated(folder: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Prediction, loss and gradients of everything that tunes, for the inputs of the model's `grad` file."""
+    """Compare prediction, loss and gradients of the trained weights for the inputs of the model's `grad` file."""
     golden, video = Golden(folder / "grad.safetensors"), opened(folder, dtype)
     tuned = trainable_parameters(video.unet, OFFICIAL["trainable_modules"])
     prediction = video(golden["noisy_latents"], golden["timesteps"], golden["encoder_hidden_states"])
