@@ -150,7 +150,7 @@ def test_a_resumed_run_may_name_its_clip_as_the_shell_sees_it(
         ("tune a.mp4 --prompt x --steps 3", "--max-train-steps"),
         ("tune a.mp4 --prompt x --frames 3", "--num-frames"),
         ("tune a.mp4 --prompt x --device cuda", "CUDA_VISIBLE_DEVICES"),
-        ("tune --video a.mp4 --prompt x", "the clip comes first"),
+        ("tune --video a.mp4 --prompt x", "the clip is given without an option"),
         ("edit r --prompt x --base sd1.5", "--edit-model"),
         ("edit r --prompt x --out there", "RUN/edits"),
         ("edit r --prompt x --steps 3", "--num-inference-steps"),

@@ -62,7 +62,7 @@ def test_a_misspelt_base(base: str, advice: str, refused: Said, clip: Path) -> N
         (["edit", "run", "--prompt", "a man", "a cat"], "unexpected 'a cat'; write an option before each value"),
         (["tune"], "CLIP and --prompt are missing; for example: tuneavideo tune skiing.mp4 --prompt "),
         (["tune", "a.mp4", "--prompt"],
-         "argument --prompt: expected one argument; 'tuneavideo tune --help' tells more"),
+         "argument --prompt: expected one argument; 'tuneavideo tune --help' lists the options"),
         (["tune", "a.mp4", "--prompt", "x", "--max-train-steps", "many"],
          "max_train_steps: input should be a valid integer; found 'many'"),
         (["tune", "a.mp4", "--prompt", "x", "--num-frames", "al"],
@@ -70,7 +70,7 @@ def test_a_misspelt_base(base: str, advice: str, refused: Said, clip: Path) -> N
         (["tune", "a.mp4", "--prompt", "x", "--fit", "crp"],
          "fit: input should be 'crop', 'pad' or 'stretch'; found 'crp'; did you mean 'crop'?"),
         (["doctor", "--json=3"],
-         "argument --json: ignored explicit argument '3'; 'tuneavideo doctor --help' tells more"),
+         "argument --json: ignored explicit argument '3'; 'tuneavideo doctor --help' lists the options"),
     ],
 )  # fmt: skip
 def test_words_that_cannot_be_parsed(words: list[str], told: str, refused: Said) -> None:

@@ -1,6 +1,6 @@
-"""Functions for scripts: each runs a job to its end and returns the files that it made.
+"""Functions of the package: each runs a job to its end and returns the files that it made.
 
-The command line and web pages use `Job` and the functions that merge settings. torch is imported when a job starts.
+The command line uses `Job` and the functions that merge settings. torch is imported when a job starts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tuneavideo.job import Job as Job
 from tuneavideo.job import Listener
 from tuneavideo.job_settings import edit_settings as edit_settings
 from tuneavideo.job_settings import merge_settings as merge_settings
-from tuneavideo.job_settings import read_config
+from tuneavideo.job_settings import read_config as read_config
 from tuneavideo.job_settings import read_edit_config as read_edit_config
 from tuneavideo.job_settings import resumed_settings as resumed_settings
 from tuneavideo.job_settings import tune_settings as tune_settings
@@ -38,38 +38,46 @@ def tune(
     progress: Listener | bool = True,
     **settings: Any,
 ) -> Path:
-    """Teach a text-to-image model the motion of one clip, and edit the clip.
+    """Tune a text-to-image model on one clip, and edit the clip.
 
     Args:
-        video: Clip to learn from: a video file, a GIF or a folder of images.
-        prompt: What the clip shows, in words.
-        edit: New prompts to edit the clip with when it is tuned.
-        out: Run folder to make; by default the next free `runs/<clip>-<n>`.
+        video: Clip: a video file, a GIF or a folder of images.
+        prompt: Caption of the clip.
+        edit: Prompts of edits to make after tuning.
+        out: Run folder to create. None: the next free `runs/<clip>-<n>`.
         config: YAML file of further settings.
         progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
-        **settings: Any field of `TuneSettings`, such as `base`, `preset`, `max_train_steps`, `learning_rate`.
+        **settings: Fields of `TuneSettings`, such as `base`, `preset`, `max_train_steps`, `learning_rate`.
 
     Returns:
-        The run folder; the adapter is in its `adapter/`, the edits are in its `edits/`.
+        The run folder, with the adapter in `adapter/` and the edits in `edits/`.
 
     Raises:
-        TuneAVideoError: Something the user can put right; nothing is left half-written.
+        TuneAVideoError: An error that the user can correct. A run that had begun can be resumed with `resume`.
     """
     read = read_config(config) if config else None
-    stated = {"video": str(video), "prompt": prompt, "edit": _listed(edit), **settings}
-    job = Job.tune(merge_settings(stated, read, str(config)), out=out or (read and read.out))
+    values = {"video": str(video), "prompt": prompt, "edit": _as_tuple(edit), **settings}
+    job = Job.tune(merge_settings(values, read), out=out or (read and read.out))
     return next(each.path for each in job.run(progress) if each.path)
 
 
 def resume(run: str | Path, *, progress: Listener | bool = True, **settings: Any) -> Path:
-    """Go on with a tuning that was stopped, to the result of an unbroken one.
+    """Continue a tuning that was stopped, to the result of an unbroken one.
 
     Args:
-        run: Its run folder.
-        progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
-        **settings: Only `edit`, `max_train_steps`, `learning_rate`, `mixed_precision`, settings that save memory
-            (`gradient_checkpointing`, `offload`, `memory`), what is kept on the way and how edits are made may differ
-            from the run's own. `memory` chooses only among those that leave the result as it is.
+        run: Run folder.
+        progress: As in `tune`.
+        **settings: Settings that may change: `edit`, `max_train_steps`, `learning_rate`, `mixed_precision`, `memory`,
+            `gradient_checkpointing`, `offload`, and those of checkpoints, previews, trackers and edits. `memory` then
+            chooses only among settings without an effect on the result.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        SettingsError: Another setting differs from the run's.
+        RunError: There is no such run, it is in use, or it is finished.
+        TuneAVideoError: As in `tune`.
     """
     job = Job.tune(resumed_settings(run, settings), resume=run)
     return next(each.path for each in job.run(progress) if each.path)
@@ -87,29 +95,42 @@ def edit(
 
     Args:
         run: Run folder of the tuned clip.
-        prompts: What the edits should show.
+        prompts: Prompts of the edits.
         config: YAML file of settings.
-        progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
-        **settings: Any field of `Sampling`, such as `guidance_scale` or `strength`; the others are the run's own.
+        progress: As in `tune`.
+        **settings: Fields of `EditSettings`, such as `guidance_scale` or `strength`; the others are the run's own.
 
     Returns:
         The folder of each edit, with `edit.mp4`, `side-by-side.mp4` and `edit.json`.
+
+    Raises:
+        RunError: There is no such run, it is in use, or it is not tuned to its end.
+        TuneAVideoError: As in `tune`.
     """
-    stated = {"run": str(run), "prompt": _listed(prompts), **settings}
-    done = Job.edit(edit_settings(stated, config)).run(progress)
-    return [each.path for each in done if each.stage == "edit" and each.path]
+    values = {"run": str(run), "prompt": _as_tuple(prompts), **settings}
+    events = Job.edit(edit_settings(values, config)).run(progress)
+    return [each.path for each in events if each.stage == "edit" and each.path]
 
 
 def invert(run: str | Path, *, progress: Listener | bool = True, **settings: Any) -> Path:
-    """Find the noise a tuned clip came from, and keep it in the run folder for edits to start from.
+    """Invert a tuned clip to noise (DDIM), and keep the latents in the run folder for later edits.
+
+    Args:
+        run: Run folder of the tuned clip.
+        progress: As in `tune`.
+        **settings: Fields of `EditSettings`; those with an effect are `num_inference_steps`, `num_inv_steps`,
+            `strength`, `sampler`, `timestep_spacing`, `attention_injection`, `window` and the additional models.
 
     Returns:
-        The safetensors file that holds `latents`, `1 C T H W`; with attention injection `S C T H W`: where edits
-        start, at each level that they pass, and clean.
+        A safetensors file with `latents`: `1 C T H W` at the timestep that edits start from, or with attention
+        injection `S C T H W`, at every timestep from there to the clean clip.
+
+    Raises:
+        TuneAVideoError: As in `edit`.
     """
-    stated = {"run": str(run), "prompt": ("-",), **settings}
-    done = Job.invert(edit_settings(stated)).run(progress)
-    return next(each.path for each in reversed(done) if each.path)
+    values = {"run": str(run), "prompt": ("-",), **settings}
+    events = Job.invert(edit_settings(values)).run(progress)
+    return next(each.path for each in reversed(events) if each.path)
 
 
 def adopt(
@@ -124,27 +145,28 @@ def adopt(
     progress: Listener | bool = True,
     **settings: Any,
 ) -> Path:
-    """Make a run of what another program tuned on a clip, to edit it here.
+    """Make a run of weights that another program tuned on a clip, to edit the clip here.
 
     Args:
-        video: The clip that was tuned on.
-        prompt: What the clip shows, in words.
-        checkpoint: Folder, .pth, .ckpt or .safetensors of what was tuned.
-        edit: New prompts to edit the clip with.
-        out: Run folder to make; by default the next free `runs/<clip>-<n>`.
+        video: Clip that the weights were tuned on.
+        prompt: Caption of the clip.
+        checkpoint: Folder, .pth, .ckpt or .safetensors of the tuned weights.
+        edit: Prompts of edits to make.
+        out: Run folder to create. None: the next free `runs/<clip>-<n>`.
         config: YAML file of further settings.
-        own_base: Convert the image model in `checkpoint` too, instead of opening `base`.
-        progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
-        **settings: Any field of `TuneSettings`.
+        own_base: Convert the image model in `checkpoint` too, instead of loading `base`.
+        progress: As in `tune`.
+        **settings: Fields of `TuneSettings`.
 
     Returns:
         The run folder.
 
     Raises:
-        TuneAVideoError: Something the user can put right.
+        CheckpointError: The checkpoint is missing, damaged, malicious, or was not tuned on a clip.
+        TuneAVideoError: As in `tune`.
     """
-    stated = {"video": str(video), "prompt": prompt, "edit": _listed(edit), **settings}
-    job = Job.adopt(tune_settings(stated, config), checkpoint, out=out, own_base=own_base)
+    values = {"video": str(video), "prompt": prompt, "edit": _as_tuple(edit), **settings}
+    job = Job.adopt(tune_settings(values, config), checkpoint, out=out, own_base=own_base)
     return next(each.path for each in job.run(progress) if each.path)
 
 
@@ -163,23 +185,23 @@ def convert(
     """Convert a checkpoint of one program to files of another, one tensor at a time.
 
     Args:
-        source: A run, an adapter, a diffusers folder, the published code's output, tuned layers alone, a MindONE
-            `.ckpt` or a single-file checkpoint.
-        out: New folder, or file for `mindone`, `ldm` and `lora`.
-        to: `diffusers`, `official`, `mindone`, `ldm`, `lora` or `adapter`.
-        base: Model that tuned layers were tuned on; by default the one an adapter names.
-        like: Model whose configs, tokenizer and scheduler are used where the source has none.
-        rank: Rank of a LoRA.
+        source: Run, adapter, diffusers folder, output of the published code, file of tuned layers, MindONE `.ckpt` or
+            single-file checkpoint.
+        out: New folder; a new file for `mindone`, `ldm` and `lora`.
+        to: Format: `diffusers`, `official`, `mindone`, `ldm`, `lora` or `adapter`.
+        base: Base of tuned layers. None: the base that an adapter names.
+        like: Model with configs, tokenizer and scheduler, if the source has none.
+        rank: Rank of a LoRA, at least 1.
         style: Tensor names of a LoRA.
-        dtype: Precision of the new files; by default that of each tensor.
-        binary: Write `official` as `.bin`, which the published code reads, or as safetensors.
+        dtype: Precision of the new files. None: that of each tensor.
+        binary: Write `official` as `.bin`, which the published code reads, otherwise as safetensors.
 
     Returns:
         Counts and names of used, missing and unused tensors.
 
     Raises:
-        CheckpointError: The source is damaged, malicious, of an unknown format or not a whole model. No file is left
-            half-written.
+        CheckpointError: The source is damaged, malicious, of an unknown format or not a whole model. No incomplete file
+            is left.
     """
     from tuneavideo.interop import convert
 
@@ -197,61 +219,66 @@ def evaluate(
     pick: str | None = None,
     progress: Listener | bool = True,
 ) -> list[Path]:
-    """Measure the edits of runs, and keep the scores in the run folders.
+    """Score the edits of runs, and write the scores into the run folders.
 
     Args:
         runs: Run folders, or folders of single edits.
-        metrics: Names of the metrics (docs/evaluation.md); by default all that suit the run's base.
-        mask: Picture, clip or folder of pictures, bright where edits may change the picture.
-        clip: Hub id or folder of CLIP, instead of ViT-L/14.
-        pick: Hub id or folder of PickScore.
-        progress: True shows bars, False nothing; a function is called with a `Progress` after every edit.
+        metrics: Names of metrics (docs/evaluation.md). None given: all that suit the run's base.
+        mask: Picture, clip or folder of pictures, bright where edits may change the clip.
+        clip: Hub id or folder of CLIP. None: ViT-L/14.
+        pick: Hub id or folder of PickScore. None: its own.
+        progress: As in `tune`, after every edit.
 
     Returns:
-        The `scores.json` of every run. What could not be measured is in there too, with the reason.
+        The `scores.json` of every run, which also has the metrics without a value and the reasons.
+
+    Raises:
+        SettingsError: A metric is unknown.
+        RunError: None of the folders is a run or an edit.
+        TuneAVideoError: As in `tune`.
     """
-    places = [runs] if isinstance(runs, str | Path) else [*runs]
-    job = Job.evaluate(places, metrics=metrics, mask=mask, clip=clip, pick=pick)
+    job = Job.evaluate(_as_tuple(runs), metrics=metrics, mask=mask, clip=clip, pick=pick)
     return [each.path for each in job.run(progress) if each.path]
 
 
 def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = None) -> Path:
-    """Show runs on one page: clips in step, prompts, scores, the loss, settings, time and memory.
+    """Write an HTML page on runs: clips, prompts, scores, the loss, settings, time and memory.
 
     Args:
-        runs: Run folders; several are compared, with the first as the measure.
-        out: HTML file to write, which needs nothing else to be opened; by default `report.html` in the run folder, or
-            in the current folder when there are several.
+        runs: Run folders; several are compared with the first. A folder that is no run is left out with a warning.
+        out: HTML file to write, which contains all clips. None: `report.html` in the run folder, or in the current
+            folder for several runs.
 
     Returns:
-        The file.
+        The file. The page lists what is damaged or missing in a run.
 
     Raises:
-        TuneAVideoError: None of the folders is a run, or a place cannot be written. Among runs, a folder that is none
-            is left out with a warning. What is damaged or missing within a run is said on its page.
+        RunError: None of the folders is a run.
+        SettingsError: There is no folder, or `out` exists and is no report.
+        DiskError: The file cannot be written.
     """
     from tuneavideo.reporting import write
 
-    folders, troubles = list[RunFolder](), list[RunError]()
-    for run in [runs] if isinstance(runs, str | Path) else runs:
+    folders, errors = list[RunFolder](), list[RunError]()
+    for run in _as_tuple(runs):
         try:
             folders.append(RunFolder.open(run))
         except RunError as error:
-            troubles.append(error)
+            errors.append(error)
     if not folders:
-        raise troubles[0] if troubles else SettingsError("no run to report; give one or more run folders")
-    for trouble in troubles:
-        logger.warning("left out: %s", trouble)
+        raise errors[0] if errors else SettingsError("no run to report; give one or more run folders")
+    for each in errors:
+        logger.warning("left out: %s", each)
     path = Path(out or (folders[0].report if len(folders) == 1 else RunFolder(Path()).report))
     write(folders, path)
     return path
 
 
 def models() -> list[dict[str, Any]]:
-    """The table of bases.
+    """Return the table of bases.
 
-    Each has `name`, `source`, `note`, own `settings`, default `resolution` and `num_frames`, `memory_gb` (see `Base`),
-    and whether it is `here` (on this machine).
+    Each row has `name`, `source`, `note`, `settings`, `resolution` in pixels, `num_frames` and `memory_gb` (see
+    `Base`), and `here`: whether the base is on this machine.
     """
     return [
         {
@@ -274,5 +301,5 @@ def _is_here(source: str) -> bool:
     return Path(source).is_absolute() or isinstance(try_to_load_from_cache(source, "model_index.json"), str)
 
 
-def _listed(prompts: str | Iterable[str]) -> tuple[str, ...]:
-    return (prompts,) if isinstance(prompts, str) else tuple(prompts)
+def _as_tuple(values: Any) -> tuple[Any, ...]:
+    return (values,) if isinstance(values, str | Path) else tuple(values)

@@ -1,4 +1,4 @@
-"""The table of base models and what each is best tuned with. No torch here: it is listed by `tuneavideo models`."""
+"""The table of base models, with their settings. This module must not import torch: `tuneavideo models` lists it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Base:
     """A text-to-image model known by a short name.
 
     Attributes:
-        source: Hub id or folder it is opened from.
-        note: What it is, in a few words.
-        settings: Where it differs from the built-in defaults (see `TuneSettings`).
-        family: What its networks are shaped like: `sd1`, `sd2` or `sdxl`; empty if like nothing else.
-        memory_gb: What tuning it with these settings has to hold at least, counted (`benchmarks.memory`).
-        frames: How many frames it is tuned on where nobody says.
+        source: Hub id or folder.
+        note: Description in a few words.
+        settings: Values that differ from the defaults of `TuneSettings`.
+        family: Architecture: `sd1`, `sd2` or `sdxl`; empty for any other.
+        memory_gb: Minimum memory of a tuning with these settings, in GB, counted by `benchmarks.memory`.
+        frames: Default number of frames.
     """
 
     source: str
@@ -37,7 +37,7 @@ class Base:
 _SD = {"resolution": 512}
 _SD_768 = {"resolution": 768}
 _SD_XL = {"resolution": 1024, "guidance_scale": 7.5}
-# It draws from noise in few steps, but an inversion of so few does not lead back to the clip: docs/decisions.md.
+# It samples in few steps, but an inversion in so few steps does not reconstruct the clip: docs/decisions.md.
 _TURBO = {"resolution": 512, "num_inference_steps": 20, "guidance_scale": 1.0}
 # Chosen on the benchmark's development clips: docs/quality.md.
 _MINIATURE = {
@@ -66,20 +66,20 @@ BASES: dict[str, Base] = {
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
-def in_its_case(name: str) -> str:
-    """A base's name as the table has it, whatever its case; other names and what is there as a path stay."""
+def canonical_name(name: str) -> str:
+    """Return a base's name in the spelling of the table, whatever its case; other names and paths are unchanged."""
     return name.lower() if name.lower() in BASES and not os.path.exists(name) else name
 
 
-def may_be_on_hub(place: str) -> bool:
-    """Whether a place reads as a hub id, OWNER/NAME, and not as a file or folder that is missing."""
+def is_hub_id(place: str) -> bool:
+    """Return whether a name has the form of a hub id, OWNER/NAME, and not of a missing file or folder."""
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", place) and not place.endswith(WEIGHTS)
     return bool(is_id) and not os.path.isdir(place.split("/")[0])
 
 
-def refuse_unknown(base: str) -> None:
-    """Raise ModelError when a base is no name of the table, nothing that is there, and no hub id either."""
-    if base in BASES or os.path.exists(base) or may_be_on_hub(base):
+def check_base(base: str) -> None:
+    """Raise ModelError when a base is no name of the table, no file or folder, and no hub id."""
+    if base in BASES or os.path.exists(base) or is_hub_id(base):
         return
     if os.path.basename(base) != base or base.endswith(WEIGHTS):
         raise ModelError(

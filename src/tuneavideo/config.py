@@ -1,6 +1,6 @@
-"""Settings from YAML files, presets, bases and flags: merging and validation.
+"""Merging and validation of settings: flag > YAML file > preset > base > default.
 
-One precedence: flag > YAML > preset > base > built-in. Built-in values stand in `settings`, a base's own in `bases`.
+Defaults and presets are in `settings`, the values of bases in `bases`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ from pydantic import (
     ValidationError,
 )
 
-from tuneavideo.bases import BASES, in_its_case
+from tuneavideo.bases import BASES, canonical_name
 from tuneavideo.errors import SettingsError
 from tuneavideo.settings import PRESETS, Sampling, Settings, TuneSettings, _as_chosen, choices
 
 logger = logging.getLogger(__name__)
 
-# What only the command line takes, and how many known names a message lists.
-ON_THE_LINE = {"out", "config", "resume", "checkpoint", "json", "debug"}
-
-
-SHOWN = 8
+# Options of the command line that are no settings.
+COMMAND_OPTIONS = {"out", "config", "resume", "checkpoint", "json", "debug"}
+SHOWN = 8  # known names in an error message
 
 # Settings of earlier versions, with the values at which they had no effect; None: any value.
 REMOVED: dict[str, tuple[Any, ...] | None] = {
@@ -48,44 +46,44 @@ Kind = TypeVar("Kind", bound=Settings)
 
 
 def layers(flags: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge base, preset, YAML and flags, weakest first; what no layer names keeps its built-in value."""
-    stated = {**yaml_values, **flags}
-    if "base" in stated:
-        stated["base"] = in_its_case(str(stated["base"]))
-    base = BASES.get(stated.get("base", "miniature"))
-    preset = _as_chosen(TuneSettings.model_fields["preset"].annotation, stated.get("preset", "default"))
+    """Merge the values of base, preset, YAML file and flags; the later precede. Raises SettingsError for the preset."""
+    values = {**yaml_values, **flags}
+    if "base" in values:
+        values["base"] = canonical_name(str(values["base"]))
+    base = BASES.get(values.get("base", "miniature"))
+    preset = _as_chosen(TuneSettings.model_fields["preset"].annotation, values.get("preset", "default"))
     if preset not in PRESETS:
         raise SettingsError(f"unknown preset {preset!r}{_suggestion(str(preset), PRESETS)}")
-    if "preset" in stated:
-        stated["preset"] = preset
-    return {**(base.settings if base else {}), **PRESETS[preset], **stated}
+    if "preset" in values:
+        values["preset"] = preset
+    return {**(base.settings if base else {}), **PRESETS[preset], **values}
 
 
 def with_preset(own: TuneSettings, preset: str | None) -> dict[str, Any]:
-    """Sampling settings of a run: as it was tuned, or with another preset in place of its own."""
-    stated = own.model_dump(include=set(Sampling.model_fields))
+    """Return the sampling settings of a run, with another preset in place of its own if one is given."""
+    values = own.model_dump(include=set(Sampling.model_fields))
     if preset is None:
-        return stated
+        return values
     before, after = (layers({"base": own.base, "preset": name}, {}) for name in (own.preset, preset))
     for name, field in Sampling.model_fields.items():
-        if name in PRESETS[after["preset"]] or stated[name] == before.get(name, field.default):
-            stated[name] = after.get(name, field.default)
+        if name in PRESETS[after["preset"]] or values[name] == before.get(name, field.default):
+            values[name] = after.get(name, field.default)
     if "num_inference_steps" in PRESETS[after["preset"]]:
-        # the run's own go with the run's own number of denoising steps
-        stated["num_inv_steps"] = after.get("num_inv_steps")
-    return stated
+        # the run's number of inversion steps belongs to its number of denoising steps
+        values["num_inv_steps"] = after.get("num_inv_steps")
+    return values
 
 
 def check_windows(settings: Sampling, frames: int, *, controlnet: bool = False) -> None:
-    """Refuse what cannot be used for a clip that is predicted in windows.
+    """Check settings that do not work for a clip in windows.
 
     Args:
-        settings: Those of the edits.
-        frames: Of the clip.
+        settings: Settings of the edits.
+        frames: Number of frames of the clip.
         controlnet: Whether the edits use a ControlNet.
 
     Raises:
-        SettingsError: It is in windows, and `feature_reuse` or a ControlNet is set.
+        SettingsError: The clip is in windows, and `feature_reuse` or a ControlNet is set.
     """
     window = min(settings.window or frames, frames)
     if window == frames:
@@ -102,16 +100,16 @@ def check_windows(settings: Sampling, frames: int, *, controlnet: bool = False) 
 
 
 def read_yaml(path: Path | str, kind: type[Settings]) -> dict[str, Any]:
-    """Settings of a YAML file, by name; together they are not checked yet.
+    """Read settings of a YAML file, each checked by itself.
 
     Raises:
-        SettingsError: It is no mapping of names to values, or a name is not one of `kind`'s.
+        SettingsError: It is no mapping of names to values, a name is unknown, or a value is wrong.
     """
-    return stated_values(kind, parse_yaml(path), str(path))
+    return parse_values(kind, parse_yaml(path), str(path))
 
 
 def parse_yaml(path: Path | str) -> dict[str, Any]:
-    """Names and values of a YAML file. Raises SettingsError when it is no mapping of names to values."""
+    """Read names and values of a YAML file. Raises SettingsError when it is no mapping of names to values."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -123,28 +121,40 @@ def parse_yaml(path: Path | str) -> dict[str, Any]:
     return values
 
 
-def stated_values(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Values as the settings of `kind` want them, each by itself. Raises SettingsError for unknown names and values."""
+def parse_values(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Convert values to the types of their settings, each by itself. Raises SettingsError for a wrong name or value."""
     values = _known_values(kind, values, where)
     return {name: _read_value(kind, name, value, where) for name, value in values.items()}
 
 
 def checked(kind: type[Kind], values: Mapping[str, Any], where: str = "settings") -> Kind:
-    """Make settings of `values`, or say in one line which value is wrong, what was expected and what to do."""
+    """Validate values of settings.
+
+    Args:
+        kind: Class of the settings.
+        values: Values by name; missing ones have their defaults.
+        where: Source of the values, which begins the error message.
+
+    Raises:
+        SettingsError: Values are wrong, unknown or missing; the message has one line.
+    """
     try:
         return kind.model_validate(_known_values(kind, values, where))
     except ValidationError as error:
-        raise SettingsError(f"{where}: {_all_told(error)}") from None
+        raise SettingsError(f"{where}: {_describe_errors(error)}") from None
 
 
-def check_sense(settings: Sampling, new: Iterable[str]) -> None:
-    """Refuse what would make no edit, or the same edit twice; warn of what has no effect.
+def check_edits(settings: Sampling, prompts: Iterable[str]) -> None:
+    """Check that settings make edits that differ, and warn of settings without effect.
 
     Args:
-        settings: The settings.
-        new: The new prompts among them.
+        settings: Settings of the edits.
+        prompts: Prompts of the edits.
+
+    Raises:
+        SettingsError: A prompt is empty or given twice, or there is no seed.
     """
-    prompts = list(new)
+    prompts = list(prompts)
     if not all(prompt.strip() for prompt in prompts):
         raise SettingsError("a new prompt is empty; say in words what the edit should show")
     if twice := next((prompt for prompt in prompts if prompts.count(prompt) > 1), None):
@@ -159,7 +169,7 @@ def check_sense(settings: Sampling, new: Iterable[str]) -> None:
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """Split `FILE:0.8` into a place and its weight, which is 1 when there is none."""
+    """Split `FILE:0.8` into path or hub id and weight; the weight is 1 without."""
     place, _, weight = text.rpartition(":")
     try:
         return (place, float(weight)) if place else (text, 1.0)
@@ -168,7 +178,7 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
-    """A YAML value as its setting wants it: one word where several may stand, `no` as people write it."""
+    """Convert a YAML value to the type of its setting: a single value may be a list, and `no` is a precision."""
     field = kind.model_fields[name]
     if name == "mixed_precision" and value is False:
         value = "no"
@@ -180,7 +190,7 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
         kind_of_value: Any = Annotated[field.annotation, Field(), *field.metadata]
         return TypeAdapter(kind_of_value).validate_python(value)
     except ValidationError as error:
-        raise SettingsError(f"{where}: {_all_told(error, name)}") from None
+        raise SettingsError(f"{where}: {_describe_errors(error, name)}") from None
 
 
 def _known_values(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -192,7 +202,7 @@ def _known_values(kind: type[Settings], values: Mapping[str, Any], where: str) -
     for name, value in values.items():
         if name in kind.model_fields:
             continue
-        if name in ON_THE_LINE:
+        if name in COMMAND_OPTIONS:
             raise SettingsError(f"{where}: {name!r} is no setting; give --{name} on the command line")
         if name not in REMOVED:
             raise SettingsError(f"{where}: unknown setting {reprlib.repr(name)}{_suggestion(name, kind.model_fields)}")
@@ -203,25 +213,25 @@ def _known_values(kind: type[Settings], values: Mapping[str, Any], where: str) -
 
 
 def as_yaml(settings: Settings) -> str:
-    """Settings as YAML that `read_yaml` and `checked` turn back into the same settings."""
+    """Return settings as YAML, from which `read_yaml` and `checked` make the same settings."""
     values = settings.model_dump(mode="json")
     breaks = any(mark in json.dumps(values, ensure_ascii=False) for mark in ("\x85", "\u2028", "\u2029"))
-    # PyYAML reads these breaks of lines back as spaces unless they are escaped
+    # PyYAML reads these line breaks as spaces unless they are escaped
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=not breaks)
 
 
-def _all_told(error: ValidationError, name: str = "") -> str:
-    """Every value that is wrong once, with all that could stand there. `name` is the setting of all of them."""
+def _describe_errors(error: ValidationError, name: str = "") -> str:
+    """Describe each wrong value once, with all types that it may have; `name` replaces the names of the settings."""
     lines: dict[str, list[Any]] = {}
     for each in error.errors():
         first, *rest = each["loc"] or ("",)
-        # the parts between are the kinds of value that a union tried
+        # the other parts of the location are members of a union
         where = name or ".".join(str(part) for part in (first, *(part for part in rest if isinstance(part, int))))
         lines.setdefault(where, []).append(each)
-    return "; ".join(_told(each, where) for where, each in lines.items())
+    return "; ".join(_describe_error(each, where) for where, each in lines.items())
 
 
-def _told(errors: Sequence[Any], name: str) -> str:
+def _describe_error(errors: Sequence[Any], name: str) -> str:
     error = errors[0]
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])

@@ -1,7 +1,7 @@
-"""What can go wrong for a user, said in one line.
+"""Errors that a user can correct, each with a message of one line.
 
 ```
-TuneAVideoError        base of them all; the command line prints it and exits with 2
+TuneAVideoError        base class; the command line prints it and exits with 2
 ├── SettingsError      a setting, flag or YAML key that cannot be used
 ├── VideoError         a clip that cannot be read, sampled or written
 ├── ModelError         a base model that is missing, incomplete or of the wrong kind
@@ -13,12 +13,12 @@ TuneAVideoError        base of them all; the command line prints it and exits wi
 └── MissingExtra       an optional part that is not installed
 ```
 
-A message says where, what was expected, what was found, and what to do.
+A message has the place, what was expected, what was found, and what to do.
 """
 
 
 class TuneAVideoError(Exception):
-    """Something the user can put right.
+    """An error that the user can correct.
 
     Attributes:
         resume_flags: Flags with which an interrupted tuning can be resumed, in spite of the error; None if it cannot,

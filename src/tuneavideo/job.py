@@ -1,4 +1,4 @@
-"""Jobs: checked when they are created, and run step by step or to their end."""
+"""Jobs: checked when they are created, then iterated or run to their end."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Listener = Callable[[Progress], None]
 class Job(Iterator[Progress]):
     """A job that yields a `Progress` after every step.
 
-    Creating a job checks the paths and names that it needs, and raises TuneAVideoError before torch is imported.
-    Iterating it does the work. Closing it stops the work; a tuning that is closed can be resumed.
+    The constructors check paths and names, and raise TuneAVideoError before torch is imported. The work is done while
+    the job is iterated. Closing it stops the work; a tuning that is closed can be resumed.
     """
 
     def __init__(self, events: Events) -> None:
@@ -44,7 +44,10 @@ class Job(Iterator[Progress]):
             progress: True shows bars, False nothing; a function is called with a `Progress` after every step.
 
         Returns:
-            The `Progress` of every file or folder that was finished, in order.
+            The events with a `path`: one for every file or folder that was finished, in order.
+
+        Raises:
+            TuneAVideoError: The job failed for a reason that the user can correct.
         """
         bars, finished = Bars() if progress is True else None, []
         with _quiet(), closing(bars) if bars else nullcontext():
@@ -133,7 +136,22 @@ class Job(Iterator[Progress]):
     def evaluate(
         cls, places: Iterable[str | Path], *, metrics: Iterable[str] = (), mask: str | Path | None = None, **models: Any
     ) -> Job:
-        """Score the edits of runs; `models` are `clip` and `pick` of `EvaluationSettings`."""
+        """Score the edits of runs, and write `scores.json` into each run folder.
+
+        Args:
+            places: Run folders, or folders of single edits.
+            metrics: Names of metrics. None given: all that suit the base.
+            mask: Picture, clip or folder of pictures, bright where edits may change the clip.
+            **models: `clip` and `pick`: hub id or folder of CLIP and of PickScore.
+
+        Returns:
+            A job with the stage `evaluate`; each run ends with the path and the contents of its `scores.json`.
+
+        Raises:
+            SettingsError: A metric is unknown.
+            RunError: No place is a run or an edit.
+            VideoError: The mask does not exist.
+        """
         places, names, mask = [*places], (*metrics,), Path(mask) if mask else None
         checks.check_evaluate_inputs(places, names, mask)
 
@@ -156,7 +174,7 @@ class Job(Iterator[Progress]):
         pick: str | None = None,
         **settings: Any,
     ) -> Job:
-        """Tune, edit and score the clips of LOVEU-TGVE-2023; finished clips are kept. Ends with `results.json`.
+        """Tune, edit and score the clips of LOVEU-TGVE-2023; finished clips are kept.
 
         Args:
             data: Folder of the benchmark: its frames, and its configs or its table.
@@ -166,6 +184,9 @@ class Job(Iterator[Progress]):
             clip: Hub id or folder of CLIP, instead of ViT-L/14.
             pick: Hub id or folder of PickScore.
             **settings: Any field of `TuneSettings`, such as `base` (by default `sd1.4`) or `preset`.
+
+        Returns:
+            A job with the stages of `tune`, and `evaluate`; the last `Progress` has the path of `results.json`.
         """
 
         def events() -> Events:
@@ -193,7 +214,7 @@ class Job(Iterator[Progress]):
         part: str = "development",
         processes: int | None = None,
     ) -> Job:
-        """Compare presets on the bundled clips with the bundled classifier; ends with `results.json`.
+        """Compare presets on the bundled clips with the bundled classifier.
 
         Args:
             variants: Presets, or `untuned`; differences are relative to the first.
@@ -202,6 +223,12 @@ class Job(Iterator[Progress]):
             seeds: Number of seeds.
             part: `development` clips or `report` clips.
             processes: Number of clips computed at the same time. None: one per CPU core.
+
+        Returns:
+            A job with the stage `benchmark`; the last `Progress` has the path of `results.json`.
+
+        Raises:
+            SettingsError: A variant is unknown.
         """
         names, known = tuple(dict.fromkeys(variants)), ("untuned", *PRESETS)
         if unknown := [name for name in names if name not in known]:
@@ -253,8 +280,8 @@ def _events(name: str, base: str, *args: Any, clip: TuneSettings | None = None, 
 
 @contextmanager
 def _quiet() -> Generator[None, None, None]:
-    """Keep loading bars and notices of other libraries from the user, and leave these libraries as they were."""
-    name = "TRANSFORMERS_VERBOSITY"  # is read when transformers is imported
+    """Silence loading bars and messages of other libraries within the block."""
+    name = "TRANSFORMERS_VERBOSITY"  # transformers reads it when it is imported
     is_ours = name not in os.environ
     os.environ.setdefault(name, "error")
     try:

@@ -1,4 +1,4 @@
-"""Settings of a job from all their sources: the caller, a YAML file, a run folder, presets and the table of bases."""
+"""Settings of a job, merged from the caller, a YAML file, a run folder, presets and the table of bases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneavideo.bases import BASES
-from tuneavideo.config import check_sense, check_windows, checked, layers, parse_yaml, stated_values, with_preset
+from tuneavideo.config import check_edits, check_windows, checked, layers, parse_values, parse_yaml, with_preset
 from tuneavideo.errors import SettingsError
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
@@ -17,53 +17,59 @@ from tuneavideo.storage.run_folder import RunFolder
 if TYPE_CHECKING:
     from tuneavideo.interop.foreign_configs import Config
 
-# Settings that save memory and leave the result as it is.
+# Settings that save memory without an effect on the result.
 MEMORY_SAVING = {"gradient_checkpointing", "offload", "batch_guidance"}
-RESUMED_ANEW = {"edit", "max_train_steps", "learning_rate", "mixed_precision", "memory"} | MEMORY_SAVING | {
+RESUMABLE = {"edit", "max_train_steps", "learning_rate", "mixed_precision", "memory"} | MEMORY_SAVING | {
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to",
 }  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 
-def tune_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> TuneSettings:
-    """Settings of a tuning: what is stated, over the YAML file, the preset, the base and the built-in values."""
-    return merge_settings(stated, read_config(config) if config else None, str(config))
+def tune_settings(values: Mapping[str, Any], config: str | Path | None = None) -> TuneSettings:
+    """Merge settings of a tuning: `values`, then the YAML file, the preset, the base and the defaults."""
+    return merge_settings(values, read_config(config) if config else None)
 
 
-def merge_settings(stated: Mapping[str, Any], read: Config | None, where: str) -> TuneSettings:
-    merged = layers(stated, read.settings if read else {})
-    for name in {"video", "base"} & merged.keys():  # a run folder is to be understood from anywhere
+def merge_settings(values: Mapping[str, Any], config: Config | None) -> TuneSettings:
+    """Merge `values` with a YAML file that is read already, and check the result.
+
+    Raises:
+        SettingsError: A value is wrong, unknown or missing, or values contradict each other.
+    """
+    merged = layers(values, config.settings if config else {})
+    for name in {"video", "base"} & merged.keys():  # the run folder is used from other folders as well
         if merged[name] not in BASES and os.path.exists(merged[name]):
             merged[name] = os.path.abspath(merged[name])
-    settings = checked(TuneSettings, merged, where if read else "settings")
-    check_sense(settings, settings.edit)
-    if isinstance(settings.num_frames, int):  # otherwise the clip decides, when the job begins
+    settings = checked(TuneSettings, merged)
+    check_edits(settings, settings.edit)
+    if isinstance(settings.num_frames, int):  # otherwise it depends on the clip, and is checked with the clip
         check_windows(settings, settings.num_frames)
     return settings
 
 
 def read_config(path: str | Path) -> Config:
-    """Settings of a tuning in a YAML file of ours, of the published code or of MindONE; tells what is idle.
+    """Read the settings of a tuning from a YAML file of ours, of the published code or of MindONE.
 
-    A relative `video` is one in the file's folder if it is there, otherwise one in the current folder.
+    A relative `video` is in the file's folder if it exists there, otherwise in the current folder. Settings without
+    effect are logged.
     """
     from tuneavideo.interop import foreign_configs
 
     config = foreign_configs.read_config(path, TuneSettings)
-    beside = Path(path).parent / str(config.settings.get("video", ""))
-    if "video" in config.settings and beside.exists():
-        config.settings["video"] = str(beside)
+    neighbour = Path(path).parent / str(config.settings.get("video", ""))
+    if "video" in config.settings and neighbour.exists():
+        config.settings["video"] = str(neighbour)
     return config
 
 
 def read_edit_config(path: str | Path) -> dict[str, Any]:
-    """Settings of edits in a YAML file: one for `edit`, or one for `tune`, of which `edit` are the prompts here."""
+    """Read the settings of edits from a YAML file of `edit`, or of `tune`, whose `edit` are the prompts."""
     values = parse_yaml(path)
     if values.keys() <= EditSettings.model_fields.keys() or not values.keys() & (
         TuneSettings.model_fields.keys() - EditSettings.model_fields.keys()
     ):
-        return stated_values(EditSettings, values, str(path))
+        return parse_values(EditSettings, values, str(path))
     found = read_config(path).settings
     kept = {name: value for name, value in found.items() if name in {*Sampling.model_fields, "preset"}}
     if idle := [name for name in values if name not in {*kept, "edit"}]:
@@ -71,30 +77,35 @@ def read_edit_config(path: str | Path) -> dict[str, Any]:
     return kept | ({"prompt": found["edit"]} if found.get("edit") else {})
 
 
-def edit_settings(stated: Mapping[str, Any], config: str | Path | None = None) -> EditSettings:
-    """Settings of an edit: what is stated, over the YAML file and the run's own values."""
-    given = {**(read_edit_config(config) if config else {}), **stated}
+def edit_settings(values: Mapping[str, Any], config: str | Path | None = None) -> EditSettings:
+    """Merge settings of an edit: `values`, then the YAML file and the settings of the run.
+
+    Raises:
+        RunError: There is no such run.
+        SettingsError: A value is wrong, unknown or missing, or values contradict each other.
+    """
+    given = {**(read_edit_config(config) if config else {}), **values}
     own = with_preset(RunFolder.open(given["run"]).read_settings(), given.get("preset"))
-    settings = checked(EditSettings, {**own, **given}, str(config or "settings"))
-    check_sense(settings, settings.prompt)
+    settings = checked(EditSettings, {**own, **given})
+    check_edits(settings, settings.prompt)
     return settings
 
 
-def resumed_settings(run: str | Path, stated: Mapping[str, Any]) -> TuneSettings:
-    """A run's own settings with those changes that leave its result comparable; refuses others."""
+def resumed_settings(run: str | Path, changes: Mapping[str, Any]) -> TuneSettings:
+    """Return the settings of a run with changes. Raises SettingsError for a setting that cannot change."""
     own = RunFolder.open(run).read_settings().model_dump()
-    new = checked(TuneSettings, {**own, **stated})
+    new = checked(TuneSettings, {**own, **changes})
     if os.path.abspath(new.video) == own["video"]:
         new = new.model_copy(update={"video": own["video"]})
-    free = {*Sampling.model_fields, *RESUMED_ANEW} - {"window"}  # what is tuned on
-    fixed = [name for name in stated if name not in free and own[name] != getattr(new, name)]
+    free = {*Sampling.model_fields, *RESUMABLE} - {"window"}  # tuning depends on the window
+    fixed = [name for name in changes if name not in free and own[name] != getattr(new, name)]
     if fixed:
         raise SettingsError(
             f"{run}: {fixed[0]} cannot change when a run is resumed; it is {own.get(fixed[0], 'unknown')!r}. "
             "Leave it out, or start a new run"
         )
-    check_sense(new, new.edit)
+    check_edits(new, new.edit)
     if not new.memory or new.memory == own["memory"]:
         return new
-    values = new.model_dump()  # the memory plan chooses what saves memory and is not stated
+    values = new.model_dump()  # the memory plan chooses only settings that are not set
     return checked(TuneSettings, {n: value for n, value in values.items() if n not in MEMORY_SAVING or value != own[n]})

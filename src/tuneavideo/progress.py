@@ -1,4 +1,4 @@
-"""What jobs tell while they work."""
+"""Progress of jobs: events, the time left, and tqdm bars."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ class Step:
     """One optimiser step.
 
     Attributes:
-        number: Counted from 1.
-        loss: Mean over processes.
-        learning_rate: After the step.
-        seconds: It took.
-        memory: Bytes: the most allocated on a GPU in this step, or resident memory of the process at its end; 0 if not
-            measured.
-        relative_loss: `loss` over that of the untuned model at the same timesteps, about 1 at first; None if unknown.
+        number: Number of the step, from 1.
+        loss: Mean loss over the processes.
+        learning_rate: Learning rate after the step.
+        seconds: Duration of the step.
+        memory: Peak memory of the step on a GPU, otherwise resident memory of the process at its end, in bytes; 0 if
+            not measured.
+        relative_loss: `loss` divided by that of the untuned model at the same timesteps, about 1 at first; None if
+            unknown.
     """
 
     number: int
@@ -32,19 +33,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands.
+    """Progress of a job after a step.
 
     Attributes:
-        stage: `plan` (a line on what will be done), `open`, `memory` (what was chosen to fit), `encode`, `tune`,
-            `preview`, `invert`, `edit`, `picture`, `evaluate` or `benchmark`; empty if there is nothing new, and the
-            job can be stopped here.
-        number: Steps of the stage that are done.
-        total: Steps of the stage.
-        step: The tuning step just made.
-        path: The file or folder just finished.
-        about: The prompt being edited, the base being opened, and the like.
-        ahead: Steps of the stages to come, by stage; with a `plan`.
-        scores: What was measured of a run's edits, in the form of `scores.json`.
+        stage: `plan` (a line that describes the job), `open` (the base is loaded), `memory` (a line on the memory
+            plan), `encode`, `tune`, `preview`, `invert`, `edit`, `picture`, `evaluate` or `benchmark`; empty when the
+            job can be stopped and there is nothing new.
+        number: Number of steps of the stage that are done.
+        total: Number of steps of the stage.
+        step: The tuning step, after each.
+        path: The file or folder that was finished.
+        about: The line, the prompt of the edit, or the base.
+        ahead: Number of steps of each stage to come, with a `plan`.
+        scores: Scores of the edits of a run, in the form of `scores.json`.
     """
 
     stage: str
@@ -59,12 +60,12 @@ class Progress:
 
 Events = Generator[Progress, None, None]
 
-WORK = {"tune": 3.0, "preview": 2.5, "invert": 1.0, "edit": 3.0}  # predictions of the network in a step, about
+WORK = {"tune": 3.0, "preview": 2.5, "invert": 1.0, "edit": 3.0}  # approximate evaluations of the UNet per step
 ORDER = ("tune", "invert", "edit")
 
 
 class TimeLeft:
-    """Seconds until a job is done: steps ahead at the pace of those made, other stages judged by their work."""
+    """The time until a job is done: the steps ahead at the pace of the stage, or at a pace estimated by its work."""
 
     def __init__(self) -> None:
         self.ahead: dict[str, int] = {}
@@ -72,7 +73,7 @@ class TimeLeft:
         self.at, self.since = ("", 0), 0.0
 
     def note(self, each: Progress, now: float) -> None:
-        """Count what was made until `now`, in seconds of any clock."""
+        """Record an event at the time `now`, in seconds of any clock."""
         if not each.stage:
             return
         self.ahead |= each.ahead
@@ -81,14 +82,14 @@ class TimeLeft:
             steps = 1 if not begun else each.number - begun
             self.ahead[each.stage] = max(0, self.ahead.get(each.stage, each.total - each.number + steps) - steps)
             for earlier in ORDER[: ORDER.index(each.stage)] if each.stage in ORDER else ():
-                self.ahead[earlier] = 0  # an inversion may have been kept
-            if self.at[0] == each.stage and self.at[1]:  # other things are done before the first step of a stage
+                self.ahead[earlier] = 0  # an inversion may be read from the run folder
+            if self.at[0] == each.stage and self.at[1]:  # the first step of a stage includes preparations
                 before, seconds = self.made.get(each.stage, (0, 0.0))
                 self.made[each.stage] = before + steps, seconds + now - self.since
         self.at, self.since = (each.stage, each.number), now
 
     def seconds(self) -> float | None:
-        """None as long as nothing was made."""
+        """Return the time left in seconds; None before the first step."""
         spent = sum(seconds for _, seconds in self.made.values())
         work = sum(WORK.get(stage, 1.0) * steps for stage, (steps, _) in self.made.items())
         if not work:
@@ -118,6 +119,6 @@ class Bars:
         self._bar.update(each.number - self._bar.n)
 
     def close(self) -> None:
-        """Leave the bar of the last stage as it is."""
+        """Close the bar of the last stage, which stays visible."""
         if self._bar is not None:
             self._bar.close()

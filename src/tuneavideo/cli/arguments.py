@@ -29,7 +29,7 @@ FOREIGN_OPTIONS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("--steps", "--num-steps", "--iterations", "--epochs"), f"use {_STEPS}"),
         **dict.fromkeys(("--train-steps", "--max-steps"), "use --max-train-steps"),
         **dict.fromkeys(("--frames", "--n-frames", "--length"), "use --num-frames"),
-        **dict.fromkeys(("--video", "--clip", "--input", "-i"), "the clip comes first, without an option"),
+        **dict.fromkeys(("--video", "--clip", "--input", "-i"), "the clip is given without an option"),
         **dict.fromkeys(("--output", "--output-dir", "--outdir", "-o"), "use --out"),
         **dict.fromkeys(("--lr", "--rate"), "use --learning-rate"),
         **dict.fromkeys(("--size", "--res", "--pixels"), "use --resolution, or --width and --height"),
@@ -39,16 +39,16 @@ FOREIGN_OPTIONS: dict[str, dict[str, str]] = {
     },
     "edit": {
         **dict.fromkeys(("--steps", "--num-steps", "--max-train-steps"), "use --num-inference-steps"),
-        "--base": "an edit takes the base that was tuned; use --edit-model for another of the same shape",
-        "--model": "an edit takes the base that was tuned; use --edit-model for another of the same shape",
+        "--base": "edits use the base that was tuned; use --edit-model for another of the same architecture",
+        "--model": "edits use the base that was tuned; use --edit-model for another of the same architecture",
         **dict.fromkeys(("--out", "--output", "--output-dir", "-o"), "edits are written into RUN/edits"),
-        **dict.fromkeys(("--run", "--video", "--clip", "--input", "-i"), "the run comes first, without an option"),
+        **dict.fromkeys(("--run", "--video", "--clip", "--input", "-i"), "the run is given without an option"),
         **dict.fromkeys(("--frames", "--num-frames", "--resolution", "--size", "--width", "--height"), _TUNED),
         **dict.fromkeys(("--seed",), "use --seeds"),
         **dict.fromkeys(("--caption", "-p", "--text"), "use --prompt"),
         **dict.fromkeys(("--mixed-precision", "--offload", "--memory"), "it is taken from the run's settings"),
-        "--adapter": "the run comes first, without an option, and has its adapter",
-        "--resume": "a stopped edit goes on with the same command; 'tuneavideo tune --resume' goes on with a tuning",
+        "--adapter": "the run is given without an option; its adapter is used",
+        "--resume": "a stopped edit continues with the same command; 'tuneavideo tune --resume' continues a tuning",
     },
 }  # fmt: skip
 FOREIGN_OPTIONS |= {"invert": FOREIGN_OPTIONS["edit"], "adopt": FOREIGN_OPTIONS["tune"]}
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises SettingsError instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; '{self.prog} --help' tells more")
+        raise SettingsError(f"{message}; '{self.prog} --help' lists the options")
 
 
 def parser(name: str, about: str | None, among: Any = None) -> Parser:
@@ -76,9 +76,17 @@ def parser(name: str, about: str | None, among: Any = None) -> Parser:
 def of_evaluate(about: str | None) -> Parser:
     """Return the parser of `evaluate`."""
     made = parser("evaluate", about)
-    made.add_argument("places", nargs="+", metavar="RUN_OR_EDIT", help="run folder, or folder of one edit")
-    made.add_argument("--metrics", nargs="+", metavar="NAME", default=(), help="only these; see docs/evaluation.md")
-    made.add_argument("--mask", metavar="PATH", help="picture, clip or folder, bright where edits may change it")
+    made.add_argument("places", nargs="+", metavar="RUN_OR_EDIT", help="Run folder, or folder of one edit.")
+    made.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        default=(),
+        help="Names of metrics (docs/evaluation.md). By default all that suit the base.",
+    )
+    made.add_argument(
+        "--mask", metavar="PATH", help="Picture, clip or folder of pictures, bright where edits may change the clip."
+    )
     _add_models(made)
     return made
 
@@ -87,36 +95,50 @@ def of_benchmark(about: str | None) -> Parser:
     """Return the parser of `benchmark`."""
     whole = Parser("tuneavideo benchmark", description=about)
     which = whole.add_subparsers(dest="name", required=True, metavar="{tgve,miniature}")
-    tgve = parser("tgve", "LOVEU-TGVE-2023: 76 clips, 4 edits each; goes on where it was stopped.", which)
-    tgve.add_argument("--data", required=True, metavar="DIR", help="its frames, and its configs or its table")
-    tgve.add_argument("--clips", type=_count, help="so many clips only, evenly spread")
-    tgve.add_argument("--base", help="base model (default sd1.4)")
-    tgve.add_argument("--preset", help="preset (default: default)")
-    tgve.add_argument("--config", metavar="PATH", help="YAML file of settings, which beat the benchmark's configs")
+    tgve = parser("tgve", "LOVEU-TGVE-2023: 76 clips, 4 edits each; a stopped benchmark continues.", which)
+    tgve.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="Folder of the benchmark: its frames, and its configs or its table.",
+    )
+    tgve.add_argument("--clips", type=_count, help="Number of clips, evenly spread. By default all.")
+    tgve.add_argument("--base", help="Base model. (default: sd1.4)")
+    tgve.add_argument("--preset", help="Preset. (default: default)")
+    tgve.add_argument(
+        "--config", metavar="PATH", help="YAML file of settings, which precede those of the benchmark's configs."
+    )
     _add_models(tgve)
-    small = parser("miniature", "The bundled model on the bundled clips, read by the bundled judge.", which)
-    small.add_argument("variants", nargs="*", help="presets, or untuned (default: untuned official default)")
-    small.add_argument("--quick", action="store_true", help="4 clips instead of 12")
-    small.add_argument("--seeds", type=_count, help="how many seeds (default 1)")
-    small.add_argument("--part", choices=("development", "report"), help="which clips (default development)")
-    small.add_argument("--processes", type=_count, help="clips at a time (default: one for each core)")
+    small = parser("miniature", "The bundled model on the bundled clips, scored by the bundled classifier.", which)
+    small.add_argument("variants", nargs="*", help="Presets, or untuned. (default: untuned official default)")
+    small.add_argument("--quick", action="store_true", help="Use 4 clips instead of 12.")
+    small.add_argument("--seeds", type=_count, help="Number of seeds. (default: 1)")
+    small.add_argument("--part", choices=("development", "report"), help="Part of the clips. (default: development)")
+    small.add_argument(
+        "--processes", type=_count, help="Number of clips at the same time. By default one per CPU core."
+    )
     for each in (tgve, small):
-        each.add_argument("--out", metavar="DIR", help="folder to make or go on with")
+        each.add_argument("--out", metavar="DIR", help="Folder for the results; a stopped benchmark continues there.")
     return whole
 
 
 def of_convert(about: str | None) -> Parser:
     """Return the parser of `convert`."""
     made = parser("convert", about)
-    made.add_argument("source", help="a run, adapter, diffusers folder, .ckpt, .pth, .bin or .safetensors")
-    made.add_argument("out", help="new folder; a file for mindone (.ckpt), ldm and lora (.safetensors)")
+    made.add_argument("source", help="Run, adapter, diffusers folder, .ckpt, .pth, .bin or .safetensors.")
+    made.add_argument("out", help="New folder; a new file for mindone (.ckpt), ldm and lora (.safetensors).")
     made.add_argument("--to", required=True, choices=("diffusers", "official", "mindone", "ldm", "lora", "adapter"))
-    made.add_argument("--base", help="model that tuned layers were tuned on; by default the one an adapter names")
-    made.add_argument("--like", help="model to take configs, tokenizer and scheduler from, where there are none")
-    made.add_argument("--rank", type=_count, default=64, help="of a LoRA (64)")
-    made.add_argument("--style", choices=("diffusers", "kohya"), default="diffusers", help="names of a LoRA")
-    made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision; by default that of each tensor")
-    made.add_argument("--no-binary", action="store_true", help="official as safetensors instead of .bin")
+    made.add_argument("--base", help="Base of tuned layers. By default the base that an adapter names.")
+    made.add_argument("--like", help="Model with configs, tokenizer and scheduler, if the source has none.")
+    made.add_argument("--rank", type=_count, default=64, help="Rank of a LoRA. (default: 64)")
+    made.add_argument(
+        "--style",
+        choices=("diffusers", "kohya"),
+        default="diffusers",
+        help="Tensor names of a LoRA. (default: diffusers)",
+    )
+    made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="Precision. By default that of each tensor.")
+    made.add_argument("--no-binary", action="store_true", help="Write official as safetensors instead of .bin.")
     return made
 
 
@@ -128,8 +150,8 @@ def _count(text: str) -> int:
 
 
 def _add_models(to: Parser) -> None:
-    to.add_argument("--clip", metavar="MODEL", help="hub id or folder of CLIP, instead of ViT-L/14")
-    to.add_argument("--pick", metavar="MODEL", help="hub id or folder of PickScore")
+    to.add_argument("--clip", metavar="MODEL", help="Hub id or folder of CLIP. By default ViT-L/14.")
+    to.add_argument("--pick", metavar="MODEL", help="Hub id or folder of PickScore.")
 
 
 def options(name: str, about: str | None, argv: Sequence[str], **more: str) -> argparse.Namespace:

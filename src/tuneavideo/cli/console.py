@@ -1,4 +1,4 @@
-"""A job on the terminal: its progress, what it made, and how to go on when it is stopped."""
+"""Jobs on the terminal: progress bars, results, and interruption."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WIDE = 100  # columns from which bars are long
 
 
 class Show:
-    """Progress of a job on the terminal; the first Ctrl-C or SIGTERM ends the job after the step at hand."""
+    """Progress of a job on the terminal; the first Ctrl-C or SIGTERM ends the job after the current step."""
 
     def __init__(self, quiet: bool, resumable: bool = True) -> None:
         self.resumable = resumable
         self.quiet = quiet or os.environ.get("RANK", "0") != "0"
-        self.interrupted, self.broken_off = 0, False  # by which signal, and by a second one
+        self.interrupted, self.broken_off = 0, False  # number of the first signal; whether there was a second
         self.done: dict[str, Any] = {"run": None, "edits": [], "files": []}
         self.tasks: dict[str, Any] = {}
         self.at = ("", "")
@@ -32,7 +32,7 @@ class Show:
         self.began = time.perf_counter()
 
     def run(self, job: Job | Events) -> dict[str, Any]:
-        """Run the job to its end; returns the run folder, the edits and other files it made."""
+        """Run the job to its end, and return the run folder, the edits and other files by name."""
         before = {each: signal.signal(each, self._interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             with self._bar() as bar:
@@ -40,7 +40,7 @@ class Show:
                     self.time_left.note(each, time.perf_counter())
                     self._show(bar, each)
                     self._note(bar, each)
-                    if not number:  # what is loaded is on the screen before libraries are
+                    if not number:  # the line on the base is shown before libraries are loaded
                         from tuneavideo.models import quiet
 
                         quiet.silence_libraries()
@@ -52,7 +52,7 @@ class Show:
         except Exception:
             if not self.broken_off:
                 raise
-        finally:  # a late press must not hide how to go on
+        finally:  # another Ctrl-C must not interrupt the advice
             for each, handler in before.items():
                 signal.signal(each, signal.SIG_IGN if self.interrupted else handler)
         if self.interrupted:
@@ -61,10 +61,12 @@ class Show:
 
     def _interrupt(self, number: int, _: Any) -> None:
         if self.interrupted:
-            self.broken_off = True  # libraries make errors of their own of it: torch, of a file not written to its end
+            self.broken_off = True  # libraries may raise another error: torch does for a file that is cut short
             raise KeyboardInterrupt
         self.interrupted = number
-        os.write(2, b"stopping after the step at hand; Ctrl-C again stops at once\n")  # print cannot be used in here
+        os.write(
+            2, b"stopping after the current step; Ctrl-C again stops at once\n"
+        )  # print is not safe in a signal handler
 
     def _bar(self) -> Any:
         from rich.console import Console
@@ -73,7 +75,7 @@ class Show:
         from rich.table import Column
 
         console, whole = Console(stderr=True), Column(no_wrap=True)
-        rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)  # what the other columns leave
+        rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)  # the remaining width
         return Bar(
             TextColumn("{task.description:<8}", markup=False, table_column=whole),
             BarColumn(bar_width=40 if console.width >= WIDE else 12),
@@ -84,7 +86,7 @@ class Show:
         )  # fmt: skip
 
     def _show(self, bar: Any, each: Progress) -> None:
-        """One bar per stage, begun anew for every prompt."""
+        """Update the bar of the stage, which is reset for every prompt."""
         name = (each.stage, each.about if each.stage in ("edit", "preview") else "")
         if each.total and not each.path:
             if each.stage not in self.tasks:
@@ -95,11 +97,13 @@ class Show:
                 bar.reset(self.tasks[each.stage], total=each.total)
             self.at = name
             left = _clock(self.time_left.seconds())
-            bar.update(self.tasks[each.stage], completed=each.number, note=_told(each), left=left)
+            bar.update(self.tasks[each.stage], completed=each.number, note=_details(each), left=left)
             if bar.disable and each.number * 10 // each.total > (each.number - 1) * 10 // each.total:
-                self._say(bar, "  ".join(filter(None, (f"{each.stage} {each.number}/{each.total}", left, _told(each)))))
+                self._print(
+                    bar, "  ".join(filter(None, (f"{each.stage} {each.number}/{each.total}", left, _details(each))))
+                )
 
-    def _say(self, bar: Any, line: str) -> None:
+    def _print(self, bar: Any, line: str) -> None:
         if not self.quiet:
             bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -107,7 +111,7 @@ class Show:
         if each.step:
             self.done |= {"steps": each.step.number, "loss": each.step.loss}
         if each.stage in ("plan", "memory") and each.about:
-            self._say(bar, each.about)
+            self._print(bar, each.about)
         if each.stage == "open":
             self.done["base"] = each.about
         if not each.path:
@@ -116,8 +120,8 @@ class Show:
             self.done["run"] = str(each.path)
         else:
             self.done["edits" if each.stage == "edit" else "files"].append(str(each.path))
-        if each.stage != "open":  # a mistake found in opening takes the folder away again
-            self._say(bar, f"{_MADE[each.stage]}: {each.path}")
+        if each.stage != "open":  # the folder is removed if loading fails
+            self._print(bar, f"{_MADE[each.stage]}: {each.path}")
 
 
 _MADE = {
@@ -132,12 +136,12 @@ _MADE = {
 }
 
 
-def _told(each: Progress) -> str:
+def _details(each: Progress) -> str:
     if each.step is None:
         return " ".join(each.about.split())
     relative = each.step.relative_loss
-    beside = "" if relative is None else f" ({relative:.2f} of untuned)"
-    return f"loss {each.step.loss:.4f}{beside}  {_pace(each.step)}  {each.step.memory / 2**30:.1f} GiB"
+    ratio = "" if relative is None else f" ({relative:.2f} of untuned)"
+    return f"loss {each.step.loss:.4f}{ratio}  {_pace(each.step)}  {each.step.memory / 2**30:.1f} GiB"
 
 
 def _pace(step: Step) -> str:
@@ -145,7 +149,7 @@ def _pace(step: Step) -> str:
 
 
 def _clock(seconds: float | None) -> str:
-    """Time left as minutes and seconds, with hours if there are any; empty if it is not known."""
+    """Format the time left; empty if it is unknown."""
     if seconds is None:
         return ""
     minutes, seconds = divmod(round(seconds), 60)
@@ -167,7 +171,7 @@ def report_done(as_json: bool, done: Mapping[str, Any], **more: Any) -> None:
 
 
 def stopped(run: str | None = None, number: int = signal.SIGINT) -> None:
-    """Exit code 130 after Ctrl-C, 143 after SIGTERM: 128 and the signal's number."""
+    """Exit with 128 plus the signal's number, 130 after Ctrl-C and 143 after SIGTERM, and print how to continue."""
     how = f"tuneavideo tune --resume {shlex.quote(run)}" if run else "the same command"
     print(f"tuneavideo: stopped; go on with: {how}", file=sys.stderr)
     raise SystemExit(128 + number)

@@ -1,6 +1,6 @@
-"""What this machine has and what is missing, to be read by people and pasted into a bug report. No torch here.
+"""Environment of the program: versions, devices, free space and missing parts, for a bug report.
 
-torch is asked in a process of its own: doctor has to work where torch is broken, which may take its process along.
+torch runs in a subprocess: `doctor` has to work where importing torch fails or ends the process.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from packaging.requirements import Requirement
 from tuneavideo.models import host_memory
 from tuneavideo.storage import atomic
 
-TOLD = ("CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS",
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS",
         "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TUNEAVIDEO_CACHE", "XDG_CACHE_HOME")  # fmt: skip
-SECONDS_FOR_TORCH = 120
-ASK_TORCH = """
+TORCH_TIMEOUT = 120
+TORCH_SCRIPT = """
 import json, torch
 kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 devices = []
@@ -43,9 +43,10 @@ print(json.dumps({"built for": torch.version.cuda or torch.version.hip or "cpu",
 
 
 def examined() -> dict[str, Any]:
-    """Everything, without user names and home folders; `missing` lists what is wrong, each with its remedy.
+    """Examine the environment; user names and home folders are removed from paths.
 
-    `missing` entries have `what`, `remedy` and whether tuning is `impossible` without.
+    Returns:
+        The findings by name. Entries of `missing` have `what`, `remedy`, and whether tuning is `impossible` without.
     """
     torch = _torch()
     free, total = host_memory.free_and_total()
@@ -77,14 +78,14 @@ def examined() -> dict[str, Any]:
         "runs": {"folder": str(Path("runs").absolute()), "free": atomic.free(Path("runs"))},
         "cache": _folder(atomic.cache_folder()),
         "hub": _hub(),
-        "environment": {name: os.environ[name] for name in TOLD if name in os.environ},
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "missing": missing,
     }
     return json.loads(_anonymous(json.dumps(found)))
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
-    """What `examined` found, for people."""
+    """Yield the findings of `examined` as lines for the terminal."""
     size = atomic.size
     yield f"tuneavideo  {found['tuneavideo']}, Python {found['python']}, {found['system']}"
     yield "packages    " + ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
@@ -110,26 +111,26 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _torch() -> dict[str, Any]:
-    """What torch says of itself and its devices, or the `error` it fails with."""
+    """Return properties of torch and its devices, or the `error` of the subprocess."""
     try:
-        asked = subprocess.run(
-            [sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, timeout=SECONDS_FOR_TORCH
+        done = subprocess.run(
+            [sys.executable, "-c", TORCH_SCRIPT], capture_output=True, text=True, timeout=TORCH_TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"does not answer within {SECONDS_FOR_TORCH} s"}
-    if asked.returncode:
-        said = asked.stderr.strip().splitlines()
-        return {"error": said[-1] if said else f"ends its process with {asked.returncode}"}
-    return json.loads(asked.stdout.splitlines()[-1])
+        return {"error": f"does not answer within {TORCH_TIMEOUT} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return {"error": lines[-1] if lines else f"ends its process with {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _requirements() -> Iterator[tuple[Requirement, str]]:
-    """What this package needs, and the extra it is needed for; not what its developers need."""
+    """Yield the packages that this one requires, each with its extra; those of developers are left out."""
     try:
-        stated = requires("tuneavideo") or []
+        declared = requires("tuneavideo") or []
     except PackageNotFoundError:
-        stated = []
-    for requirement in map(Requirement, stated):
+        declared = []
+    for requirement in map(Requirement, declared):
         marker, requirement.marker = requirement.marker, None
         extra = re.search(r"extra == [\"'](.+?)[\"']", str(marker))
         if not extra or extra[1] != "dev":
@@ -157,7 +158,7 @@ def _hub() -> dict[str, Any]:
 
 
 def _anonymous(text: str) -> str:
-    """Without the home folder and, in other paths, the user's name."""
+    """Replace the home folder and, in other paths, the user's name."""
     home = os.path.expanduser("~")
     if not os.path.basename(home):
         return text

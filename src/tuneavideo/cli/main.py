@@ -1,4 +1,4 @@
-"""The command line: flags in, progress and paths out. Everything it does is in `api`."""
+"""Commands of the command line: each parses its options, runs a job and prints the results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import difflib
 import io
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from tuneavideo import __version__
 from tuneavideo.cli import arguments
+from tuneavideo.cli.completion import completion_script
 from tuneavideo.cli.console import Show, report_done, stopped
 from tuneavideo.cli.options import Command
 from tuneavideo.errors import SettingsError, TuneAVideoError
@@ -25,17 +25,17 @@ from tuneavideo.progress import Events
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command, or say in one line why not; exit codes are 0 and those of `_fail`, `stopped` and a closed pipe."""
+    """Run a command; an error is one line. The exit codes are in docs/run-folder.md."""
     try:
         try:
             _main(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # who reads the output has closed it: nothing is left to be said, at exit neither
+    except BrokenPipeError:  # the reader of the output has closed it: print nothing more, at exit neither
         quiet = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(quiet, stream.fileno())
-        raise SystemExit(CLOSED) from None
+        raise SystemExit(CLOSED_PIPE) from None
 
 
 def _main(argv: list[str]) -> None:
@@ -69,14 +69,14 @@ def demo(argv: Sequence[str]) -> None:
     from tuneavideo import api
 
     options = arguments.options(
-        "demo", demo.__doc__, argv, out="run folder to make", quick="a few steps only, to see that it runs"
+        "demo", demo.__doc__, argv, out="Run folder to create.", quick="A few steps only, as a test."
     )
     done = Show(options.json).run(api.Job.demo(out=options.out, quick=options.quick))
     report_done(options.json, done, picture=done["files"][-1])
 
 
 def tune(argv: Sequence[str]) -> None:
-    """Teach a text-to-image model the motion of one clip, and edit the clip."""
+    """Tune a text-to-image model on one clip, and edit the clip."""
     from tuneavideo import api
     from tuneavideo.settings import TuneSettings
 
@@ -93,7 +93,7 @@ def tune(argv: Sequence[str]) -> None:
         job = api.Job.tune(api.resumed_settings(options.resume, given), resume=options.resume)
     else:
         config = _config(command, given, options)
-        settings = api.merge_settings(given, config, str(options.config))
+        settings = api.merge_settings(given, config)
         job = api.Job.tune(settings, out=options.out or (config and config.out))
     report_done(options.json, Show(options.json).run(job))
 
@@ -108,7 +108,7 @@ def edit(argv: Sequence[str]) -> None:
 
 
 def invert(argv: Sequence[str]) -> None:
-    """Find the noise a tuned clip came from, and keep it for edits to start from."""
+    """Invert a tuned clip to noise, and keep the latents for later edits."""
     from tuneavideo import api
 
     example = "tuneavideo invert runs/skiing-1"
@@ -117,7 +117,7 @@ def invert(argv: Sequence[str]) -> None:
 
 
 def adopt(argv: Sequence[str]) -> None:
-    """Make a run of what another program tuned on a clip, to edit it here."""
+    """Make a run of weights that another program tuned on a clip, to edit it here."""
     from tuneavideo import api
     from tuneavideo.settings import TuneSettings
 
@@ -129,31 +129,32 @@ def adopt(argv: Sequence[str]) -> None:
     given, options = arguments.parse(command, argv, _tuning_defaults)
     config = _config(command, given, options)
     if not options.checkpoint:
-        raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of what was tuned")
+        raise SettingsError("--checkpoint is missing: a folder, .pth, .ckpt or .safetensors of the tuned weights")
     has_base = "base" in given or (config and "base" in config.settings)
-    settings = api.merge_settings(given, config, str(options.config))
+    settings = api.merge_settings(given, config)
     out, own_base = options.out or (config and config.out), options.checkpoint.is_dir() and not has_base
     job = api.Job.adopt(settings, options.checkpoint, out=out, own_base=own_base)
     report_done(options.json, Show(options.json).run(job))
 
 
 def convert(argv: Sequence[str]) -> None:
-    """Turn weights of one program into files of another, tensor by tensor."""
-    asked = vars(arguments.read(arguments.of_convert(convert.__doc__), argv))
-    as_json, _, binary = asked.pop("json"), asked.pop("debug"), not asked.pop("no_binary")
+    """Convert weights of one program to files of another."""
+    options = vars(arguments.read(arguments.of_convert(convert.__doc__), argv))
+    source, out, binary = options.pop("source"), options.pop("out"), not options.pop("no_binary")
+    as_json, _ = options.pop("json"), options.pop("debug")
     from tuneavideo import api
     from tuneavideo.jobs import checks
 
-    checks.check_weights(asked["source"])
+    checks.check_weights(source)
     from tuneavideo.models import quiet
 
     quiet.silence_libraries()
-    report = api.convert(asked.pop("source"), asked["out"], binary=binary, **{k: asked[k] for k in asked if k != "out"})
-    print(json.dumps(dataclasses.asdict(report)) if as_json else "\n".join([*report.lines(), f"done: {asked['out']}"]))
+    report = api.convert(source, out, binary=binary, **options)
+    print(json.dumps(dataclasses.asdict(report)) if as_json else "\n".join([*report.lines(), f"done: {out}"]))
 
 
 def mindone(argv: Sequence[str]) -> None:
-    """MindONE's two commands (train, infer) with its flags; says what to type here, and does it."""
+    """Run MindONE's commands (train, infer) with its flags, and print the same command of this program."""
     from tuneavideo import api
     from tuneavideo.interop import mindone_flags
 
@@ -162,7 +163,7 @@ def mindone(argv: Sequence[str]) -> None:
         print(f"usage: tuneavideo mindone {{train,infer}} ...\n\n{mindone.__doc__}\n\n{more}")
         return
     if argv[:1] not in (["train"], ["infer"]):
-        raise SettingsError("mindone: say 'mindone train' or 'mindone infer', and MindONE's flags")
+        raise SettingsError("mindone: give 'mindone train' or 'mindone infer', and MindONE's flags")
     checkpoint = ""
     if argv[0] == "train":
         config = mindone_flags.train(argv[1:])
@@ -177,7 +178,7 @@ def mindone(argv: Sequence[str]) -> None:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Measure the edits of a tuned clip, and keep the scores in the run folder."""
+    """Measure the edits of a tuned clip, and write the scores into the run folder."""
     from tuneavideo import api
     from tuneavideo.cli import tables
 
@@ -187,18 +188,18 @@ def evaluate(argv: Sequence[str]) -> None:
     )
     scores: dict[str, Any] = {}
     try:
-        Show(options.json).run(_noting_scores(job, scores))
-    finally:  # what was measured is shown, even if it could not be kept
+        Show(options.json).run(_collecting_scores(job, scores))
+    finally:  # scores are shown even if they could not be written
         if options.json and scores:
             print(json.dumps(scores))
-        for file, told in () if options.json else scores.items():
-            tables.show_scores(file, told)
-    if not any(edit["scores"] for told in scores.values() for edit in told["edits"]):
+        for file, contents in () if options.json else scores.items():
+            tables.show_scores(file, contents)
+    if not any(edit["scores"] for contents in scores.values() for edit in contents["edits"]):
         raise SettingsError(f"nothing was measured of {', '.join(options.metrics) or 'any metric'}")
 
 
-def _noting_scores(job: Job, scores: dict[str, Any]) -> Events:
-    """The same job; `scores` gets what it measured, by file."""
+def _collecting_scores(job: Job, scores: dict[str, Any]) -> Events:
+    """Yield the events of a job, and collect its scores by file."""
     for each in job:
         if each.scores:
             scores[each.about] = each.scores
@@ -224,17 +225,17 @@ def benchmark(argv: Sequence[str]) -> None:
 
 
 def report(argv: Sequence[str]) -> None:
-    """Show runs on one page that opens anywhere: clips in step, scores, the loss, settings."""
+    """Write an HTML page on runs: clips, scores, the loss, settings."""
     from tuneavideo import api
 
-    meanings = {"runs": "run folders; several are compared", "out": "HTML file to write; by default report.html"}
+    meanings = {"runs": "Run folders; several are compared.", "out": "HTML file to write. By default report.html."}
     options = arguments.options("report", report.__doc__, argv, **meanings)
     page = api.report(options.runs, options.out)
     print(json.dumps({"report": str(page), "runs": options.runs}) if options.json else f"report: {page}")
 
 
 def models(argv: Sequence[str]) -> None:
-    """List the base models known by name, and which of them are on this machine."""
+    """List the base models with names, and which of them are on this machine."""
     from tuneavideo import api
 
     options = arguments.options("models", models.__doc__, argv)
@@ -246,13 +247,13 @@ def models(argv: Sequence[str]) -> None:
 
     tables.show_models(known)
     print(
-        "Memory is what tuning that many frames holds at least: counted, not measured (bf16, gradient checkpointing).\n"
+        "Memory is the minimum for tuning on that many frames, counted, not measured (bf16, gradient checkpointing).\n"
         "Any Stable Diffusion 1.x, 2.x or XL works: give --base a hub id, a folder, or a .safetensors or .ckpt file."
     )
 
 
 def doctor(argv: Sequence[str]) -> None:
-    """Say what this machine has and what is missing, for you and for a bug report."""
+    """Print the environment and what is missing, for a bug report."""
     from tuneavideo.cli.environment import examined, lines
 
     options = arguments.options("doctor", doctor.__doc__, argv)
@@ -265,16 +266,15 @@ def doctor(argv: Sequence[str]) -> None:
 def completion(argv: Sequence[str]) -> None:
     """Print a script for bash and zsh that completes commands and options: source <(tuneavideo completion)."""
     made = arguments.parser("completion", completion.__doc__)
-    made.add_argument("shell", nargs="?", choices=("bash", "zsh"), help="the script is the same for both")
+    made.add_argument("shell", nargs="?", choices=("bash", "zsh"), help="The script is the same for both.")
     arguments.read(made, argv)
-    lines = [f"  {name}) words='{' '.join(_flags_in_help(name))}' ;;" for name in COMMANDS]
-    print(COMPLETION.replace("COMMANDS", " ".join(COMMANDS)).replace("CASES", "\n".join(lines)))
+    print(completion_script({name: _help_of(name) for name in COMMANDS}))
 
 
-def _flags_in_help(name: str) -> list[str]:
+def _help_of(name: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
         COMMANDS[name](["--help-all"])
-    return sorted(set(re.findall(r"--[a-z][a-z0-9-]+", shown.getvalue())))
+    return shown.getvalue()
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -292,21 +292,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "doctor": doctor,
     "completion": completion,
 }
-COMPLETION = """\
-[ -n "$ZSH_VERSION" ] && autoload -U +X bashcompinit && bashcompinit
-_tuneavideo() {
-  local words='COMMANDS' current=${COMP_WORDS[COMP_CWORD]}
-  [ "$COMP_CWORD" -gt 1 ] && case ${COMP_WORDS[1]} in
-CASES
-  esac
-  COMPREPLY=()
-  case $COMP_CWORD,$current in
-    1,* | *,-*) COMPREPLY=($(compgen -W "$words" -- "$current")) ;;
-  esac
-}
-complete -o default -F _tuneavideo tuneavideo
-"""
-CLOSED = 141  # as a shell has it of a program that SIGPIPE ended
+CLOSED_PIPE = 141  # exit code of a program that SIGPIPE ended, in a shell
 RESUMABLE = {
     "out": "Run folder to create. By default the next free runs/CLIP-N.",
     "resume": "Run folder of a stopped tuning to continue.",
@@ -314,13 +300,13 @@ RESUMABLE = {
 
 
 def _fail(error: Exception) -> None:
-    """Exit code 2: something the user can put right; 1: something that should not happen."""
+    """Print an error and exit: with 2 if the user can correct it, with 1 if it is a fault of the program."""
     expected = isinstance(error, TuneAVideoError)
-    told = [str(error)] if expected else [
+    parts = [str(error)] if expected else [
         f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}",
         "--debug shows where; please report it with what 'tuneavideo doctor' prints",
     ]  # fmt: skip
-    print(f"tuneavideo: {'; '.join([*told, *getattr(error, '__notes__', ())])}", file=sys.stderr)
+    print(f"tuneavideo: {'; '.join([*parts, *getattr(error, '__notes__', ())])}", file=sys.stderr)
     raise SystemExit(2 if expected else 1)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneavideo.bases import BASES
-from tuneavideo.config import parse_yaml, stated_values
+from tuneavideo.config import parse_values, parse_yaml
 from tuneavideo.errors import SettingsError
 from tuneavideo.settings import Settings, TuneSettings
 
@@ -127,7 +127,7 @@ def read_config(path: Path | str, kind: type[Settings]) -> Config:
         config = from_mindone(values, str(path))
     else:
         out = values.pop("out", None)
-        return Config(stated_values(kind, values, str(path)), None if out is None else str(out))
+        return Config(parse_values(kind, values, str(path)), None if out is None else str(out))
     if config.notices:
         logger.warning("%s: %s", path, "; ".join(config.notices))
     return config
@@ -146,7 +146,7 @@ def from_official(values: Mapping[str, Any], where: str) -> Config:
     scaled = own.pop("scale_lr", False)
     if "base" in own:
         own["base"] = _known_base(str(own["base"]), config)
-    own = config.settings = stated_values(TuneSettings, {**OFFICIAL_DEFAULTS, **own}, where)
+    own = config.settings = parse_values(TuneSettings, {**OFFICIAL_DEFAULTS, **own}, where)
     if scaled:
         own["learning_rate"] *= own.get("train_batch_size", 1) * own.get("gradient_accumulation_steps", 1)
         config.notices.append(f"scale_lr: learning_rate is {own['learning_rate']:g}; several processes do not raise it")
@@ -175,7 +175,7 @@ def from_mindone(values: Mapping[str, Any], where: str, base: str | None = None)
     own["adam_beta1"], own["adam_beta2"] = betas
     if own.pop("clip_grad", None) is False:
         own["max_grad_norm"] = NO_CLIPPING
-    config.settings = stated_values(TuneSettings, {**MINDONE_DEFAULTS, **own}, where)
+    config.settings = parse_values(TuneSettings, {**MINDONE_DEFAULTS, **own}, where)
     config.notices += frame_notices(config.settings)
     return config
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tuneavideo.config import parse_yaml, stated_values
+from tuneavideo.config import parse_values, parse_yaml
 from tuneavideo.errors import SettingsError
 from tuneavideo.interop.foreign_configs import MINDONE, VERSIONS, Config, frame_notices, from_mindone, to_command
 from tuneavideo.settings import TuneSettings
@@ -66,7 +66,7 @@ def infer(argv: Sequence[str]) -> tuple[Config, str]:
         own["fresh_noise"] = 1.0
     if given.seed is not None:
         own["seeds"] = (given.seed,)
-    own = stated_values(TuneSettings, own, "mindone infer")
+    own = parse_values(TuneSettings, own, "mindone infer")
     command = to_command("adopt", own, out=given.output_path, checkpoint=given.ckpt_path)
     notices = [command, *frame_notices(own), *_infer_notices(given)]
     return Config(own, given.output_path, notices, bool(given.dry_run)), str(given.ckpt_path)

@@ -33,10 +33,10 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
         try:
             yield Progress("open", path=run.path, about=settings.base)
             if own_base:
-                convert(checkpoint, run.base, "diffusers")  # refuses a folder that is there
+                convert(checkpoint, run.base, "diffusers")  # raises an error if the folder exists
                 converted = True
                 settings = settings.model_copy(update={"base": str(run.base.absolute())})
-            if settings.stride is None and settings.sample_fps is None:  # as other programs take them
+            if settings.stride is None and settings.sample_fps is None:  # as other programs do
                 settings = settings.model_copy(update={"stride": 1})
             span = plan.choose_frames(settings)
             settings = settings.model_copy(update={"num_frames": span.count})
@@ -55,7 +55,7 @@ def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = 
 
 
 def _fill(run: RunFolder, settings: TuneSettings, span: Span, found: Checkpoint) -> None:
-    """Write the clip, its latents and last the adapter, which marks the run as finished."""
+    """Write the clip, its latents and last the adapter, with which the run counts as finished."""
     pipe = pipelines.load_image_pipeline(settings.base)
     clip = prepare.read_clip(settings, span, pipe, run.path)
     videos.write(clip, run.source)
@@ -68,5 +68,5 @@ def _fill(run: RunFolder, settings: TuneSettings, span: Span, found: Checkpoint)
         fingerprint(pipe.unet),
         {"prompt": settings.prompt, "adopted from": found.kind},
     )
-    adapter.attach(pipe.unet)  # refuses what does not fit
+    adapter.attach(pipe.unet)  # raises an error if it does not fit
     adapter.save(run.adapter, dtype=None)

@@ -1,4 +1,4 @@
-"""Checks of paths and names before a job, without torch: a mistake is reported in a second, not after the imports."""
+"""Checks of paths and names before a job. This module must not import torch: errors are reported within a second."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tuneavideo.storage.run_folder import COPY, OTHER_PLACE, RunFolder
 def check_tune_inputs(
     settings: TuneSettings, out: str | Path | None, *, resumed: bool = False, own_base: bool = False
 ) -> None:
-    """Raise TuneAVideoError when the clip or the base is missing, or the run folder is taken or cannot be written.
+    """Raise TuneAVideoError when clip or base is missing, or the run folder holds files or cannot be written.
 
     Args:
         settings: Settings of the tuning.
-        out: Run folder to make; by default one in `runs`.
-        resumed: Whether the run is there already, with its frames.
-        own_base: Whether the base comes with the weights, so that `settings.base` is not opened.
+        out: Run folder to create. None: one in `runs`.
+        resumed: Whether the run exists already, with its frames.
+        own_base: Whether the base is converted from the checkpoint, instead of `settings.base`.
     """
     if not own_base:
-        bases.refuse_unknown(settings.base)
+        bases.check_base(settings.base)
     if resumed:
         return
     if not os.path.exists(settings.video):
@@ -43,26 +43,26 @@ def check_tune_inputs(
 def check_edit_inputs(settings: EditSettings) -> None:
     """Raise TuneAVideoError when a file that the edits need is missing, or the run cannot be written."""
     if settings.edit_model is not None:
-        bases.refuse_unknown(settings.edit_model)
+        bases.check_base(settings.edit_model)
     for each in settings.lora:
-        _check_there("LoRA", weighted(each)[0])
+        _check_exists("LoRA", weighted(each)[0])
     for each in settings.embedding:
-        _check_there("embedding", each, hub=False)
+        _check_exists("embedding", each, hub=False)
     if settings.controlnet is not None:
-        _check_there("ControlNet", settings.controlnet)
+        _check_exists("ControlNet", settings.controlnet)
     if settings.control not in ("canny", "depth") and not os.path.exists(settings.control):
         raise SettingsError(
             f"control {settings.control!r} does not exist; give canny, depth, a video or a folder of maps"
         )
     if settings.ip_adapter is not None and len(Path(settings.ip_adapter).parts) < 2:
-        _check_there("IP-Adapter", settings.ip_adapter, hub=False)
+        _check_exists("IP-Adapter", settings.ip_adapter, hub=False)
     if settings.ip_image is not None:
-        _check_there("ip_image", settings.ip_image, hub=False)
+        _check_exists("ip_image", settings.ip_image, hub=False)
     atomic.check_writable(RunFolder.open(settings.run).path, COPY)
 
 
 def check_evaluate_inputs(places: Iterable[str | Path], metrics: Iterable[str], mask: Path | None) -> None:
-    """Raise TuneAVideoError when a metric or the mask is not known, or no place is a run or an edit."""
+    """Raise TuneAVideoError when a metric is unknown, the mask is missing, or no place is a run or an edit."""
     for name in metrics:
         check_metric(name)
     places = [*places]
@@ -80,7 +80,7 @@ def check_weights(path: str | Path) -> None:
         raise CheckpointError(f"{path} does not exist; give a file or folder of weights")
 
 
-def _check_there(what: str, place: str, *, hub: bool = True) -> None:
-    if os.path.exists(place) or (hub and bases.may_be_on_hub(place)):
+def _check_exists(what: str, place: str, *, hub: bool = True) -> None:
+    if os.path.exists(place) or (hub and bases.is_hub_id(place)):
         return
     raise AdapterError(f"{what} {place}: no such file or folder" + (", and no hub id (OWNER/NAME)" if hub else ""))

@@ -65,18 +65,26 @@ def checked_session(settings: EditSettings, count: int, tuned: Pipeline | None =
 
 
 def with_few_threads(work: Generator[Progress, None, Any], session: EditSession) -> Events:
-    """Steps of `work`, on one thread if the model is small for the clip."""
+    """Yield the events of `work`, computed on one thread if the model is small."""
     yield from threaded(work, session.pipe.unet, *session.moments["mean"].shape[2:])
 
 
 def due_edits(settings: EditSettings, done: Set[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return prompt and seed of the edits that are not `done`."""
     return [each for each in product(settings.prompt, settings.seeds) if each not in done]
 
 
 def make_edits(
     settings: EditSettings, session: EditSession, done: Set[tuple[str, int]] = frozenset(), is_planned: bool = False
 ) -> Events:
-    """Edits with every prompt and seed but those that are `done`; the plan `is_planned` if they come after tuning."""
+    """Make the edits of every prompt and seed.
+
+    Args:
+        settings: Settings of the edits.
+        session: Loaded session of the run.
+        done: Prompt and seed of edits that exist already.
+        is_planned: Whether the plan was shown before, as it is after tuning.
+    """
     due = due_edits(settings, done)
     if not is_planned:
         base, prompts = plan.base_of(settings), (*settings.prompt, settings.negative_prompt)
@@ -101,11 +109,12 @@ def batched(requests: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence
 
 
 def announce(settings: EditSettings) -> Events:
+    """Yield the event before a base is loaded."""
     yield Progress("open", path=RunFolder.open(settings.run).path, about=plan.base_of(settings))
 
 
 def load_session(settings: EditSettings, tuned: Pipeline | None = None) -> EditSession:
-    """Load the tuned model of a run and the clip it was tuned on; `tuned` is a pipeline that is loaded already."""
+    """Load the tuned model of a run and its clip; `tuned` is the pipeline if it is loaded already."""
     run = RunFolder.open(settings.run)
     own = run.read_settings()
     dtype = devices.PRECISIONS[precision_of(own)]

@@ -20,6 +20,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av")
 
 
 def write_edit(session: EditSession, settings: EditSettings, prompt: str, seed: int, video: AnyVideo) -> Path:
+    """Write the files of an edit into a new folder, and return the folder."""
     with session.run.new_edit(prompt) as (draft, folder):
         for kind in settings.formats:
             videos.write(video, draft / ("frames" if kind == "frames" else f"edit.{kind}"))
@@ -27,8 +28,8 @@ def write_edit(session: EditSession, settings: EditSettings, prompt: str, seed: 
         labels = [session.run.read_settings().prompt, prompt]
         videos.write(side_by_side([source, video], labels=labels), draft / "side-by-side.mp4")
         made = settings.model_dump(mode="json", exclude={"prompt", "seeds", "run"})
-        told = {"tuned_steps": session.run.about.get("steps")}
-        atomic.write(draft / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made | told, indent=1))
+        made |= {"tuned_steps": session.run.about.get("steps")}
+        atomic.write(draft / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made, indent=1))
     return folder
 
 
@@ -37,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def model_card(settings: TuneSettings, run: RunFolder) -> str:
-    """The model card of a run."""
+    """Return the model card of a run, in Markdown."""
     return f"""---
 base_model: {settings.base}
 library_name: tuneavideo

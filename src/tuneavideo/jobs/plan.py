@@ -1,4 +1,4 @@
-"""Plan of a job, in lines that are shown before it starts. No torch here."""
+"""Plan of a job, in lines that are shown before it starts. This module must not import torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from tuneavideo.video import Span
 
 TOY = "a toy that draws 16 subjects at 64 x 64 pixels; --base sd1.5 makes real pictures"
-NAMED = 8  # words that are named in a line
-REPEATED = 0.95  # pictures of the clip for each frame taken, below which the same ones are taken again
-MUCH_LARGER = 2  # times the area that a base was trained at, above which a size is warned of
+NAMED = 8  # unknown words in a line
+REPEATED = 0.95  # pictures of the clip per frame taken, below which frames repeat
+MUCH_LARGER = 2  # multiple of the area of the base's training, above which there is a warning
 
 
 def choose_frames(settings: TuneSettings) -> Span:
-    """The frames of the clip that `settings` take. Raises VideoError when they are not there."""
-    from tuneavideo import video as videos  # help is shown without it, and sooner
+    """Return the frames of the clip that `settings` take. Raises VideoError when the clip is shorter."""
+    from tuneavideo import video as videos  # slow to import, and not needed for help
 
     return videos.choose_span(
         settings.video, usual=default_frames(settings.base), count=settings.num_frames, start=settings.start,
@@ -68,7 +68,7 @@ def describe_edits(settings: EditSettings, frames: int, size: tuple[int, int]) -
 
 
 def frame_warnings(span: Span, taken: int) -> Iterator[str]:
-    """A line if `taken` frames show no motion, or if the clip has fewer pictures than are taken of that time."""
+    """Yield a warning if `taken` is one frame, or if frames repeat."""
     if taken == 1:
         yield (
             "warning: one frame shows no motion to learn; take more frames of a clip that moves (--num-frames, a "
@@ -82,9 +82,13 @@ def frame_warnings(span: Span, taken: int) -> Iterator[str]:
 
 
 def size_warnings(base: str, size: tuple[int, int], trained: int, *, is_set: bool = True) -> Iterator[str]:
-    """A line if `size` (width and height) is far above the side that a base was trained at.
+    """Yield a warning if frames are much larger than those of the base's training.
 
-    `is_set` tells that the user set a size; otherwise it follows from the clip's shape.
+    Args:
+        base: Name of the base.
+        size: Width and height in pixels.
+        trained: Side of the base's training pictures in pixels.
+        is_set: Whether the size is set, and does not follow from the clip's shape.
     """
     times = size[0] * size[1] / trained**2
     if times > MUCH_LARGER:
@@ -96,14 +100,14 @@ def size_warnings(base: str, size: tuple[int, int], trained: int, *, is_set: boo
 
 
 def unknown_word_warnings(base: str, prompts: Iterable[str]) -> Iterator[str]:
-    """A line if a base is known not to know words of prompts; tokens in angle brackets are those of embeddings."""
+    """Yield a warning if the miniature does not know words of prompts; tokens in angle brackets are embeddings."""
     if base == "miniature" and (words := miniature.unknown_words(re.sub("<[^>]*>", " ", " ".join(prompts)))):
-        told = ", ".join(words[:NAMED]) + ", ..." * (len(words) > NAMED)
-        yield f"warning: the miniature does not know {told}; to it these words mean nothing"
+        shown = ", ".join(words[:NAMED]) + ", ..." * (len(words) > NAMED)
+        yield f"warning: the miniature does not know {shown}; these words have no effect"
 
 
 def steps_ahead(settings: Sampling, edits: int) -> dict[str, int]:
-    """Return the number of steps of each stage for so many edits."""
+    """Return the number of steps of each stage for a number of edits."""
     batches = math.ceil(edits / settings.batch_prompts)
     return {"invert": settings.inversion_steps, "edit": batches * settings.num_inference_steps} if edits else {}
 

@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def precision_of(settings: TuneSettings) -> str:
+    """Return the precision of a tuning: `no`, `fp16` or `bf16`."""
     return devices.precision(settings.mixed_precision, low=settings.memory is not None)
 
 
 def stored_clip(run: RunFolder) -> tuple[AnyVideo, Moments] | None:
-    """Clip and latents of a run that was begun; None if one is missing or damaged."""
+    """Return clip and latents of a run folder; None if one is missing or damaged."""
     if not (run.latents.is_file() and run.source.is_file()):
         return None
     clip = videos.read_any(run.source, run.path)
@@ -55,6 +56,7 @@ def read_clip(settings: TuneSettings, span: Span, pipe: Pipeline, folder: Path) 
 
 
 def check_gif_rate(settings: Sampling, source: AnyVideo) -> None:
+    """Raise SettingsError when the edits would be GIFs of a frame rate that the format does not have."""
     fps = settings.fps or source.fps
     if "gif" in settings.formats and fps > videos.FASTEST_GIF:
         raise SettingsError(
@@ -85,7 +87,7 @@ def encode_text(pipe: Pipeline, prompt: str) -> Conditions:
 
 
 def restore_source(run: RunFolder, own: TuneSettings, pipe: Pipeline) -> None:
-    """Write a lost `source.mp4` again from the clip that the run was tuned on."""
+    """Write a missing `source.mp4` again, from the clip that the run was tuned on."""
     if not Path(own.video).exists():
         raise VideoError(
             f"{run.source} is missing, and so is {own.video}, which it was made from; put one of them back"
@@ -95,7 +97,8 @@ def restore_source(run: RunFolder, own: TuneSettings, pipe: Pipeline) -> None:
 
 
 def warn_of_truncation(pipe: Pipeline, base: str, prompts: Iterable[str]) -> None:
-    most = pipe.tokenizer.model_max_length - 2  # without the two that mark its ends
+    """Log a warning for each prompt that the text encoder truncates."""
+    most = pipe.tokenizer.model_max_length - 2  # without the first and the last token
     for prompt in dict.fromkeys(prompts):
         if cut := codec.truncated_words(pipe, prompt):
             logger.warning(

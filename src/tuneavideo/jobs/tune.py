@@ -41,8 +41,7 @@ from tuneavideo.training.optimizers import make_optimizer
 from tuneavideo.video import AnyVideo
 from tuneavideo.video.montage import side_by_side
 
-# How long processes wait for one of them: longer than any preview of a long clip.
-PATIENCE = timedelta(days=7)
+PROCESS_TIMEOUT = timedelta(days=7)  # longer than any preview, which one process makes while the others wait
 
 
 def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Events:
@@ -145,7 +144,7 @@ def _read_clip(
 def _plan_memory(
     settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: AnyVideo
 ) -> Generator[Progress, None, TuneSettings]:
-    """Choose the settings that fit into memory, and offload the VAE and the text encoder if they say so."""
+    """Choose settings that fit into memory, and offload the VAE and the text encoder if `offload` is set."""
     settings, line = fitted(settings, accelerator, pipe, clip)
     if line:
         yield Progress("memory", about=line)
@@ -166,7 +165,7 @@ def _encode(
 def _fill_run_folder(
     run: RunFolder, settings: TuneSettings, base_fingerprint: dict[str, float], clip: AnyVideo, moments: Moments
 ) -> None:
-    """Write settings, latents and clip, all that resuming needs."""
+    """Write settings, latents and clip, which resuming needs."""
     run.write_settings(settings, versions() | {"base fingerprint": cache.key(base_fingerprint)})
     if cache.read(run.latents) is None:
         cache.write(run.latents, moments)
@@ -184,7 +183,7 @@ def _end_training(accelerator: Accelerator) -> None:
 def _save_adapter(
     run: RunFolder, tuning: Tuning, settings: TuneSettings, video: VideoUNet, base_fingerprint: dict[str, float]
 ) -> None:
-    """Write the model card, then the adapter, which marks the run as finished, and delete the checkpoints."""
+    """Write the model card, then the adapter, with which the run counts as finished; delete the checkpoints."""
     atomic.write(run.card, model_card(settings, run))
     about = {"prompt": settings.prompt, "steps": tuning.number, "max_train_steps": settings.max_train_steps}
     Adapter.of(
@@ -199,7 +198,7 @@ def _save_adapter(
 
 
 def _prepare_for_inference(pipe: Pipeline, accelerator: Accelerator, tuning: Tuning) -> None:
-    """Make the tuned UNet what a freshly loaded one is: in its own precision, without gradients."""
+    """Bring the tuned UNet into the state of a loaded one: its own precision, without gradients."""
     unet: Any = accelerator.unwrap_model(tuning.video.unet, keep_fp32_wrapper=False)
     unet.disable_gradient_checkpointing()
     if tuning.settings.lora_rank:
@@ -218,7 +217,7 @@ def _ahead(settings: TuneSettings, number: int) -> dict[str, int]:
 
 
 def _train(manager: CheckpointManager, session: EditSession) -> Events:
-    """Tune to the end, with checkpoints and previews; a job that is closed early keeps its last step."""
+    """Tune to the end, with checkpoints and previews; a closed job saves a checkpoint of its last step."""
     settings = manager.tuning.settings
     try:
         yield from _previewed(manager, session)
@@ -247,15 +246,15 @@ def _steps(tuning: Tuning) -> Iterator[Step]:
         step = next(steps, None)
         if step is None:
             return
-        held = tuning.peak if tuning.recording else 0  # what a recorded step takes was allocated when it was recorded
+        held = tuning.peak if tuning.recording else 0  # memory of a recorded step is allocated while it is recorded
         yield dataclasses.replace(step, memory=max(held, devices.used_memory(device)))
 
 
 def _previewed(manager: CheckpointManager, session: EditSession) -> Events:
-    """The previews that are due at this step and not there yet."""
+    """Make the previews that are due at this step and do not exist yet."""
     tuning, settings = manager.tuning, manager.tuning.settings
     due = settings.validation_steps and tuning.number % settings.validation_steps == 0
-    session.recent.clear()  # the weights have moved since
+    session.recent.clear()  # of earlier weights
     for index, prompt in enumerate(settings.edit if due and manager.accelerator.is_main_process else ()):
         path = manager.run.sample(tuning.number, index, prompt)
         if path.is_file():
@@ -278,9 +277,11 @@ def _relabelled(
 
 
 def _accelerator(settings: TuneSettings) -> Accelerator:
-    AcceleratorState._reset_state()  # accelerate keeps the precision of the process's first job otherwise
-    options: dict[str, Any] = {"cpu": not torch.accelerator.is_available()}  # else processes do not meet on a CPU
-    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=PATIENCE)]
+    AcceleratorState._reset_state()  # otherwise accelerate keeps the precision of the process's first job
+    options: dict[str, Any] = {
+        "cpu": not torch.accelerator.is_available()
+    }  # otherwise processes on CPUs do not connect
+    options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)]
     if settings.report_to:  # _start_trackers names the folder later
         options |= {"log_with": settings.report_to, "project_config": ProjectConfiguration(logging_dir="logs")}
         if not importlib.util.find_spec(settings.report_to):
@@ -324,7 +325,7 @@ def _claim_run_folder(
 def _how_to_resume(run: RunFolder, error: Exception) -> str:
     flags = error.resume_flags if isinstance(error, TuneAVideoError) else ""
     if flags is None:
-        return f"{run.path} cannot be resumed so"
+        return f"{run.path} cannot be resumed with these settings"
     return f"go on with: {f'tuneavideo tune --resume {run.quoted} {flags}'.rstrip()}"
 
 

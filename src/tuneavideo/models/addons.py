@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tuneavideo.bases import may_be_on_hub
+from tuneavideo.bases import is_hub_id
 from tuneavideo.config import weighted
 from tuneavideo.errors import AdapterError
 from tuneavideo.method.conditioning import Conditions
@@ -186,7 +186,7 @@ def _one_line_errors(what: str, place: str) -> Iterator[None]:
     except FAULTS as error:
         if "out of memory" in str(error):
             raise
-        if may_be_on_hub(place) and (network := unreachable()):
+        if is_hub_id(place) and (network := unreachable()):
             how = f"'hf download {place}' where there is a network, or give a file or folder"
             raise AdapterError(f"{what} {place} is not on this machine, and {network}; {how}") from error
         said = "its shapes are others; take one made for this kind of base"

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import CLIPTokenizer
 
-from tuneavideo.bases import BASES, refuse_unknown
+from tuneavideo.bases import BASES, check_base
 from tuneavideo.errors import CheckpointError, ModelError
 from tuneavideo.models.quiet import local_only, unreachable
 from tuneavideo.storage.weight_files import read_safetensors, read_torch
@@ -137,7 +137,7 @@ def missing(base: str, error: Exception) -> str:
     place, first = source(base), textwrap.shorten(str(error), 300, placeholder=" ...")
     if Path(place).exists():
         return f"{place}: cannot be opened as a Stable Diffusion model: {first}"
-    refuse_unknown(base)
+    check_base(base)
     return (
         f"base {base!r} is not there: no such folder, and not in the hub's cache ({HF_HUB_CACHE}). Download it with "
         f"'hf download {place}', or give a folder or a .safetensors file; 'tuneavideo models' lists known bases"

@@ -15,7 +15,7 @@ from huggingface_hub import get_session
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from transformers.utils import logging as transformers_logging
 
-from tuneavideo.bases import may_be_on_hub
+from tuneavideo.bases import is_hub_id
 
 NOISY = tuple(
     f"diffusers.pipelines.{name}" for name in ("pipeline_utils", "stable_diffusion.pipeline_stable_diffusion")
@@ -84,4 +84,4 @@ def unreachable() -> str:
 
 def local_only(place: str) -> dict[str, Any]:
     """What keeps libraries from asking a hub, again and again, that cannot be reached."""
-    return {"local_files_only": True} if may_be_on_hub(place) and unreachable() else {}
+    return {"local_files_only": True} if is_hub_id(place) and unreachable() else {}

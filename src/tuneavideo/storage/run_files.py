@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from tuneavideo.config import REMOVED, as_yaml, checked, parse_yaml, stated_values
+from tuneavideo.config import REMOVED, as_yaml, checked, parse_values, parse_yaml
 from tuneavideo.errors import DiskError, RunError
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import atomic
@@ -60,7 +60,7 @@ class RunFiles:
         values = parse_yaml(self.settings)
         if self.is_tuned:
             values = {name: value for name, value in values.items() if name not in REMOVED}
-        return checked(TuneSettings, stated_values(TuneSettings, values, str(self.settings)), str(self.settings))
+        return checked(TuneSettings, parse_values(TuneSettings, values, str(self.settings)), str(self.settings))
 
     @property
     def quoted(self) -> str:
