@@ -1,4 +1,4 @@
-"""Metrics of an edit beside its source clip, one file per family.
+"""Metrics of an edit and its source clip, one module per family.
 
 edit_pair.py      the input of every metric: an edit and its source
 clip.py           CLIP frame consistency, text alignment and direction; PickScore

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of the background, which lies outside a mask. Pixels are 0..255."""
+"""PSNR and SSIM of the background, the pixels outside a mask. Pixels are 0..255."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read_mask(path: Path, video: Video, fit: Fit) -> np.ndarray:
     Args:
         path: One image, or as many frames as the video has.
         video: The clip that the mask belongs to. The mask is resized to its size.
-        fit: How the clip was fitted to this size.
+        fit: How the clip was resized, see `video.resize`.
 
     Returns:
         True where an edit may change the picture, T H W or 1 H W.
@@ -66,7 +66,7 @@ def psnr(a: Video, b: Video, selected_THW: np.ndarray) -> float:
 def background_ssim(pair: EditPair, mask: Mask) -> float:
     """Compute the structural similarity outside the mask, at most 1: Gaussian windows, sigma 1.5, by scikit-image.
 
-    It is the mean over the pixels whose whole window lies outside the mask. Source: Wang et al. 2004.
+    It is the mean over the pixels whose whole window is outside the mask. Source: Wang et al. 2004.
     """
     source, edit = pair.source.video, pair.edit.video
     if min(source.width, source.height) <= 2 * SSIM_RADIUS:

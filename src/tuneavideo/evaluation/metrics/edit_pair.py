@@ -1,4 +1,4 @@
-"""The input of every metric: an edit beside its source clip. T frames, H rows, W columns."""
+"""The input of every metric: an edit and its source clip. T frames, H rows, W columns."""
 
 from __future__ import annotations
 

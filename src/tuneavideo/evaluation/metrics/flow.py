@@ -81,7 +81,7 @@ class Raft:
             and HF_HUB_OFFLINE
             and not Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name).is_file()
         ):
-            raise FileNotFoundError(f"{weights.url} is not on this machine, and HF_HUB_OFFLINE is set")
+            raise FileNotFoundError(f"{weights.url} is not downloaded, and HF_HUB_OFFLINE is set")
         self.name, self.revision = "RAFT large (torchvision)", str(weights)
         self.device = PartialState().device
         self.model: Any = raft_large(weights=weights, progress=False).eval().to(self.device)
