@@ -17,9 +17,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tuneavideo.bases import BASES
-from tuneavideo.method.inflate import trainable_parameters
 from tuneavideo.models.loading import CONFIGS, FAMILIES
-from tuneavideo.settings import Inflation, TuneSettings
+from tuneavideo.settings import TuneSettings
 from tuneavideo.training import memory_trace
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -41,12 +40,10 @@ class Family:
     def __init__(self, name: str) -> None:
         with torch.device("meta"):
             rest = 2 * weights(CONFIGS / name)
-        trainable = TuneSettings.model_fields["trainable_modules"].default
         config = UNet2DConditionModel.load_config(CONFIGS / name / "unet")
-        self.video = memory_trace.blank_unet(config, trainable, (), Inflation())
+        self.video = memory_trace.blank_unet(config, TuneSettings(video="-", prompt="-"))
         unet = self.video.unet
-        chosen = trainable_parameters(unet, trainable)
-        self.learned = sum(parameter.numel() for parameter in chosen.values())
+        self.learned = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
         frozen = sum(parameter.numel() for parameter in unet.parameters()) - self.learned
         self.fixed = 2 * frozen + 4 * 4 * self.learned + rest  # weight, gradient and two moments in float32
 

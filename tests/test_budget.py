@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,10 +22,10 @@ from tuneavideo.cli import main
 from tuneavideo.config import layers
 from tuneavideo.errors import MemoryShort, SettingsError
 from tuneavideo.models import codec, devices, host_memory, pipelines
-from tuneavideo.settings import Inflation, TuneSettings
+from tuneavideo.settings import TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import memory, memory_plan, memory_trace
-from tuneavideo.training.memory import GB, Activations, Model, chosen, plan_line
+from tuneavideo.training.memory import GB, Activations, Model, Size, choose, describe_plan
 
 SIZES = {
     "sd1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -46,8 +47,7 @@ SD15 = Model(
 
 @cache
 def video(name: str) -> Any:
-    field = TuneSettings.model_fields["trainable_modules"]
-    return memory_trace.blank_unet(SIZES[name], field.default, (), Inflation())
+    return memory_trace.blank_unet(SIZES[name], stated())
 
 
 def stated(**values: Any) -> TuneSettings:
@@ -67,9 +67,9 @@ def test_the_formula_is_the_count(name: str, checkpointing: bool, casts: bool) -
 
 
 def test_the_formula_of_predictions_is_the_count() -> None:
-    formula = Activations.of(lambda frames, side: memory_trace.seen(video("sd1.5"), frames, side, side))
+    formula = Activations.of(lambda frames, side: memory_trace.predicted(video("sd1.5"), frames, side, side))
     for batch, frames, side in ((1, 24, 64), (2, 8, 96)):
-        counted = memory_trace.seen(video("sd1.5"), frames, side, side, batch)
+        counted = memory_trace.predicted(video("sd1.5"), frames, side, side, batch)
         assert formula.bytes(frames * batch, side**2) == pytest.approx(counted, rel=0.02)
 
 
@@ -79,15 +79,15 @@ def test_what_is_counted_as_saved_is_what_autograd_saves() -> None:
     config = dict(SIZES["sd1.5"], block_out_channels=(32, 64), attention_head_dim=4, sample_size=16,
                   down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                   up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
-    blank = memory_trace.blank_unet(config, ("attn1.to_q", "attn_temp"), (), Inflation())
+    blank = memory_trace.blank_unet(config, stated(trainable_modules=("attn1.to_q", "attn_temp")))
     counted = memory_trace.saved(blank, 3, 16, 16, False)
     unet: Any = UNet2DConditionModel(**config).to(torch.bfloat16)
-    real = memory.memory_trace.inflate(unet.train())
+    real = memory_trace.inflate(unet.train())
     unet.requires_grad_(False)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("attn1.to_q" in name or "attn_temp" in name)
-    saved = memory_trace._Saved(memory_trace._weights(unet))
-    with saved.counting():
+    saved = memory_trace.Saved(memory_trace.weights(unet))
+    with saved:
         real(torch.randn(1, 4, 3, 16, 16), torch.tensor(5), torch.randn(1, 77, 768))
     assert counted == pytest.approx(saved.bytes, rel=0.1)
 
@@ -96,12 +96,12 @@ def test_what_norms_are_given_is_kept_in_full_precision_where_autocast_casts_it(
     """Against a norm, its activation and a layer after it, by hand."""
     kept = {}
     for casts in (False, True):
-        saved, x = memory_trace._Saved(set()), torch.empty(1, 8, 16, 16, device="meta", dtype=torch.bfloat16)
+        saved, x = memory_trace.Saved(set()), torch.empty(1, 8, 16, 16, device="meta", dtype=torch.bfloat16)
         norm, layer = torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 8, 1)
         for each in (norm, layer):
             each.to("meta", torch.bfloat16).requires_grad_(False)
-        saved.weights = memory_trace._weights(norm) | memory_trace._weights(layer)
-        with saved.counting(), memory_trace._FastAttention(casts):
+        saved.weights = memory_trace.weights(norm) | memory_trace.weights(layer)
+        with saved, memory_trace._FusedAttention(casts):
             layer(torch.nn.functional.silu(norm(x.requires_grad_())))
         kept[casts] = [storage.nbytes() for storage in saved.storages.values() if storage.nbytes() >= x.nbytes]
     size = 8 * 16 * 16 * 2
@@ -115,15 +115,15 @@ def test_the_row_used_here_is_the_counted_one() -> None:
                                     "down_block_types": ("DownEncoderBlock2D",) * 4,
                                     "up_block_types": ("UpDecoderBlock2D",) * 4}),
     )  # fmt: skip
-    counts = memory._counts(pipe, stated(), True).tolist()
-    row = [SD15.frozen, SD15.learned, SD15.painted]
-    assert counts[:3] == pytest.approx(row, rel=0.02)
-    for at, pair in ((3, SD15.recomputed), (7, SD15.kept), (11, SD15.seen)):
-        assert Activations(*counts[at : at + 4]).bytes(8, 4096) == pytest.approx(pair.bytes(8, 4096), rel=0.02)
+    measured = {name: each.tolist() for name, each in memory.measure(pipe, stated(), True).items()}
+    assert measured["parameters"] == [SD15.frozen, SD15.trainable]
+    assert measured["decoding"] == pytest.approx(SD15.decoding, rel=0.02)
+    for row, own in zip(measured["activations"], (SD15.checkpointed, SD15.stored, SD15.prediction), strict=True):
+        assert Activations(*row).bytes(8, 4096) == pytest.approx(own.bytes(8, 4096), rel=0.02)
 
 
 def plan(room: float, frames: int = 24, side: int = 512, **values: Any) -> TuneSettings:
-    return chosen(stated(**values), SD15, room * GB, (frames, side, side), 8)
+    return choose(stated(**values), SD15, room * GB, Size(frames, side, side, 8))
 
 
 def test_the_more_memory_the_faster_the_settings() -> None:
@@ -137,12 +137,11 @@ def test_the_more_memory_the_faster_the_settings() -> None:
 def test_what_is_chosen_fits_and_what_was_set_stays(room: int, frames: int, side: int, batched: bool) -> None:
     own = stated(batch_guidance=batched, gradient_checkpointing=True)
     try:
-        made = chosen(own, SD15, room * GB, (frames, side, side), 8)
+        made = choose(own, SD15, room * GB, Size(frames, side, side, 8))
     except MemoryShort as error:
         assert "\n" not in str(error) and f"{room} GB are given" in str(error)
         return
-    window = min(made.window or frames, frames)
-    assert SD15.needed(made, window, side**2 // 64) <= room * GB
+    assert SD15.needed(made, Size(frames, side, side, 8)) <= room * GB
     assert made.batch_guidance == batched and made.gradient_checkpointing
     assert made.window is None or memory.SHORTEST <= made.window < frames
 
@@ -175,7 +174,7 @@ def test_the_official_arithmetic_is_not_changed_by_memory(room: float) -> None:
     try:
         made = plan(room, **own)
     except MemoryShort as error:
-        assert "lower num_frames to " in str(error) or "no room for a frame" in str(error)
+        assert re.search(r"lower (num_frames|resolution) to \d|no room for a frame", str(error))
         return
     saving = {"gradient_checkpointing", "offload", "batch_guidance"}
     assert made.model_dump(exclude=saving) == stated(**own).model_dump(exclude=saving)
@@ -210,8 +209,8 @@ def test_the_8_bit_optimizer_is_taken_only_where_it_is_installed(monkeypatch: py
 
 def test_one_line_tells_what_was_chosen_and_why() -> None:
     own = stated(offload=True)
-    made = chosen(own, SD15, 8 * GB, (24, 512, 512), 8)
-    line = plan_line(own, made, SD15, 8 * GB, (24, 512, 512), 8)
+    made = choose(own, SD15, 8 * GB, Size(24, 512, 512, 8))
+    line = describe_plan(own, made, SD15, 8 * GB, Size(24, 512, 512, 8))
     assert line.startswith("for 8 GB: ") and f"window {made.window}" in line and "needs" in line
     assert "gradient_checkpointing on" in line and "offload" not in line and "\n" not in line
 

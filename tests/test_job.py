@@ -336,7 +336,7 @@ from tuneavideo.training import memory_plan
 
 rank = os.environ["RANK"]
 memory_plan._room = lambda settings, accelerator: 1e12 if rank == "0" else 1e3
-plan, previews = tune.fitted, tune._previewed
+plan, previews = tune.plan_memory, tune._previewed
 
 def recorded(*parts):
     settings, line = plan(*parts)
@@ -348,7 +348,7 @@ def slow(*parts):
         time.sleep(0.2)
         yield each
 
-tune.fitted, tune._previewed = recorded, slow
+tune.plan_memory, tune._previewed = recorded, slow
 main.main()
 """)
     script = Path(sys.executable).with_name("accelerate")

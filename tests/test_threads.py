@@ -13,8 +13,8 @@ from tests.conftest import image_unet, moving_square
 from tests.shared.job import BRIEF
 from tuneavideo import api
 from tuneavideo.errors import RunError
+from tuneavideo.models import devices
 from tuneavideo.progress import Events, Progress
-from tuneavideo.training import memory_plan
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_large_model_and_one_whose_user_chose_have_all_threads(
     def work() -> Events:
         yield Progress("tune", torch.get_num_threads())
 
-    (step,) = memory_plan.threaded(work(), image_unet(), 8, side, side)
+    (step,) = devices.single_threaded(work(), image_unet(), 8, side, side)
     assert (step.number, torch.get_num_threads()) == (expected, 2)
 
 

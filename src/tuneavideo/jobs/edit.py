@@ -28,7 +28,7 @@ from tuneavideo.settings import EditSettings
 from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import disk_space
-from tuneavideo.training.memory_plan import memory_told, threaded
+from tuneavideo.training.memory_plan import memory_advice
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 def edit(settings: EditSettings) -> Events:
     """See `api.Job.edit`."""
     run = RunFolder.open(settings.run)
-    with run.job(), memory_told(run, settings):
+    with run.job(), memory_advice(run, settings):
         request = settings.model_dump(mode="json", exclude={"run"})
         done = run.edits_of(request)
         done = done if done < set(product(settings.prompt, settings.seeds)) else set()
@@ -66,7 +66,7 @@ def checked_session(settings: EditSettings, count: int, tuned: Pipeline | None =
 
 def with_few_threads(work: Generator[Progress, None, Any], session: EditSession) -> Events:
     """Yield the events of `work`, computed on one thread if the model is small."""
-    yield from threaded(work, session.pipe.unet, *session.moments["mean"].shape[2:])
+    yield from devices.single_threaded(work, session.pipe.unet, *session.moments["mean"].shape[2:])
 
 
 def due_edits(settings: EditSettings, done: Set[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -36,7 +36,7 @@ from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.storage import atomic, cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training.checkpoints import CheckpointManager
-from tuneavideo.training.memory_plan import fitted, memory_told
+from tuneavideo.training.memory_plan import memory_advice, plan_memory
 from tuneavideo.training.optimizers import make_optimizer
 from tuneavideo.video import AnyVideo
 from tuneavideo.video.montage import side_by_side
@@ -48,7 +48,7 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
     """Tune a base on a clip and make the edits that `settings` name; see `api.Job.tune`."""
     done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
     accelerator = _accelerator(settings)
-    with _claim_run_folder(settings, accelerator, out, resume) as run, memory_told(run):
+    with _claim_run_folder(settings, accelerator, out, resume) as run, memory_advice(run):
         yield Progress("open", path=run.path, about=settings.base)
         pipe = None
         if not run.is_finished(settings):
@@ -145,7 +145,7 @@ def _plan_memory(
     settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: AnyVideo
 ) -> Generator[Progress, None, TuneSettings]:
     """Choose settings that fit into memory, and offload the VAE and the text encoder if `offload` is set."""
-    settings, line = fitted(settings, accelerator, pipe, clip)
+    settings, line = plan_memory(settings, accelerator, pipe, clip)
     if line:
         yield Progress("memory", about=line)
     if settings.offload:

@@ -1,7 +1,10 @@
-"""Devices: precision, offloading, memory in use and free, out-of-memory errors."""
+"""Devices: precision, offloading, memory in use and free, out-of-memory errors, threads."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import psutil
@@ -13,6 +16,9 @@ from tuneavideo.errors import SettingsError
 from tuneavideo.models import host_memory
 from tuneavideo.models.loading import Pipeline
 
+# Most multiply-adds of a UNet call for which one thread is as fast as two while other programs use the cores
+# (docs/performance.md).
+SMALL = 5e10
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -76,5 +82,37 @@ def available_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says, in one of the ways that torch, numpy and the system have, that memory is at its end."""
-    told = ("out of memory", "not enough memory", "allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)
+    messages = ("out of memory", "not enough memory", "allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in messages)
+
+
+def single_threaded(
+    work: Generator[Any, None, Any], unet: torch.nn.Module, frames: int, height: int, width: int
+) -> Generator[Any, None, Any]:
+    """Run each step of `work` on one thread if the model is small, on a CPU, and the user has set no thread count.
+
+    Between the steps PyTorch has as many threads as before.
+
+    Args:
+        work: Steps to run.
+        unet: Counts as small if every weight applied to all latents makes at most `SMALL` multiply-adds.
+        frames: Of the clip.
+        height: In latents.
+        width: In latents.
+    """
+    parameters = list(unet.parameters())
+    multiply_adds = sum(each.numel() for each in parameters) * frames * height * width
+    is_set = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys()
+    if parameters[0].device.type != "cpu" or multiply_adds > SMALL or is_set:
+        return (yield from work)
+    with closing(work):
+        while True:
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                step = next(work)
+            except StopIteration as done:
+                return done.value
+            finally:
+                torch.set_num_threads(before)
+            yield step

@@ -22,7 +22,7 @@ from tuneavideo.progress import Step
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import disk_space
-from tuneavideo.training.memory import REMEMBERED
+from tuneavideo.training.memory import OPTIMIZER_STATE
 from tuneavideo.video import AnyVideo
 
 LINE = 250  # bytes of a logged step
@@ -109,7 +109,7 @@ class CheckpointManager:
         """Of one state to resume from."""
         settings, tuning = self.tuning.settings, self.tuning
         learned = sum(parameter.numel() for parameter in tuning.parameters.values())
-        remembered = REMEMBERED.get(settings.optimizer, 2)
+        remembered = OPTIMIZER_STATE.get(settings.optimizer, 2)
         numbers = learned * (1 + remembered + settings.use_ema)
         tensors = len(tuning.parameters) * (4 + settings.use_ema)  # the optimiser keeps a count of steps, too
         return 4 * numbers + disk_space.TENSOR * tensors + disk_space.TEXT

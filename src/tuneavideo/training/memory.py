@@ -1,8 +1,7 @@
-"""Which settings fit into a memory, by arithmetic on the model's config and the frame count.
+"""Memory estimates from a model's config, and the settings that fit into a given memory.
 
-What tuning holds: frozen weights as they are kept; of every number that learns its value, gradient and what the
-optimiser remembers, in 4 bytes each, and a copy in half precision; activations. Activations are
-linear in frames and in latents of a frame, from four counts at small sizes (see `counting`).
+Tuning holds the frozen weights in their precision; of each trainable parameter its value, gradient and optimizer state,
+4 bytes each, and a copy in half precision; and activations, which are linear in frames and in latents per frame.
 """
 
 from __future__ import annotations
@@ -10,8 +9,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,17 +25,34 @@ from tuneavideo.version import __version__
 GB = 1e9
 # Kept free: a CUDA context and the workspaces of kernels, and a tenth of all activations for the allocator.
 CONTEXT, WASTE = 0.6 * GB, 1.1
-# What an optimiser remembers of each number that learns, in numbers of 4 bytes; the others remember two.
-REMEMBERED = {"adamw8bit": 0.5, "adafactor": 0.1}
-SHORTEST = 8  # frames of a window that is chosen, not set: fewer show no motion
-FRAMES, SIDES = (4, 12), (16, 32)  # of the latents that are counted
+# Optimizer state of each trainable parameter in numbers of 4 bytes; other optimizers have two.
+OPTIMIZER_STATE = {"adamw8bit": 0.5, "adafactor": 0.1}
+SHORTEST = 8  # frames of a window that the plan chooses: fewer show no motion
+FRAMES, SIDES = (4, 12), (16, 32)  # sizes in latents at which activations are measured
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of activations of one clip in half precision: `frames * (a * sites + b) + c * sites + d`.
+class Size(NamedTuple):
+    """Frames of a clip, its height and width in pixels, and pixels per latent along each side."""
 
-    The last two are small and negative: the first frames look at one frame, the others at two.
+    frames: int
+    height: float
+    width: float
+    stride: int
+
+    @property
+    def latents(self) -> int:
+        """Latents per frame."""
+        return round(self.height / self.stride) * round(self.width / self.stride)
+
+    def window(self, settings: TuneSettings) -> int:
+        """Return the number of frames that the UNet sees at once."""
+        return min(settings.window or self.frames, self.frames)
+
+
+class Activations(NamedTuple):
+    """Bytes of activations of one clip in half precision: `frames * (a * latents + b) + c * latents + d`.
+
+    `c` and `d` are small and negative: the first frames attend to one frame, the others to two.
     """
 
     a: float
@@ -43,200 +61,177 @@ class Activations:
     d: float
 
     @classmethod
-    def of(cls, count: Callable[[int, int], int]) -> Activations:
-        """From what `count` says of two numbers of frames at two sizes."""
-        (few, many), (small, large) = FRAMES, (side**2 for side in SIDES)
-        slopes, starts = [], []
-        for side in SIDES:
-            low, high = count(few, side), count(many, side)
-            slopes.append((high - low) / (many - few))
-            starts.append(low - slopes[-1] * few)
-        a, c = ((two - one) / (large - small) for one, two in (slopes, starts))
-        return cls(a, slopes[0] - a * small, c, starts[0] - c * small)
+    def of(cls, measured: Callable[[int, int], int]) -> Activations:
+        """Fit the coefficients to `measured(frames, side)` at two numbers of frames and two sides in latents."""
+        sizes = list(product(FRAMES, SIDES))
+        terms = [[frames * side**2, frames, side**2, 1] for frames, side in sizes]
+        return cls(*np.linalg.solve(terms, [measured(*size) for size in sizes]).tolist())
 
-    def bytes(self, frames: int, sites: int) -> float:
-        """Of `frames` frames with so many latents each."""
-        return frames * (self.a * sites + self.b) + self.c * sites + self.d
+    def bytes(self, frames: int, latents: int) -> float:
+        return frames * (self.a * latents + self.b) + self.c * latents + self.d
 
 
 @dataclass(frozen=True)
 class Model:
-    """What memory hangs on. Numbers of parameters; activations of tuning (recomputed, or all kept) and of a prediction.
+    """Parameters and activations of a base model.
 
     Attributes:
+        frozen: Number of frozen parameters of the UNet.
+        trainable: Number of trainable parameters of the UNet.
+        others: Number of parameters of the VAE and the text encoders.
+        checkpointed: Activations of a tuning step with gradient checkpointing.
+        stored: Activations of a tuning step without it.
+        prediction: Activations of a prediction.
+        decoding: Bytes of activations for each latent of a frame that the VAE decodes, in half precision.
         width: Bytes of a frozen weight.
     """
 
     frozen: int
-    learned: int
+    trainable: int
     others: int
-    recomputed: Activations
-    kept: Activations
-    seen: Activations
-    painted: float
+    checkpointed: Activations
+    stored: Activations
+    prediction: Activations
+    decoding: float
     width: int = 2
 
     @classmethod
     def of(cls, pipe: Any, settings: TuneSettings, width: int, *, casts: bool) -> Model:
-        """Of an image pipeline, not inflated yet, whose frozen weights take `width` bytes. Counted once, and kept.
+        """Measure an image pipeline that is not inflated yet; the numbers are cached on disk.
 
-        With `casts` it is tuned as autocast computes on a GPU (see `counting.saved`).
+        With `casts` activations are those of autocast on a GPU (see `memory_trace.saved`).
         """
-        hangs_on = (
-            settings.trainable_modules, settings.frozen_modules, settings.inflation, settings.lora_rank, casts,
-        )  # fmt: skip
-        name = cache.key("memory", __version__, dict(pipe.unet.config), dict(pipe.vae.config), *hangs_on)
-        counts = cache.cached(name, lambda: {"counts": _counts(pipe, settings, casts)})["counts"].tolist()
-        others = sum(each.numel() for part in _beside(pipe) for each in part.parameters())
-        recomputed, kept, seen = (Activations(*counts[at : at + 4]) for at in (3, 7, 11))
-        return cls(int(counts[0]), int(counts[1]), others, recomputed, kept, seen, counts[2], width)
+        own = (settings.trainable_modules, settings.frozen_modules, settings.inflation, settings.lora_rank, casts)
+        name = cache.key("memory estimate", __version__, dict(pipe.unet.config), dict(pipe.vae.config), *own)
+        measured = cache.cached(name, lambda: measure(pipe, settings, casts))
+        (frozen, trainable), rows = measured["parameters"].tolist(), measured["activations"].tolist()
+        modules = (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
+        others = sum(each.numel() for module in modules if module is not None for each in module.parameters())
+        activations = (Activations(*row) for row in rows)
+        return cls(frozen, trainable, others, *activations, float(measured["decoding"]), width)
 
-    def tuning(self, plan: TuneSettings, frames: int, sites: int) -> float:
-        """Bytes at the worst moment of a step on a window of `frames` frames with `sites` latents each."""
-        optimiser = 4 * (2 + REMEMBERED.get(plan.optimizer, 2) + plan.use_ema) + (self.width < 4) * self.width
-        weights = self.frozen * self.width + self.learned * optimiser + self._others(plan)
-        activations = self.recomputed if plan.gradient_checkpointing else self.kept
-        return CONTEXT + weights + WASTE * self._wide(activations.bytes(frames * plan.train_batch_size, sites))
+    def tuning(self, plan: TuneSettings, size: Size) -> float:
+        """Estimate the peak memory of a tuning step on one window, in bytes."""
+        state = 4 * (2 + OPTIMIZER_STATE.get(plan.optimizer, 2) + plan.use_ema) + (self.width < 4) * self.width
+        weights = self.frozen * self.width + self.trainable * state + self._others(plan)
+        activations = self.checkpointed if plan.gradient_checkpointing else self.stored
+        needed = activations.bytes(size.window(plan) * plan.train_batch_size, size.latents)
+        return CONTEXT + weights + WASTE * needed * self.width / 2
 
-    def editing(self, plan: TuneSettings, frames: int, sites: int) -> float:
-        """Bytes at the worst moment of an edit; if there are previews, beside what tuning keeps."""
-        batch = plan.batch_prompts * (2 if plan.batch_guidance and plan.guidance_scale != 1 else 1)
+    def editing(self, plan: TuneSettings, size: Size) -> float:
+        """Estimate the peak memory of an edit in bytes; with previews, tuning's weights are in memory, too."""
+        batch = plan.batch_prompts * (2 if plan.batch_guidance and plan.guidance_scale > 1 else 1)
         batch += plan.attention_injection > 0
-        activations = max(self._wide(self.seen.bytes(frames * batch, sites)), self._wide(self.painted * sites))
-        tuned = 4 * (2 + REMEMBERED.get(plan.optimizer, 2)) if plan.validation_steps else 0
-        weights = (self.frozen + self.learned) * self.width + self.learned * tuned
-        return CONTEXT + weights + self._others(plan) + WASTE * activations
+        prediction = self.prediction.bytes(size.window(plan) * batch, size.latents)
+        tuned = 4 * (2 + OPTIMIZER_STATE.get(plan.optimizer, 2)) if plan.validation_steps else 0
+        weights = (self.frozen + self.trainable) * self.width + self.trainable * tuned + self._others(plan)
+        return CONTEXT + weights + WASTE * max(prediction, self.decoding * size.latents) * self.width / 2
 
-    def needed(self, plan: TuneSettings, frames: int, sites: int) -> float:
-        return max(self.tuning(plan, frames, sites), self.editing(plan, frames, sites))
+    def needed(self, plan: TuneSettings, size: Size) -> float:
+        return max(self.tuning(plan, size), self.editing(plan, size))
 
     def _others(self, plan: TuneSettings) -> float:
         return 0 if plan.offload else self.others * self.width
 
-    def _wide(self, activations: float) -> float:
-        return activations * self.width / 2
 
-
-def _beside(pipe: Any) -> list[Any]:
-    """The models beside the UNet."""
-    parts = (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
-    return [part for part in parts if part is not None]
-
-
-def _counts(pipe: Any, settings: TuneSettings, casts: bool) -> Tensor:
-    """The numbers of `Model`, in one row."""
-    video = memory_trace.blank_unet(
-        pipe.unet.config, settings.trainable_modules, settings.frozen_modules, settings.inflation, settings.lora_rank
-    )
-    learned = sum(each.numel() for each in video.unet.parameters() if each.requires_grad)
-    every = sum(each.numel() for each in video.unet.parameters())
-    painted = memory_trace.painted(pipe.vae.config, SIDES[1], SIDES[1]) / SIDES[1] ** 2
-    activations = (
+def measure(pipe: Any, settings: TuneSettings, casts: bool) -> dict[str, Tensor]:
+    """Count parameters, and fit `Activations` of tuning with and without checkpointing and of a prediction."""
+    video = memory_trace.blank_unet(pipe.unet.config, settings)
+    trainable = sum(each.numel() for each in video.unet.parameters() if each.requires_grad)
+    frozen = sum(each.numel() for each in video.unet.parameters()) - trainable
+    fits = (
         Activations.of(lambda frames, side: memory_trace.saved(video, frames, side, side, True, casts)),
         Activations.of(lambda frames, side: memory_trace.saved(video, frames, side, side, False, casts)),
-        Activations.of(lambda frames, side: memory_trace.seen(video, frames, side, side)),
+        Activations.of(lambda frames, side: memory_trace.predicted(video, frames, side, side)),
     )
-    rows = [number for each in activations for number in (each.a, each.b, each.c, each.d)]
-    return torch.tensor([every - learned, learned, painted, *rows], dtype=torch.float64)
+    return {
+        "parameters": torch.tensor([frozen, trainable]),
+        "activations": torch.tensor(fits, dtype=torch.float64),
+        "decoding": torch.tensor(memory_trace.decoded(pipe.vae.config, SIDES[1], SIDES[1]) / SIDES[1] ** 2),
+    }
 
 
-def chosen(settings: TuneSettings, model: Model, room: float, size: tuple[int, int, int], stride: int) -> TuneSettings:
-    """The fastest settings that fit into `room` bytes; what the user set stays as it is.
-
-    Args:
-        settings: As stated; fields that nobody set may be chosen.
-        model: What memory hangs on.
-        room: Bytes given.
-        size: Frames, height and width in pixels.
-        stride: Pixels per latent along each side.
+def choose(settings: TuneSettings, model: Model, room: float, size: Size) -> TuneSettings:
+    """Choose the fastest settings that fit into `room` bytes; only fields that are not set may change.
 
     Raises:
         MemoryShort: Nothing fits; the message says what would.
     """
-    frames, sites = size[0], (size[1] // stride) * (size[2] // stride)
-    for plan in _plans(settings, frames):
-        if model.needed(plan, min(plan.window or frames, frames), sites) <= room:
-            return plan
-    *_, least = _plans(settings, frames)
+    plans = list(_plans(settings, size.frames))
+    if fits := next((plan for plan in plans if model.needed(plan, size) <= room), None):
+        return fits
+    least = plans[-1]
     saving = least.model_copy(update={"gradient_checkpointing": True, "offload": True, "batch_guidance": False})
-    if saving != least and model.needed(saving, min(least.window or frames, frames), sites) <= room:
+    if saving != least and model.needed(saving, size) <= room:
         flags = saving_flags(least, offload=True)
-        raise MemoryShort(f"{_short(least, model, room, size, stride)}; add {flags}", resume_flags=flags)
-    raise MemoryShort(_refusal(least, model, room, size, stride), resume_flags=None)
+        raise MemoryShort(f"{_shortage(least, model, room, size)}; add {flags}", resume_flags=flags)
+    raise MemoryShort(f"{_shortage(least, model, room, size)}; {_remedy(least, model, room, size)}", resume_flags=None)
 
 
 def saving_flags(settings: TuneSettings, *, offload: bool) -> str:
-    """Flags that turn on what saves memory in `settings` and is off; the result stays what it is.
+    """Return the flags that save memory, leave the result as it is, and are off in `settings`.
 
-    `offload` says whether there is another memory to put idle models into.
+    `offload` says whether the device has memory of its own, so that idle models can be moved to the host's.
     """
     flags = {
         "--gradient-checkpointing": not settings.gradient_checkpointing,
         "--offload": offload and not settings.offload,
-        "--no-batch-guidance": settings.batch_guidance and settings.guidance_scale != 1,
+        "--no-batch-guidance": settings.batch_guidance and settings.guidance_scale > 1,
     }
     return " ".join(flag for flag, needed in flags.items() if needed)
 
 
-def plan_line(
-    before: TuneSettings, plan: TuneSettings, model: Model, room: float, size: tuple[int, int, int], stride: int
-) -> str:
-    """What was chosen and why, in one line."""
-    frames, sites = size[0], (size[1] // stride) * (size[2] // stride)
-    window = min(plan.window or frames, frames)
+def describe_plan(before: TuneSettings, plan: TuneSettings, model: Model, room: float, size: Size) -> str:
+    """Describe in one line what was chosen and what it needs."""
+    words = {True: "on", False: "off", None: "all frames"}
+    chosen = plan.model_fields_set - before.model_fields_set
     named = ("gradient_checkpointing", "offload", "optimizer", "batch_guidance", "window")
-    own = plan.model_fields_set - before.model_fields_set
-    values = [f"{name} {_word(getattr(plan, name))}" for name in named if name in own]
-    tuning, editing = model.tuning(plan, window, sites) / GB, model.editing(plan, window, sites) / GB
-    shown = f"{window} of {frames} frames of {size[2]}x{size[1]}, frozen weights of {model.width} bytes"
-    needs = f"tuning needs {tuning:.1f} GB, editing {editing:.1f} GB ({shown})"
-    return f"for {room / GB:.3g} GB: {', '.join(values) or 'all as set'}; {needs}"
-
-
-def _word(value: Any) -> str:
-    return {True: "on", False: "off", None: "all frames"}.get(value, str(value))
+    values = [f"{name} {words.get(value := getattr(plan, name), value)}" for name in named if name in chosen]
+    frames = f"{size.window(plan)} of {size.frames} frames of {size.width}x{size.height}"
+    return (
+        f"for {room / GB:.3g} GB: {', '.join(values) or 'all as set'}; tuning needs "
+        f"{model.tuning(plan, size) / GB:.1f} GB, editing {model.editing(plan, size) / GB:.1f} GB ({frames}, frozen "
+        f"weights of {model.width} bytes)"
+    )
 
 
 def _plans(settings: TuneSettings, frames: int) -> Iterator[TuneSettings]:
-    """What may be chosen, fastest first: whole clips before windows, then the longest window."""
+    """Yield what may be chosen, fastest first: the whole clip before windows, long windows before short ones."""
+    free = TuneSettings.model_fields.keys() - settings.model_fields_set
     shortest = max(SHORTEST, (settings.window_overlap or 0) + 2)
-    chosen = "window" not in settings.model_fields_set
-    windows = [None, *range(frames - 1, shortest - 1, -1)] if chosen else [settings.window]
-    eight = "optimizer" not in settings.model_fields_set and importlib.util.find_spec("bitsandbytes") is not None
-    ways = [(False, False), (False, True), (True, False), (True, True)]
-    for window in windows:
-        for recompute, offload in ways if window == windows[0] else ways[-1:]:
-            for batched in (True, False):
-                for optimizer in ("adamw", "adamw8bit") if eight and recompute else ("adamw",):
-                    wished = {
-                        "gradient_checkpointing": recompute, "offload": offload, "batch_guidance": batched,
-                        "optimizer": optimizer, "window": window,
-                    }  # fmt: skip
-                    free = {name: value for name, value in wished.items() if name not in settings.model_fields_set}
-                    yield settings.model_copy(update=free | {"window": window})
+    shorter = range(frames - 1, shortest - 1, -1) if "window" in free else ()
+    has_8bit = "optimizer" in free and importlib.util.find_spec("bitsandbytes") is not None
+    for window in (settings.window, *shorter):
+        for checkpointing, offload, batched in product((False, True), (False, True), (True, False)):
+            if window != settings.window and not (checkpointing and offload):
+                continue
+            for optimizer in ("adamw", "adamw8bit") if has_8bit and checkpointing else ("adamw",):
+                values = {
+                    "gradient_checkpointing": checkpointing, "offload": offload, "batch_guidance": batched,
+                    "optimizer": optimizer,
+                }  # fmt: skip
+                changes = {name: value for name, value in values.items() if name in free}
+                yield settings.model_copy(update=changes | {"window": window})
 
 
-def _short(plan: TuneSettings, model: Model, room: float, size: tuple[int, int, int], stride: int) -> str:
-    """What `plan` needs and what is given."""
-    frames, height, width = size
-    shown, sites = min(plan.window or frames, frames), (height // stride) * (width // stride)
-    need = model.needed(plan, shown, sites)
-    work = "tune" if model.tuning(plan, shown, sites) >= need else "edit"
-    what = f"{shown} frames" if shown == frames else f"of {frames} frames, windows of {shown}"
-    return f"{what} of {width}x{height} need {need / GB:.1f} GB to {work}, {room / GB:.3g} GB are given"
+def _shortage(plan: TuneSettings, model: Model, room: float, size: Size) -> str:
+    """Describe what `plan` needs and what is given."""
+    need, window = model.needed(plan, size), size.window(plan)
+    work = "tune" if model.tuning(plan, size) >= need else "edit"
+    frames = f"{window} frames" if window == size.frames else f"of {size.frames} frames, windows of {window}"
+    return f"{frames} of {size.width}x{size.height} need {need / GB:.1f} GB to {work}, {room / GB:.3g} GB are given"
 
 
-def _refusal(plan: TuneSettings, model: Model, room: float, size: tuple[int, int, int], stride: int) -> str:
-    frames, height, width = size
-    shown = min(plan.window or frames, frames)
+def _remedy(plan: TuneSettings, model: Model, room: float, size: Size) -> str:
+    """Name the number of frames or the resolution that fits."""
 
-    def need(count: int, scale: float = 1.0) -> float:
-        return model.needed(plan, count, round(height * scale / stride) * round(width * scale / stride))
+    def fits(frames: int, scale: float = 1.0) -> bool:
+        smaller = Size(frames, size.height * scale, size.width * scale, size.stride)
+        return model.needed(plan, smaller) <= room
 
-    said = _short(plan, model, room, size, stride)
+    window, side = size.window(plan), round((size.height * size.width) ** 0.5)
     setting = "window" if plan.window else "num_frames"
-    fewer = next((count for count in range(shown - 1, 0, -1) if need(count) <= room), None)
-    side = round((height * width) ** 0.5)
-    smaller = next((each for each in range(side // 64 * 64, 63, -64) if need(shown, each / side) <= room), None)
+    fewer = next((frames for frames in range(window - 1, 0, -1) if fits(frames)), None)
+    smaller = next((each for each in range(side // 64 * 64, 63, -64) if fits(window, each / side)), None)
     ways = [f"{setting} to {fewer}"] * bool(fewer) + [f"resolution to {smaller}"] * bool(smaller)
-    return f"{said}; lower {' or '.join(ways)}" if ways else f"{said}; the weights alone leave no room for a frame"
+    return f"lower {' or '.join(ways)}" if ways else "the weights alone leave no room for a frame"

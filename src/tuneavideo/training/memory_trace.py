@@ -1,13 +1,12 @@
-"""Memory that a UNet or VAE needs, counted on torch's meta device: shapes are real, numbers are not computed.
+"""Memory of activations, measured on torch's meta device: shapes are real, values are not computed.
 
-Not counted: what a kernel needs while it runs, and what the allocator wastes.
+Workspaces of kernels and the allocator's waste are not included.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +20,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet, inflate, low_rank_parameters, trainable_parameters
-from tuneavideo.settings import Inflation
+from tuneavideo.settings import TuneSettings
+
+HALF = {"device": "meta", "dtype": torch.bfloat16}
+# Functions that autocast on a GPU computes in full and in half precision.
+IN_FULL = (functional.group_norm, functional.layer_norm)
+IN_HALF = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention)
 
 
-class _Attend(torch.autograd.Function):
-    """Saves what the fast kernels save; torch's meta device would keep whole attention maps."""
+class _Attention(torch.autograd.Function):
+    """Attention that saves what fused kernels save; on the meta device torch's own would save whole attention maps."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -34,13 +38,8 @@ class _Attend(torch.autograd.Function):
         return out
 
 
-# What autocast on a GPU computes, and so keeps, in full precision, and what in half.
-FULL = (functional.group_norm, functional.layer_norm)
-HALF = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention)
-
-
-class _FastAttention(TorchFunctionMode):
-    """Fast kernels of attention, and autocast's casts, if there are any."""
+class _FusedAttention(TorchFunctionMode):
+    """Fused attention and, with `casts`, the casts of autocast."""
 
     def __init__(self, casts: bool = False) -> None:
         super().__init__()
@@ -48,79 +47,68 @@ class _FastAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.casts and func in FULL + HALF:
-            dtype = torch.float32 if func in FULL else torch.bfloat16
+        if self.casts and func in IN_FULL + IN_HALF:
+            dtype = torch.float32 if func in IN_FULL else torch.bfloat16
             args, kwargs = tree_map_only(Tensor, lambda x: x.to(dtype), (args, kwargs))
         if func is functional.scaled_dot_product_attention:
-            return _Attend.apply(*(args + tuple(kwargs.values()))[:3])
+            return _Attention.apply(*(args + tuple(kwargs.values()))[:3])
         return func(*args, **kwargs)
 
 
-class _Saved:
-    """Tensors saved for the backward pass, each storage counted once; weights, turned or not, are not."""
+class Saved(saved_tensors_hooks):
+    """Storages of tensors saved for the backward pass, except those of `weights`."""
 
     def __init__(self, weights: set[int]) -> None:
-        self.storages: dict[int, Any] = {}
-        self.weights = weights
+        super().__init__(self.keep, lambda tensor: tensor)
+        self.weights, self.storages = weights, dict[int, Any]()
 
     def keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.weights:
-            self.storages[storage._cdata] = storage  # held, so that its number is not given to another
+            self.storages[storage._cdata] = storage  # while it lives, no other has its number
         return tensor
 
     @property
     def bytes(self) -> int:
         return sum(storage.nbytes() for storage in self.storages.values())
 
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        with saved_tensors_hooks(self.keep, lambda tensor: tensor):
-            yield
 
-
-class _Live(TorchDispatchMode):
-    """The most bytes of results, but weights, that are alive at once."""
+class _Peak(TorchDispatchMode):
+    """Most bytes of results, except `weights`, that are alive at the same time."""
 
     def __init__(self, weights: set[int]) -> None:
         super().__init__()
-        self.sizes = dict.fromkeys(weights, 0)
-        self.now = self.peak = 0
+        self.sizes, self.now, self.bytes = dict.fromkeys(weights, 0), 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._born(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
+        for storage in (each.untyped_storage() for each in tree_leaves(result) if isinstance(each, Tensor)):
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
+        self.bytes = max(self.bytes, self.now)
         return result
 
-    def _born(self, storage: Any) -> None:
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._dead, storage._cdata)
-
-    def _dead(self, number: int) -> None:
+    def _free(self, number: int) -> None:
         self.now -= self.sizes.pop(number)
 
 
-def _weights(model: torch.nn.Module) -> set[int]:
+def weights(model: torch.nn.Module) -> set[int]:
     return {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
 
-def blank_unet(
-    config: Any, trainable: tuple[str, ...], frozen: tuple[str, ...], inflation: Inflation, rank: int | None = None
-) -> VideoUNet:
-    """A UNet without numbers, ready to be tuned."""
+def blank_unet(config: Any, settings: TuneSettings) -> VideoUNet:
+    """Make a UNet without values, inflated and ready to be tuned."""
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(config)
-    video = inflate(unet.to(torch.bfloat16).train(), inflation)
+    video = inflate(unet.to(torch.bfloat16).train(), settings.inflation)
     unet.requires_grad_(False)
-    if rank:
-        chosen = low_rank_parameters(unet, trainable, frozen, rank)
+    names = (settings.trainable_modules, settings.frozen_modules)
+    if settings.lora_rank:
+        chosen = low_rank_parameters(unet, *names, settings.lora_rank)
     else:
-        chosen = trainable_parameters(unet, trainable, frozen)
+        chosen = trainable_parameters(unet, *names)
     for parameter in chosen.values():
         parameter.requires_grad_(True)
     return video
@@ -129,63 +117,63 @@ def blank_unet(
 def saved(
     video: VideoUNet, frames: int, height: int, width: int, checkpointing: bool, casts: bool = False, batch: int = 1
 ) -> int:
-    """Bytes of activations at the worst moment of a tuning step, for latents of this size, in half precision.
+    """Measure the activations that a tuning step keeps at its peak, in bytes, in half precision.
 
-    With `casts` as autocast computes on a GPU, whose norms are in full precision and keep what they are given so.
+    Args:
+        video: See `blank_unet`.
+        frames: Of a clip.
+        height: In latents.
+        width: In latents.
+        checkpointing: With gradient checkpointing.
+        casts: As autocast computes on a GPU, where norms take and save full precision.
+        batch: Number of clips.
     """
-    weights = _weights(video.unet)
-    outer, inner = _Saved(weights), [0]
-    if checkpointing:
-        video.unet.enable_gradient_checkpointing(_checkpointed(outer, inner))
-    else:
-        video.unet.disable_gradient_checkpointing()
-    with outer.counting():
-        _called(video, frames, height, width, batch, casts)
-    return outer.bytes + max(inner)
+    outer, peaks = Saved(weights(video.unet)), [0]
 
-
-def _checkpointed(outer: _Saved, peaks: list[int]) -> Callable[..., Any]:
-    """Stands in for checkpointing: keeps a block's inputs, notes how much its recomputation will save."""
-
-    def run(block: Callable[..., Any], *inputs: Any) -> Any:
-        inner = _Saved(outer.weights)
+    def recompute(block: Callable[..., Any], *inputs: Any) -> Any:
+        """Stand in for gradient checkpointing: keep a block's inputs, note what its recomputation will save."""
         for value in inputs:
             if isinstance(value, Tensor):
                 outer.keep(value)
-        with inner.counting():
+        with (inner := Saved(outer.weights)):
             result = block(*inputs)
         peaks.append(inner.bytes)
         return result
 
-    return run
+    if checkpointing:
+        video.unet.enable_gradient_checkpointing(recompute)
+    else:
+        video.unet.disable_gradient_checkpointing()
+    with outer:
+        _predict(video, frames, height, width, batch, casts)
+    return outer.bytes + max(peaks)
 
 
 @torch.no_grad()
-def seen(video: VideoUNet, frames: int, height: int, width: int, batch: int = 1) -> int:
-    """Bytes of activations at the worst moment of a prediction, in half precision."""
+def predicted(video: VideoUNet, frames: int, height: int, width: int, batch: int = 1) -> int:
+    """Measure the peak of activations in a prediction, in bytes, in half precision; sizes in latents."""
     video.unet.disable_gradient_checkpointing()
-    with _Live(_weights(video.unet)) as live:
-        _called(video, frames, height, width, batch)
-    return live.peak
+    with _Peak(weights(video.unet)) as peak:
+        _predict(video, frames, height, width, batch)
+    return peak.bytes
 
 
 @torch.no_grad()
-def painted(config: Any, height: int, width: int) -> int:
-    """Bytes of activations at the worst moment of decoding one frame of this size in latents, in half precision."""
+def decoded(config: Any, height: int, width: int) -> int:
+    """Measure the peak of activations while one frame is decoded, in bytes, in half precision; sizes in latents."""
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(config)
-    latents = torch.empty(1, vae.config.latent_channels, height, width, device="meta", dtype=torch.bfloat16)
     vae.to(torch.bfloat16)
-    with _FastAttention(), _Live(_weights(vae)) as live:
+    latents = torch.empty(1, vae.config.latent_channels, height, width, **HALF)
+    with _FusedAttention(), _Peak(weights(vae)) as peak:
         vae.decode(latents)
-    return live.peak
+    return peak.bytes
 
 
-def _called(video: VideoUNet, frames: int, height: int, width: int, batch: int, casts: bool = False) -> None:
+def _predict(video: VideoUNet, frames: int, height: int, width: int, batch: int, casts: bool = False) -> None:
     config: Any = video.unet.config
-    like = {"device": "meta", "dtype": torch.bfloat16}
-    latents = torch.empty(batch, config.in_channels, frames, height, width, **like)
-    pooled = torch.empty(batch, 1280, **like) if config.addition_embed_type else None
-    text = Conditions(torch.empty(batch, 77, config.cross_attention_dim, **like), pooled)
-    with _FastAttention(casts):
+    latents = torch.empty(batch, config.in_channels, frames, height, width, **HALF)
+    pooled = torch.empty(batch, 1280, **HALF) if config.addition_embed_type else None
+    text = Conditions(torch.empty(batch, 77, config.cross_attention_dim, **HALF), pooled)
+    with _FusedAttention(casts):
         video(latents, torch.tensor(1, device="meta"), text)
