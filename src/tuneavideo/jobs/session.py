@@ -91,7 +91,7 @@ class EditSession:
     def _decoded(self, latents: Tensor, settings: Sampling) -> AnyVideo:
         """An edit, with the source's sound if it plays as fast as the source."""
         fps = settings.fps or self.source.fps
-        edit = videos.collect(codec.decode_frames(self.pipe, latents), self.source.frames, fps, self.run.path)
+        edit = videos.collect(codec.decode_frames(self.pipe, latents), fps, self.run.path)
         same = math.isclose(fps, self.source.fps, rel_tol=1e-4)
         return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 

@@ -1,10 +1,10 @@
 """Clips in memory, on disk and as a stream; resizing of images. Does not import PyAV."""
 
 import math
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import IO, Literal, get_args
 
 import numpy as np
@@ -102,34 +102,29 @@ AnyVideo = Video | DiskVideo
 
 
 class FrameBuffer:
-    """Buffer of a clip's frames: in memory, or above 64 MiB in a temporary file in `folder`, if there is one.
+    """Buffer of a clip's frames: in memory, or above 64 MiB in a temporary file in `folder`, if there is one."""
 
-    With the number of `expected` frames, those of a long clip are written from the first on.
-    """
-
-    def __init__(self, folder: Path | None = None, expected: int | None = None) -> None:
-        self.folder, self.expected, self.frames, self.count = folder, expected or 0, [], 0
-        self.file: IO[bytes] | None = None
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.count, self.nbytes = folder, 0, 0
+        limit, place = (IN_MEMORY, str(folder)) if folder else (0, None)  # 0: always in memory
+        self.file = SpooledTemporaryFile(limit, dir=place)  # noqa: SIM115 - closed with the clip
 
     def append(self, image_HWC: np.ndarray) -> None:
-        self.count, self.shape = self.count + 1, image_HWC.shape
-        self.frames.append(image_HWC)
-        if self.folder and not self.file and max(self.count, self.expected) * image_HWC.nbytes > IN_MEMORY:
-            self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - closed with the clip
-        if self.file:
-            for image in self.frames:
-                self.file.write(np.ascontiguousarray(image).data)
-            self.frames.clear()
+        self.count, self.nbytes, self.shape = self.count + 1, self.nbytes + image_HWC.nbytes, image_HWC.shape
+        self.file.write(np.ascontiguousarray(image_HWC).data)
 
     def clip(self, fps: float, sound_SC: np.ndarray | None = None) -> AnyVideo:
-        if self.file:
+        if self.folder and self.nbytes > IN_MEMORY:
             return DiskVideo(self.file, (self.count, *self.shape), fps, sound_SC)
-        return Video(np.stack(self.frames), fps, sound_SC)
+        frames_THWC = np.empty((self.count, *self.shape), np.uint8)
+        self.file.seek(0)
+        self.file.readinto(frames_THWC.data)
+        return Video(frames_THWC, fps, sound_SC)
 
 
-def collect(images: Iterable[np.ndarray], frames: int, fps: float, folder: Path) -> AnyVideo:
-    """Collect `frames` images of an iterator in a clip; a long one is written to a file in `folder`."""
-    buffer = FrameBuffer(folder, frames)
+def collect(images: Iterable[np.ndarray], fps: float, folder: Path) -> AnyVideo:
+    """Collect the images of an iterator in a clip; a long one is written to a file in `folder`."""
+    buffer = FrameBuffer(folder)
     for image_HWC in images:
         buffer.append(image_HWC)
     return buffer.clip(fps)

@@ -189,7 +189,7 @@ def read_any(
     With `fewer`, a clip that is too short or damaged gives the frames it has; damage is a warning.
     """
     choice = _Choice(start, stride, count, start_time, sample_fps, fewer)
-    return _gathered(Path(path), choice, size, fit, fps, FrameBuffer(folder, count))
+    return _gathered(Path(path), choice, size, fit, fps, FrameBuffer(folder))
 
 
 def _gathered(path: Path, choice: _Choice, size: Size | None, fit: Fit, fps: float, buffer: FrameBuffer) -> AnyVideo:
@@ -252,7 +252,7 @@ def _choose(
                 _check_same_size(path, (first, shape), (picture, image.shape))
                 image = _at_size(image, size, fit)
             buffer.append(image)
-            if len(buffer.frames) * image.nbytes > MEMORY:
+            if not buffer.folder and buffer.nbytes > MEMORY:
                 taken = f"{_frames(buffer.count)} of {image.shape[1]} x {image.shape[0]} take {MEMORY >> 30} GiB"
                 raise VideoError(f"{path} is more than is held in memory: {taken}; take fewer frames, or smaller ones")
             time = next(times, math.inf)
