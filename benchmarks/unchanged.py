@@ -17,6 +17,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.families import family_folder
 from tests.shared.style import PROMPT, style_files
 
 from tuneavideo import api, miniature
+from tuneavideo.settings import TuneSettings
 from tuneavideo.video import Video, read, write
 
 BRIEF = {"max_train_steps": 4, "num_inference_steps": 4, "num_inv_steps": 4, "mixed_precision": "no", "stride": 1}
@@ -126,92 +128,83 @@ def coarse_folder(folder: Path) -> Path:
     return folder
 
 
-def jobs(folder: Path, results: Results) -> dict[str, Callable[[], None]]:
-    """Every job by its name, in the order in which they are run: later ones use the folders of earlier ones."""
-    bases = {"sd1": base_folder(folder / "bases/sd1")}
-    bases |= {kind: family_folder(kind, folder / "bases" / kind) for kind in ("sd2", "turbo", "xl")}
-    bases["coarse"] = coarse_folder(folder / "bases/coarse")
-    clip, long = square(folder / "square", 6, 32), square(folder / "long", 88, 64)
+class Jobs:
+    """The jobs, which share a folder: later ones use the runs of earlier ones."""
 
-    def tune(name: str, **settings: Any) -> Path:
-        base = str(bases[settings.pop("base", "sd1")])
+    def __init__(self, folder: Path, results: Results) -> None:
+        self.folder, self.results = folder, results
+        self.bases = {"sd1": base_folder(folder / "bases/sd1")}
+        self.bases |= {kind: family_folder(kind, folder / "bases" / kind) for kind in ("sd2", "turbo", "xl")}
+        self.bases["coarse"] = coarse_folder(folder / "bases/coarse")
+        self.clip, self.long = square(folder / "square", 6, 32), square(folder / "long", 88, 64)
+
+    def by_name(self) -> dict[str, Callable[[], Any]]:
+        """Return every job by its name, in the order in which they are run."""
+        styles = self.folder / "styles"
+        styles.mkdir()
+        found: dict[str, Callable[[], Any]] = {}
+        found |= {name: partial(self.tune, name, **settings) for name, settings in TUNED.items()}
+        found |= {f"edit: {name}": partial(self.edit, name, **settings) for name, settings in EDITED.items()}
+        found |= {f"style: {name}": partial(self.edit, name, **each) for name, each in style_files(styles).items()}
+        found |= {f"miniature {preset}": partial(self.bundled, preset) for preset in PRESETS}
+        found["resumed"] = self.resumed
+        found |= {f"to {to}": partial(self.converted, to, "plain") for to in TARGETS}
+        return found | {"adopted": self.adopted, "scores": self.scored, "report": self.reported}
+
+    def tune(self, name: str, **settings: Any) -> None:
         run = api.tune(
-            long if name == "on disk" else clip, "a square", edit="a red circle", base=base, out=folder / name,
-            formats=("frames",), **TINY | settings,
+            self.long if name == "on disk" else self.clip, "a square", edit="a red circle",
+            base=str(self.bases[settings.pop("base", "sd1")]), out=self.folder / name, formats=("frames",),
+            **TINY | settings,
         )  # fmt: skip
-        results.run(name, run)
-        return run
+        self.results.run(name, run)
 
-    def edit(name: str, **settings: Any) -> None:
-        made = api.edit(folder / "plain", PROMPT, formats=("frames",), **settings)
-        for number, each in enumerate(made):
-            results.edit(f"{name} {number}", each)
+    def edit(self, name: str, **settings: Any) -> None:
+        for number, each in enumerate(api.edit(self.folder / "plain", PROMPT, formats=("frames",), **settings)):
+            self.results.edit(f"{name} {number}", each)
 
-    def bundled(preset: str) -> None:
+    def bundled(self, preset: str) -> None:
         own, name = miniature.clips()[0], f"miniature {preset}"
         run = api.tune(
             str(own["path"]), own["caption"], edit=miniature.DEMO_EDITS[0], preset=preset, num_frames=4,
-            formats=("frames",), out=folder / name, **BRIEF | PRESETS[preset],
+            formats=("frames",), out=self.folder / name, **BRIEF | PRESETS[preset],
         )  # fmt: skip
-        results.run(name, run)
+        self.results.run(name, run)
 
-    def resumed() -> None:
-        settings = api.tune_settings(
-            {"video": str(clip), "prompt": "a square", "edit": ("a red circle",), "base": str(bases["sd1"]),
-             "checkpointing_steps": 2, "formats": ("frames",)} | TINY
-        )  # fmt: skip
-        job = api.Job.tune(settings, out=folder / "resumed")
+    def resumed(self) -> None:
+        job = api.Job.tune(self._settings(checkpointing_steps=2), out=self.folder / "resumed")
         for each in job:
             if each.step and each.step.number == 3:
                 job.close()
                 break
-        results.run("resumed", api.resume(folder / "resumed"))
+        self.results.run("resumed", api.resume(self.folder / "resumed"))
 
-    def converted(to: str, source: str) -> None:
-        out = folder / f"{source} as {TARGETS[to]}"
-        api.convert(folder / source, out, to=to, **({"rank": 2} if to == "lora" else {}))
+    def converted(self, to: str, source: str) -> None:
+        out = self.folder / f"{source} as {TARGETS[to]}"
+        api.convert(self.folder / source, out, to=to, **({"rank": 2} if to == "lora" else {}))
         for path in sorted(out.rglob("*")) if out.is_dir() else [out]:
             if path.suffix in (".safetensors", ".ckpt") or path.name.endswith("config.json"):
-                results.file(f"{source} to {to}: {path.relative_to(folder)}", path, folder)
+                self.results.file(f"{source} to {to}: {path.relative_to(self.folder)}", path, self.folder)
 
-    def adopted() -> None:
-        settings = api.tune_settings(
-            {"video": str(clip), "prompt": "a square", "edit": ("a red circle",), "base": str(bases["sd1"]),
-             "formats": ("frames",)} | TINY
-        )  # fmt: skip
-        for _ in api.Job.adopt(settings, folder / "plain as official", out=folder / "adopted"):
+    def adopted(self) -> None:
+        for _ in api.Job.adopt(self._settings(), self.folder / "plain as official", out=self.folder / "adopted"):
             pass
-        results.digests["adopted: adapter"] = tensors(folder / "adopted/adapter/adapter.safetensors")
-        results.edit("adopted", next((folder / "adopted/edits").iterdir()))
+        self.results.digests["adopted: adapter"] = tensors(self.folder / "adopted/adapter/adapter.safetensors")
+        self.results.edit("adopted", next((self.folder / "adopted/edits").iterdir()))
 
-    def scored() -> None:
-        (file,) = api.evaluate(folder / "miniature default")
+    def scored(self) -> None:
+        (file,) = api.evaluate(self.folder / "miniature default")
         found = json.loads(file.read_text(encoding="utf-8"))
-        results.digests["scores"] = json.dumps(found["edits"], sort_keys=True)
+        self.results.digests["scores"] = json.dumps(found["edits"], sort_keys=True)
 
-    def reported() -> None:
-        page = api.report([folder / "plain", folder / "accumulated"], folder / "report.html")
+    def reported(self) -> None:
+        page = api.report([self.folder / "plain", self.folder / "accumulated"], self.folder / "report.html")
         text = page.read_text(encoding="utf-8")
-        results.digests["report: curves"] = digest(*re.findall(r'points="[^"]*"| d="[^"]*"', text))
+        self.results.digests["report: curves"] = digest(*re.findall(r'points="[^"]*"| d="[^"]*"', text))
 
-    styles = folder / "styles"
-    styles.mkdir()
-    found: dict[str, Callable[[], None]] = {}
-    for name, settings in TUNED.items():
-        found[name] = lambda name=name, settings=settings: void(tune(name, **settings))
-    for name, settings in EDITED.items():
-        found[f"edit: {name}"] = lambda name=name, settings=settings: edit(name, **settings)
-    for name, settings in style_files(styles).items():
-        found[f"style: {name}"] = lambda name=name, settings=settings: edit(name, **settings)
-    for preset in PRESETS:
-        found[f"miniature {preset}"] = lambda preset=preset: bundled(preset)
-    found["resumed"] = resumed
-    for to in TARGETS:
-        found[f"to {to}"] = lambda to=to: converted(to, "plain")
-    return found | {"adopted": adopted, "scores": scored, "report": reported}
-
-
-def void(_: object) -> None: ...
+    def _settings(self, **settings: Any) -> TuneSettings:
+        values = {"video": str(self.clip), "prompt": "a square", "edit": ("a red circle",)}
+        return api.tune_settings(values | {"base": str(self.bases["sd1"]), "formats": ("frames",)} | TINY | settings)
 
 
 def made(folder: Path) -> Results:
@@ -221,7 +214,7 @@ def made(folder: Path) -> Results:
     results = Results(folder)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TUNEAVIDEO_CACHE"] = f"{scratch}/cache"
-        for name, job in jobs(Path(scratch), results).items():
+        for name, job in Jobs(Path(scratch), results).by_name().items():
             print(name, flush=True)
             try:
                 job()

@@ -38,11 +38,34 @@ def slug(text: str, limit: int = 60) -> str:
     return whole.encode()[:limit].decode(errors="ignore").rstrip("-") or "untitled"
 
 
+class FilePath:
+    """A path in a run folder, as an attribute of `RunFiles`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFiles, _: type[RunFiles]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """The files of one tuned clip; see the table in docs/run-folder.md."""
 
     path: Path
+
+    settings = FilePath("settings.yaml")
+    source = FilePath("source.mp4")
+    adapter = FilePath("adapter")
+    base = FilePath("base")  # of an adopted run that brought its own base
+    scores = FilePath("scores.json")
+    error = FilePath("error.txt")
+    report = FilePath("report.html")
+    sheet = FilePath("edits.png")
+    card = FilePath("README.md")
+    logs = FilePath("logs")
+    latents = FilePath("latents.safetensors")
+    _steps = FilePath("steps.jsonl")
 
     def written_with(self) -> dict[str, str]:
         """Return the `about` of `write_settings`: versions of packages, and the base's fingerprint."""
@@ -66,23 +89,6 @@ class RunFiles:
     def quoted(self) -> str:
         """The path, quoted for a shell."""
         return shlex.quote(str(self.path))
-
-    @property
-    def settings(self) -> Path:
-        return self.path / "settings.yaml"
-
-    @property
-    def source(self) -> Path:
-        return self.path / "source.mp4"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def base(self) -> Path:
-        """The base of an adopted run that brought its own."""
-        return self.path / "base"
 
     @property
     def is_tuned(self) -> bool:
@@ -128,10 +134,6 @@ class RunFiles:
         forms = (edit / "frames", edit / "edit.mp4", edit / "edit.gif")
         return next((form for form in forms if form.exists()), forms[1])
 
-    @property
-    def scores(self) -> Path:
-        return self.path / "scores.json"
-
     def read_scores(self) -> dict[str, Any] | None:
         """Return the scores of `tuneavideo evaluate`; None without. Raises RunError when they are damaged."""
         return _read_json(self.scores, "edits", "missing") if self.scores.is_file() else None
@@ -139,10 +141,6 @@ class RunFiles:
     def is_newer(self, edit: Path) -> bool:
         """Return whether an edit was made after the scores were written."""
         return (edit / "edit.json").stat().st_mtime > self.scores.stat().st_mtime
-
-    @property
-    def error(self) -> Path:
-        return self.path / "error.txt"
 
     @property
     def last_error(self) -> str:
@@ -157,28 +155,8 @@ class RunFiles:
         with suppress(OSError, DiskError):
             atomic.write(self.error, head + "".join(traceback.format_exception(error)))
 
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def sheet(self) -> Path:
-        return self.path / "edits.png"
-
-    @property
-    def card(self) -> Path:
-        return self.path / "README.md"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
     def inversion(self, key: str) -> Path:
         return self.path / "inversion" / f"{key}.safetensors"
-
-    @property
-    def latents(self) -> Path:
-        return self.path / "latents.safetensors"
 
     def sample(self, step: int, index: int, prompt: str) -> Path:
         """Return the path of the preview of the edit prompt `index` (from 0) after a step."""
@@ -230,10 +208,6 @@ class RunFiles:
             path for path in (self.path / folder).glob("*") if number_in(path, name) is not None and path.is_file()
         ]
         return sorted(found, key=lambda path: (number_in(path, name), path.name))
-
-    @property
-    def _steps(self) -> Path:
-        return self.path / "steps.jsonl"
 
 
 def number_in(path: Path, name: re.Pattern[str]) -> int | None:
