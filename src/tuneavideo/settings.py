@@ -315,7 +315,7 @@ class Styling(Settings):
     control_scale: NonNegativeFloat = 1.0
     """Conditioning scale of the ControlNet. 0 disables it."""
     ip_adapter: str | None = None
-    """IP-Adapter file with the folder image_encoder beside it, or OWNER/REPOSITORY/FOLDER/FILE on the hub."""
+    """IP-Adapter file in a folder that has image_encoder, or OWNER/REPOSITORY/FOLDER/FILE on the hub."""
     ip_image: str | None = None
     """Reference image for the IP-Adapter."""
     ip_scale: NonNegativeFloat = 0.6

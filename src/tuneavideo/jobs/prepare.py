@@ -36,7 +36,7 @@ def stored_clip(run: RunFolder) -> tuple[AnyVideo, Moments] | None:
 
 
 def read_clip(settings: TuneSettings, span: Span, pipe: Pipeline, folder: Path) -> AnyVideo:
-    """The frames of a `span` to learn from, at a size the model takes; a long clip lies in a file in `folder`."""
+    """Read the frames of a `span`, at a size that the model takes; those of a long clip are in a file in `folder`."""
 
     def near(width: int, height: int) -> tuple[int, int]:
         side = settings.resolution or codec.default_size(pipe)

@@ -33,7 +33,7 @@ Moments = Mapping[str, Tensor]
 
 @dataclasses.dataclass
 class EditSession:
-    """A tuned (or partly tuned) model and the clip it was tuned on, from which edits are made.
+    """A tuned or partly tuned model and its clip, from which edits are made.
 
     Attributes:
         run: Run folder, which keeps the inversions.
@@ -89,7 +89,7 @@ class EditSession:
         return self.addons.with_reference(codec.embed(self.pipe, prompts))
 
     def _decoded(self, latents: Tensor, settings: Sampling) -> AnyVideo:
-        """An edit, with the source's sound if it plays as fast as the source."""
+        """Decode an edit; it has the source's sound if it has the source's frame rate."""
         fps = settings.fps or self.source.fps
         edit = videos.collect(codec.decode_frames(self.pipe, latents), fps, self.run.path)
         same = math.isclose(fps, self.source.fps, rel_tol=1e-4)
