@@ -404,6 +404,7 @@ def test_edits_do_not_begin_when_the_disk_will_not_hold_them(
                 api.edit_settings({"run": str(run), "prompt": ["a red circle", "a blue square"], "strength": 0.7})
             )
         )
+    (run / "error.txt").unlink()  # the only new file
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
