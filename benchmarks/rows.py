@@ -18,7 +18,7 @@ from benchmarks.reference import TUNED, Reference
 from benchmarks.resident import Peak
 from benchmarks.sized import Parts, parts
 from tuneavideo.evaluation.flops import count_flops
-from tuneavideo.kernels import channels_last, products
+from tuneavideo.kernels import channels_last
 from tuneavideo.method import editing, inversion
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.deepcache import reusing
@@ -56,7 +56,7 @@ class Row:
         precision: Of the frozen weights and the computation.
         checkpointing: Activations computed twice.
         compiled: Transformer blocks compiled, each kind once.
-        channels_last: Layout of the UNet's convolutions (in bf16 on a CPU it is that anyway).
+        channels_last: Memory format of the UNet's convolutions (on a GPU it is that anyway).
         prompts: Edited in one batch.
         reused: Inner features are those of an earlier step (`feature_reuse`).
         injected: Of `edits`: with attention injection, as by default.
@@ -183,7 +183,7 @@ class Steps(Tuning):
     """Tuning with single steps as calls."""
 
     def step(self) -> None:
-        self._move(float(self.learn(0)[0]))
+        self._update(float(self.learn(0)[0]))
         self.number += 1
 
 
@@ -205,9 +205,7 @@ def tune(row: Row, network: Parts, device: str) -> Bench:
 
 
 def _prepared(row: Row, video: VideoUNet) -> VideoUNet:
-    products.lay_out(video.unet)
-    if video.unet.device.type == "cuda":
-        channels_last.lay_out(video.unet)
+    channels_last.optimise(video.unet)
     if row.channels_last:
         torch.nn.Module.to(video.unet, memory_format=torch.channels_last)
     if row.compiled:
@@ -324,8 +322,7 @@ def reference_edits(row: Row, network: Parts, device: str) -> Bench:
 
 def decode(row: Row, network: Parts, device: str) -> Bench:
     """Decode a clip frame by frame."""
-    if device == "cuda":
-        channels_last.lay_out(network.vae)
+    channels_last.optimise(network.vae)
     latents = _latents(row, network, device).to(DTYPES[row.precision])
 
     def run() -> None:

@@ -44,7 +44,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return y.transpose(-2, -3).flatten(-2)
 
 
-def _led(run: Callable[..., Tensor], frames: int, clips: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _injected(run: Callable[..., Tensor], frames: int, clips: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return run(q[:frames].repeat(clips, 1, 1), k[:frames].repeat(clips, 1, 1), v)
 
 
@@ -88,12 +88,12 @@ def attentions(longest: int = 12) -> Iterator[Case]:
         drawn = [torch.randn(clips * frames, sites, heads * width) for _ in range(3)]
         yield f"along time {frames}", kernel, reference, drawn, 3
         if clips > 1:
-            led = partial(_led, kernel, frames, 1)
-            yield f"along time {frames}, led", led, partial(_led, reference, frames, clips), drawn, 0
+            injected = partial(_injected, kernel, frames, 1)
+            yield f"along time {frames}, injected", injected, partial(_injected, reference, frames, clips), drawn, 0
     q, k, v = torch.randn(2, 70, 48), torch.randn(2, 7, 48), torch.randn(2, 7, 48)
     few = partial(few_keys.attend, heads=2, scale=0.3)
     yield "few keys", few, lambda q, k, v: _attended(q, k, v, 2), [q, k, v], 1
-    yield "few keys, led", few, lambda q, k, v: _attended(q.expand(2, -1, -1), k, v, 2), [q[:1], k, v], 0
+    yield "few keys, injected", few, lambda q, k, v: _attended(q.expand(2, -1, -1), k, v, 2), [q[:1], k, v], 0
     index = torch.tensor([[0, 1], [0, 2], [0, 3]], dtype=torch.int32)
     drawn = [torch.randn(3, 50, 48), torch.randn(4, 50, 48), torch.randn(3, 4, 50, 48), index]
     yield (
@@ -114,10 +114,10 @@ def small_work() -> Iterator[Case]:
     """One pass over memory each."""
     from tuneavideo.kernels import pointwise
 
-    yield "gate", pointwise.gated, lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]), [torch.randn(5, 3, 50)], 1
+    yield "gate", pointwise.gate, lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]), [torch.randn(5, 3, 50)], 1
     bias = torch.randn(24)
     pair = [torch.randn(3, 11, 24), torch.randn(3, 11, 24)]
-    yield "sum", pointwise.added, lambda x, y, b: x + y + b, [*pair, bias], 3
+    yield "sum", pointwise.add, lambda x, y, b: x + y + b, [*pair, bias], 3
     yield (
         "layer norm",
         lambda x, more, w, b: pointwise.layer_norm(x, more, w, b, 1e-5),
@@ -127,7 +127,7 @@ def small_work() -> Iterator[Case]:
     )
     index = torch.tensor([0, 1, 0, 2], dtype=torch.int32)
     frames = [torch.randn(2, 4, 6, 16), index]
-    yield "gather", pointwise.gathered, lambda x, index: (x[:, :1], x[:, index.long()]), frames, 1
+    yield "gather", pointwise.gather, lambda x, index: (x[:, :1], x[:, index.long()]), frames, 1
 
 
 if __name__ == "__main__":

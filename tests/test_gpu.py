@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 from tests.kernel_cases import attentions, error, group_norms, small_work, worst
 from tuneavideo import kernels, miniature
-from tuneavideo.kernels import channels_last
-from tuneavideo.method import graphs
+from tuneavideo.kernels import channels_last, graphs
+from tuneavideo.method.graphs import recording
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.tuning import Tuning
@@ -19,6 +19,10 @@ from tuneavideo.training.optimizers import make_optimizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CUDA = "cuda"
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "works_on", lambda _: False)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -34,44 +38,44 @@ def small_unet(dtype: torch.dtype = torch.float32) -> VideoUNet:
     for name, parameter in unet.named_parameters():
         if "attn_temp" in name:
             torch.nn.init.uniform_(parameter, -0.1, 0.1)
-    channels_last.lay_out(unet)
+    channels_last.optimise(unet)
     return video
 
 
-def asked(video: VideoUNet, clips: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_inputs(video: VideoUNet, clips: int, frames: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     config = video.unet.config
     text = torch.randn(clips, 9, config.cross_attention_dim, device=CUDA)
     return torch.randn(clips, config.in_channels, frames, 8, 12, device=CUDA), torch.tensor(500, device=CUDA), text
 
 
-@pytest.mark.parametrize(("clips", "frames", "led"), [(1, 1, False), (2, 5, False), (3, 5, True)])
+@pytest.mark.parametrize(("clips", "frames", "inject"), [(1, 1, False), (2, 5, False), (3, 5, True)])
 @torch.no_grad()
-def test_a_unet_predicts_the_same_with_kernels(clips, frames, led, monkeypatch):
+def test_a_unet_predicts_the_same_with_kernels(clips, frames, inject, monkeypatch):
     torch.manual_seed(0)
     video = small_unet()
-    video.clip.inject = led
-    inputs = asked(video, clips, frames)
+    video.clip.inject = inject
+    inputs = random_inputs(video, clips, frames)
     found = video(*inputs)
-    monkeypatch.setattr(kernels, "suit", lambda *_: False)
+    without_kernels(monkeypatch)
     assert error(found, video(*inputs)) < 2e-3  # convolutions compute in TF32
 
 
 @torch.no_grad()
 def test_a_recorded_call_takes_new_inputs():
     video = small_unet(torch.bfloat16)
-    recording = graphs.recording(video)
-    calls = [asked(video, 2, 4) for _ in range(4)]
-    found = [recording(*inputs) for inputs in calls]
+    replayed = recording(video)
+    calls = [random_inputs(video, 2, 4) for _ in range(4)]
+    found = [replayed(*inputs) for inputs in calls]
     assert max(error(y, video(*inputs)) for y, inputs in zip(found, calls, strict=True)) < 1e-2
     assert error(found[2], found[3]) > 0.1
 
 
 def test_recorded_steps_have_the_losses_of_others(monkeypatch):
     def losses(recorded: bool) -> list[float]:
-        monkeypatch.setattr(graphs, "switched_on", recorded)
+        monkeypatch.setattr(graphs, "enabled", recorded)
         torch.manual_seed(0)
         video = small_unet()
-        x, _, text = asked(video, 1, 4)
+        x, _, text = random_inputs(video, 1, 4)
         settings = TuneSettings(video="-", prompt="-", max_train_steps=8, gradient_checkpointing=False)
         scheduler = DDIMScheduler.from_pretrained(miniature.MODEL / "scheduler")
         moments = {"mean": x, "std": torch.ones_like(x)}
@@ -84,9 +88,9 @@ def test_recorded_steps_have_the_losses_of_others(monkeypatch):
             Accelerator(mixed_precision="bf16"),
             make_optimizer,
         )
-        told = [(step.loss, bool(tuning.recording)) for step in tuning]
-        assert told[-1][1] == recorded
-        return [loss for loss, _ in told]
+        steps = [(step.loss, bool(tuning.recorder.recording)) for step in tuning]
+        assert steps[-1][1] == recorded
+        return [loss for loss, _ in steps]
 
     assert losses(True) == pytest.approx(losses(False), rel=1e-2)
 
@@ -95,7 +99,7 @@ def test_recorded_steps_have_the_losses_of_others(monkeypatch):
 def test_a_vae_gives_the_same_pictures_with_kernels(monkeypatch):
     vae = AutoencoderKL.from_pretrained(miniature.MODEL / "vae").to(CUDA)
     latents = torch.randn(3, vae.config.latent_channels, 8, 12, device=CUDA)
-    channels_last.lay_out(vae)
+    channels_last.optimise(vae)
     found = vae.decode(latents).sample
-    monkeypatch.setattr(kernels, "suit", lambda *_: False)
+    without_kernels(monkeypatch)
     assert error(found, vae.decode(latents).sample) < 2e-3

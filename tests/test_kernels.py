@@ -26,5 +26,5 @@ def test_kernels_compute_what_torch_does():
     assert not {name: found for name, found in errors.items() if found > 1e-5}
 
 
-def test_kernels_are_not_asked_for_on_a_cpu():
-    assert not kernels.suit(torch.ones(2, 2), "gate")
+def test_kernels_do_not_take_tensors_of_a_cpu():
+    assert not kernels.supports(torch.ones(2, 2))

@@ -46,14 +46,14 @@ def cuts(draw: st.DrawFn) -> tuple[Windows, int, float]:
 @given(cuts())
 def test_windows_cover_a_clip_in_order_and_their_weights_sum_to_one(cut: tuple[Windows, int, float]) -> None:
     windows, frames, t = cut
-    spans, shares = windows.spans(frames, t), windows.shares(frames, t)
+    spans, weights = windows.spans(frames, t), windows.weights(frames, t)
     if frames > windows.size:
         assert {len(span) for span in spans} == {windows.size - 1}
         assert spans[0].start == 1 and spans[-1].stop == frames
         steps = [b.start - a.start for a, b in itertools.pairwise(spans)]
         assert all(0 < step <= windows.size - 1 - windows.overlap for step in steps)
     sums = [0.0] * frames
-    for span, own in zip(spans, shares, strict=True):
+    for span, own in zip(spans, weights, strict=True):
         assert all(0 < share <= 1 for share in own)
         for frame, share in zip(span, own, strict=True):
             sums[frame] += share
@@ -98,11 +98,11 @@ def test_where_windows_overlap_predictions_are_blended(video: VideoUNet) -> None
     """Written out plainly: every window's prediction, laid down with its weights."""
     windows, t, x = Windows(6, 3), torch.tensor(417), torch.randn(2, 4, 17, 8, 8)
     expected = torch.zeros_like(x)
-    for span, shares in zip(windows.spans(17, 417.0), windows.shares(17, 417.0), strict=True):
+    for span, weights in zip(windows.spans(17, 417.0), windows.weights(17, 417.0), strict=True):
         output = video(x[:, :, [0, *span]], t, TEXT)
         if span.start == 1:
             expected[:, :, 0] = output[:, :, 0]
-        for place, (frame, share) in enumerate(zip(span, shares, strict=True), start=1):
+        for place, (frame, share) in enumerate(zip(span, weights, strict=True), start=1):
             expected[:, :, frame] += share * output[:, :, place]
     assert torch.allclose(WindowedUNet(video, windows)(x, t, TEXT), expected, atol=1e-6)
 

@@ -246,7 +246,8 @@ def _steps(tuning: Tuning) -> Iterator[Step]:
         step = next(steps, None)
         if step is None:
             return
-        held = tuning.peak if tuning.recording else 0  # memory of a recorded step is allocated while it is recorded
+        recorder = tuning.recorder  # memory of a recorded step is allocated while it is recorded
+        held = recorder.peak if recorder.recording else 0
         yield dataclasses.replace(step, memory=max(held, devices.used_memory(device)))
 
 

@@ -1,9 +1,9 @@
-"""Attention of many tokens to few, such as the words of a text that does not learn, in Triton.
+"""Attention to few keys, such as those of a text, in Triton; only queries have a gradient.
 
-One tile holds all keys, so a map is made in one piece, and on the way back again; only queries get a gradient.
+A program holds all keys, so it computes its part of the map at once, and again in the backward pass.
 """
 
-# Where nothing is computed on GPUs there is no Triton.
+# Triton is not installed everywhere.
 # pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
@@ -18,37 +18,40 @@ HIGH = 64  # queries of a program
 
 
 @triton.jit
-def _tile(q, k, v, L, M, C, heads, scale, D: tl.constexpr, LED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+def _tile(q, k, v, L, M, C, heads, scale, D: tl.constexpr, INJECT: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
           COLS: tl.constexpr):  # fmt: skip
-    """Where the queries of a program lie, which there are, their map, keys and values."""
+    """Return offsets and mask of a program's queries, their attention map, keys and values."""
     rows, n, d = tl.program_id(0) * HIGH + tl.arange(0, HIGH), tl.arange(0, WIDE), tl.arange(0, COLS)
     clip, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     inside = (rows[:, None] < L) & (d[None, :] < D)
-    known = (n[:, None] < M) & (d[None, :] < D)
+    key_mask = (n[:, None] < M) & (d[None, :] < D)
     at = rows[:, None].to(tl.int64) * C + head * D + d[None, :]
     own = clip * L * C + at
-    of_keys = (clip * M + n[:, None]) * C + head * D + d[None, :]
-    asked, told = tl.load(k + of_keys, mask=known, other=0.0), tl.load(v + of_keys, mask=known, other=0.0)
-    asking = tl.load(q + (at if LED else own), mask=inside, other=0.0)
-    s = tl.where(n[None, :] < M, tl.dot(asking, tl.trans(asked)) * scale, -1e30)
+    key_offsets = (clip * M + n[:, None]) * C + head * D + d[None, :]
+    keys, values = (
+        tl.load(k + key_offsets, mask=key_mask, other=0.0),
+        tl.load(v + key_offsets, mask=key_mask, other=0.0),
+    )
+    queries = tl.load(q + (at if INJECT else own), mask=inside, other=0.0)
+    s = tl.where(n[None, :] < M, tl.dot(queries, tl.trans(keys)) * scale, -1e30)
     p = tl.exp(s - tl.max(s, 1)[:, None])
-    return own, inside, p / tl.sum(p, 1)[:, None], asked, told
+    return own, inside, p / tl.sum(p, 1)[:, None], keys, values
 
 
 @triton.jit
-def _see(q, k, v, y, L, M, C, heads, scale, D: tl.constexpr, LED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
-         COLS: tl.constexpr):  # fmt: skip
-    own, inside, p, _, told = _tile(q, k, v, L, M, C, heads, scale, D, LED, HIGH, WIDE, COLS)
-    tl.store(y + own, tl.dot(p.to(told.dtype), told).to(y.dtype.element_ty), mask=inside)
+def _forward(q, k, v, y, L, M, C, heads, scale, D: tl.constexpr, INJECT: tl.constexpr, HIGH: tl.constexpr,
+             WIDE: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    own, inside, p, _, values = _tile(q, k, v, L, M, C, heads, scale, D, INJECT, HIGH, WIDE, COLS)
+    tl.store(y + own, tl.dot(p.to(values.dtype), values).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _see_gradient(q, k, v, dy, dq, L, M, C, heads, scale, D: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+def _backward(q, k, v, dy, dq, L, M, C, heads, scale, D: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
                   COLS: tl.constexpr):  # fmt: skip
-    own, inside, p, asked, told = _tile(q, k, v, L, M, C, heads, scale, D, False, HIGH, WIDE, COLS)
-    dp = tl.dot(tl.load(dy + own, mask=inside, other=0.0), tl.trans(told))
+    own, inside, p, keys, values = _tile(q, k, v, L, M, C, heads, scale, D, False, HIGH, WIDE, COLS)
+    dp = tl.dot(tl.load(dy + own, mask=inside, other=0.0), tl.trans(values))
     ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
-    tl.store(dq + own, tl.dot(ds.to(asked.dtype), asked).to(dq.dtype.element_ty), mask=inside)
+    tl.store(dq + own, tl.dot(ds.to(keys.dtype), keys).to(dq.dtype.element_ty), mask=inside)
 
 
 def _options(v: Tensor, tokens: int, heads: int) -> tuple[tuple[int, int], dict[str, Any]]:
@@ -67,31 +70,31 @@ class _FewKeys(torch.autograd.Function):
         grid, options = _options(v, tokens, heads)
         y = q.new_empty(len(v), tokens, channels)
         with torch.cuda.device_of(v):
-            _see[grid](q, k, v, y, tokens, keys, channels, heads, scale, LED=len(q) < len(v), **options)
+            _forward[grid](q, k, v, y, tokens, keys, channels, heads, scale, INJECT=len(q) < len(v), **options)
         ctx.save_for_backward(q, k, v)
-        ctx.told = heads, scale
+        ctx.options = heads, scale
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v), (heads, scale), dy = ctx.saved_tensors, ctx.told, gradients[0].contiguous()
+        (q, k, v), (heads, scale), dy = ctx.saved_tensors, ctx.options, gradients[0].contiguous()
         (_, tokens, channels), keys = q.shape, v.shape[1]
         grid, options = _options(v, tokens, heads)
         dq = torch.empty_like(q)
         with torch.cuda.device_of(v):
-            _see_gradient[grid](q, k, v, dy, dq, tokens, keys, channels, heads, scale, **options)
+            _backward[grid](q, k, v, dy, dq, tokens, keys, channels, heads, scale, **options)
         return dq, None, None, None, None
 
 
 def attend(q_BLC: Tensor, k_BMC: Tensor, v_BMC: Tensor, *, heads: int, scale: float) -> Tensor:
-    """Attention to at most 128 keys of at most 128 channels a head: `B L C`.
+    """Attend to at most 128 keys of at most 128 channels per head: `B L C`.
 
     Args:
-        q_BLC: Queries of B clips, or of one that all share.
-        k_BMC: Keys, which get no gradient.
-        v_BMC: Values, which get no gradient.
-        heads: C is a multiple of it.
-        scale: Of the products of queries and keys.
+        q_BLC: Queries of B clips, or of one clip, shared by all.
+        k_BMC: Keys, without gradient.
+        v_BMC: Values, without gradient.
+        heads: Number of heads, of which C is a multiple.
+        scale: Factor of the products of queries and keys.
     """
     q, k, v = (x.contiguous() for x in (q_BLC, k_BMC, v_BMC))
     return _FewKeys.apply(q, k, v, heads, scale)  # pyright: ignore[reportReturnType]

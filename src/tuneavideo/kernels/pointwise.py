@@ -1,6 +1,6 @@
-"""Small pieces of work on tokens, each in one pass over memory, in Triton."""
+"""Operations on single tokens in Triton, each in one pass over memory."""
 
-# Where nothing is computed on GPUs there is no Triton.
+# Triton is not installed everywhere.
 # pyright: reportMissingImports=false, reportIndexIssue=false
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ BLOCK = 1024
 @triton.jit
 def _gate(x, y, D, COLS: tl.constexpr):
     row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    told = tl.load(x + row * 2 * D + d, mask=d < D, other=0.0).to(tl.float32)
+    value = tl.load(x + row * 2 * D + d, mask=d < D, other=0.0).to(tl.float32)
     gate = tl.load(x + row * 2 * D + D + d, mask=d < D, other=0.0).to(tl.float32)
-    opened = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    tl.store(y + row * D + d, (told * opened).to(y.dtype.element_ty), mask=d < D)
+    activated = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    tl.store(y + row * D + d, (value * activated).to(y.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
 def _gate_gradient(x, dy, dx, D, COLS: tl.constexpr):
     row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    told = tl.load(x + row * 2 * D + d, mask=d < D, other=0.0).to(tl.float32)
+    value = tl.load(x + row * 2 * D + d, mask=d < D, other=0.0).to(tl.float32)
     gate = tl.load(x + row * 2 * D + D + d, mask=d < D, other=0.0).to(tl.float32)
-    lost = tl.load(dy + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-    share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    slope = share + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
-    tl.store(dx + row * 2 * D + d, (lost * gate * share).to(dx.dtype.element_ty), mask=d < D)
-    tl.store(dx + row * 2 * D + D + d, (lost * told * slope).to(dx.dtype.element_ty), mask=d < D)
+    gradient = tl.load(dy + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    cdf = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    slope = cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    tl.store(dx + row * 2 * D + d, (gradient * gate * cdf).to(dx.dtype.element_ty), mask=d < D)
+    tl.store(dx + row * 2 * D + D + d, (gradient * value * slope).to(dx.dtype.element_ty), mask=d < D)
 
 
 class _Gate(torch.autograd.Function):
@@ -57,8 +57,8 @@ class _Gate(torch.autograd.Function):
         return dx
 
 
-def gated(x_XE: Tensor) -> Tensor:
-    """The first half of each row times GELU of the second half: `X E` to `X E/2`."""
+def gate(x_XE: Tensor) -> Tensor:
+    """Multiply the first half of each row by GELU of the second half (GEGLU, Shazeer 2020): `X E` to `X E/2`."""
     return _Gate.apply(x_XE.contiguous())  # pyright: ignore[reportReturnType]
 
 
@@ -92,8 +92,8 @@ class _Add(torch.autograd.Function):
         return dz.to(of_x), dz.to(of_y), of_bias
 
 
-def added(x_XC: Tensor, y_XC: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """The sum of two tensors and a bias of the last dimension: `X C`, in the precision of the first."""
+def add(x_XC: Tensor, y_XC: Tensor, bias_C: Tensor | None = None) -> Tensor:
+    """Add two tensors and a bias of the last dimension: `X C`, in the precision of the first."""
     return _Add.apply(x_XC.contiguous(), y_XC.contiguous(), bias_C)  # pyright: ignore[reportReturnType]
 
 
@@ -103,21 +103,21 @@ def _layer_norm(x, more, weight, bias, total, y, means, rstds, rows, C, eps, ADD
     row, c = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
     inside = (row[:, None] < rows) & (c[None, :] < C)
     at = row[:, None] * C + c[None, :]
-    seen = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        seen = (seen + tl.load(more + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(total + at, seen, mask=inside)
-        seen = seen.to(tl.float32)
-    mean = tl.sum(seen, 1) / C
-    away = tl.where(inside, seen - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(away * away, 1) / C + eps)
+        value = (value + tl.load(more + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, value, mask=inside)
+        value = value.to(tl.float32)
+    mean = tl.sum(value, 1) / C
+    deviation = tl.where(inside, value - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / C + eps)
     tl.store(means + row, mean, mask=row < rows)
     tl.store(rstds + row, rstd, mask=row < rows)
-    away = away * rstd[:, None]
+    deviation = deviation * rstd[:, None]
     if AFFINE:
-        away = away * tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        away += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + at, away.to(y.dtype.element_ty), mask=inside)
+        deviation = deviation * tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        deviation += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, deviation.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -128,17 +128,17 @@ def _layer_norm_gradient(x, weight, means, rstds, dy, dtotal, dx, rows, C, ADD: 
     at = row[:, None] * C + c[None, :]
     mean = tl.load(means + row, mask=row < rows, other=0.0)
     rstd = tl.load(rstds + row, mask=row < rows, other=0.0)
-    seen = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    normal = tl.where(inside, (seen - mean[:, None]) * rstd[:, None], 0.0)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    normal = tl.where(inside, (value - mean[:, None]) * rstd[:, None], 0.0)
     d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
     if AFFINE:
         d = d * tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     a = tl.sum(d, 1) / C
     b = tl.sum(d * normal, 1) / C
-    found = (d - a[:, None] - normal * b[:, None]) * rstd[:, None]
+    gradient = (d - a[:, None] - normal * b[:, None]) * rstd[:, None]
     if ADD:
-        found += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=inside)
+        gradient += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=inside)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -179,7 +179,7 @@ class _LayerNorm(torch.autograd.Function):
 def layer_norm(
     x_XC: Tensor, more_XC: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`x + more` and its layer normalisation, `X C` each; weight and bias get no gradient."""
+    """Return `x + more` and its layer normalisation, `X C` each; weight and bias have no gradient."""
     more = None if more_XC is None else more_XC.contiguous()
     x = x_XC.contiguous()
     made: Any = _LayerNorm.apply(x, more, weight, bias, eps)
@@ -187,18 +187,13 @@ def layer_norm(
 
 
 @triton.jit
-def _gather(x, index, y, K, F, size, B: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of `size` numbers; `B` clips side by side in pieces of D, or one after the other (`B` is 1)."""
+def _gather(x, index, y, K, F, size, BLOCK: tl.constexpr):
+    """Copy frames of `size` numbers."""
     entry = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size * B
-    row = tl.load(index + entry % F).to(tl.int64)
-    clip = entry // F
-    if B > 1:
-        source = ((at // D) % B) * K * size + row * size + (at // (D * B)) * D + at % D
-    else:
-        source = (clip * K + row) * size + at
-    tl.store(y + entry * size * B + at, tl.load(x + source, mask=inside, other=0.0), mask=inside)
+    inside = at < size
+    frame = (entry // F) * K + tl.load(index + entry % F).to(tl.int64)
+    tl.store(y + entry * size + at, tl.load(x + frame * size + at, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
@@ -225,7 +220,7 @@ class _Gather(torch.autograd.Function):
         y = x.new_empty(clips, len(index), *x.shape[2:])
         with torch.cuda.device_of(x):
             _gather[(clips * len(index), triton.cdiv(size, 2 * BLOCK))](
-                x, index, y, known, len(index), size, B=1, D=1, BLOCK=2 * BLOCK
+                x, index, y, known, len(index), size, BLOCK=2 * BLOCK
             )
         ctx.save_for_backward(index)
         ctx.shape = x.shape
@@ -249,18 +244,6 @@ class _Gather(torch.autograd.Function):
         return dx, None
 
 
-def gathered(x_BKLC: Tensor, index_F: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each clip the first frame, `B 1 L C`, and the frames that are listed, `B F L C`."""
+def gather(x_BKLC: Tensor, index_F: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first frame of each clip, `B 1 L C`, and the frames numbered in `index_F`, `B F L C`."""
     return _Gather.apply(x_BKLC.contiguous(), index_F)  # pyright: ignore[reportReturnType]
-
-
-def side_by_side(x_BKLC: Tensor, index_F: Tensor, heads: int) -> Tensor:
-    """The frames that are listed, with the heads of all clips side by side: `F L (H B D)`; without gradients."""
-    clips, known, tokens, channels = x_BKLC.shape
-    y = x_BKLC.new_empty(len(index_F), tokens, clips * channels)
-    size = tokens * channels
-    with torch.cuda.device_of(y):
-        _gather[(len(index_F), triton.cdiv(size * clips, BLOCK))](
-            x_BKLC.contiguous(), index_F, y, known, len(index_F), size, B=clips, D=channels // heads, BLOCK=BLOCK
-        )
-    return y

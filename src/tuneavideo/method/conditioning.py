@@ -1,4 +1,4 @@
-"""What a video UNet is time_ids of its clips besides their noise: texts and, with some models, more."""
+"""Conditioning of a video UNet: text embeddings and, for some models, pooled embeddings or images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _TENSORS = ("text_BLD", "pooled_BD", "images_BID")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What each of B clips shows or should show; tensors have the batch first.
+    """Conditioning inputs of B clips.
 
     Attributes:
-        text_BLD: Embedding of each prompt, token by token.
-        pooled_BD: Embedding of each prompt as a whole (Stable Diffusion XL).
-        images_BID: Embeddings of the I reference pictures of each clip (IP-Adapter).
-        stride: Pixels per latent: Stable Diffusion XL is time_ids the size of what it draws.
+        text_BLD: Embedding of each prompt: L tokens, D channels.
+        pooled_BD: Pooled embedding of each prompt (Stable Diffusion XL).
+        images_BID: Embeddings of the I reference images of each clip (IP-Adapter).
+        stride: Pixels per latent, for the size conditioning of Stable Diffusion XL.
     """
 
     text_BLD: Tensor
@@ -30,40 +30,40 @@ class Conditions:
 
     @classmethod
     def of(cls, text: Conditions | Tensor) -> Conditions:
-        """Conditions as they are, or those of a bare text embedding."""
+        """Return conditions as they are, or those of a text embedding `B L D` alone."""
         return cls(text) if isinstance(text, Tensor) else text
 
     def __len__(self) -> int:
         return len(self.text_BLD)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that there are, by name."""
+        """Return the tensors that are not None, by name."""
         return {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
 
     def to(self, *place: Any) -> Conditions:
-        """On another device, in another precision."""
+        """Return a copy on another device or in another precision; arguments are those of `Tensor.to`."""
         return self._each(lambda x: x.to(*place))
 
     def expand(self, count: int) -> Conditions:
-        """Those of one clip for `count` clips."""
+        """Repeat the conditions of one clip for `count` clips."""
         return self._each(lambda x: x.expand(count, *x.shape[1:]))
 
     def repeated(self, times: int) -> Conditions:
-        """Every clip's `times` times, one after the other: those of its frames."""
+        """Repeat each clip's conditions `times` times, once per frame."""
         return self._each(lambda x: x.repeat_interleave(times, dim=0))
 
     def split(self, size: int | list[int]) -> list[Conditions]:
-        """Those of so many clips each, as torch splits tensors."""
+        """Split along the batch, as `Tensor.split` does."""
         parts = len(self.text_BLD.split(size))
         return [self._each(lambda x, number=number: x.split(size)[number]) for number in range(parts)]
 
     def joined(self, other: Conditions) -> Conditions:
-        """These clips' and then those of `other`, of the same kind."""
+        """Concatenate with `other`, which has the same tensors."""
         theirs = other.tensors()
         return replace(self, **{name: torch.cat([own, theirs[name]]) for name, own in self.tensors().items()})
 
     def added(self, rows: int, columns: int) -> dict[str, Any] | None:
-        """diffusers' `added_cond_kwargs` for latents of that many rows and columns; frames are whole, not cropped."""
+        """Return diffusers' `added_cond_kwargs` for latents of that height and width, without cropping, or None."""
         added: dict[str, Any] = {}
         if self.pooled_BD is not None:
             size = (rows * self.stride, columns * self.stride)

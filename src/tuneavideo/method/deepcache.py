@@ -1,7 +1,7 @@
-"""Inner features of the UNet, used again at the next steps of a sampling (DeepCache, Ma et al. 2024).
+"""Feature reuse over sampling steps (DeepCache, Ma et al. 2024).
 
-From one step to the next the inner layers see almost the same, and they cost most. So they are computed at every so
-many steps; in between only the outermost layers run, on the last outputs of the inner ones.
+The inner layers of a UNet cost most and change little from step to step. They are computed every few steps; in between
+only the outermost layers run, on the last outputs of the inner ones.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet
 
-# Layers of the last up block, and one less of the first down block, that run at every step.
+# Layers of the last up block that run at every step; of the first down block one less.
 OUTER = 2
 
 
 @dataclass
 class Features:
-    """Outputs of the inner layers for one text, and the number of calls since sampling began."""
+    """Outputs of the inner layers for one text, and the number of calls with it."""
 
     text: Tensor
     calls: int = 0
@@ -32,9 +32,9 @@ class Features:
 
 
 class ReusingUNet(VideoUNet):
-    """A `VideoUNet` for one sampling, which computes its inner features at every `every`-th call with the same text.
+    """A `VideoUNet` for one sampling, which computes inner features at every `every`-th call with the same text.
 
-    Calls with other texts (the halves of guidance, when they are not in one batch) have features of their own.
+    Calls with different texts (the two predictions of guidance, when not in one batch) have separate features.
     """
 
     def __init__(self, video: VideoUNet, every: int) -> None:
@@ -46,11 +46,11 @@ class ReusingUNet(VideoUNet):
     known: list[Features]
 
     def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
-        """As `VideoUNet`, nearly."""
+        """Predict noise or velocity, approximately; see `VideoUNet`."""
         features = self._features(Conditions.of(text).text_BLD)
         fresh = features.calls % self.every == 0
         features.calls += 1
-        with remembering(self.unet, features.outputs, fresh):
+        with cached_features(self.unet, features.outputs, fresh):
             return super().__call__(x_BCTHW, t, text)
 
     def _features(self, text_BLD: Tensor) -> Features:
@@ -64,12 +64,12 @@ class ReusingUNet(VideoUNet):
 
 
 def reusing(video: VideoUNet, every: int) -> VideoUNet:
-    """`video` for one sampling, with inner features computed at every `every`-th step; 1 changes nothing."""
+    """Return `video` for one sampling, with inner features computed at every `every`-th step; 1 changes nothing."""
     return video if every == 1 else ReusingUNet(video, every)
 
 
 def inner_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """Every layer but the first convolution, the outermost layers of the first and the last block, and the output."""
+    """Return all layers but the first convolution, the outermost layers of the first and last block, and the output."""
     first, last = unet.down_blocks[0], unet.up_blocks[-1]
     inner = [*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]]
     for block, kept in ((first, slice(OUTER - 1, None)), (last, slice(None, -OUTER))):
@@ -80,11 +80,11 @@ def inner_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
 
 
 @contextmanager
-def remembering(unet: UNet2DConditionModel, outputs: dict[nn.Module, Any], fresh: bool) -> Iterator[None]:
-    """Within it, inner layers note their outputs (`fresh`) or give those they noted."""
+def cached_features(unet: UNet2DConditionModel, outputs: dict[nn.Module, Any], fresh: bool) -> Iterator[None]:
+    """Make inner layers store their outputs (`fresh`) or return the stored ones, within the context."""
     layers = inner_layers(unet)
     for layer in layers:
-        layer.forward = _noting(layer, layer.forward, outputs) if fresh else _giving(layer, outputs)
+        layer.forward = _storing(layer, layer.forward, outputs) if fresh else _returning(layer, outputs)
     try:
         yield
     finally:
@@ -92,13 +92,13 @@ def remembering(unet: UNet2DConditionModel, outputs: dict[nn.Module, Any], fresh
             del layer.forward  # the class's own shows again
 
 
-def _noting(layer: nn.Module, forward: Callable[..., Any], outputs: dict[nn.Module, Any]) -> Callable[..., Any]:
-    def noted(*args: Any, **kwargs: Any) -> Any:
+def _storing(layer: nn.Module, forward: Callable[..., Any], outputs: dict[nn.Module, Any]) -> Callable[..., Any]:
+    def stored(*args: Any, **kwargs: Any) -> Any:
         outputs[layer] = forward(*args, **kwargs)
         return outputs[layer]
 
-    return noted
+    return stored
 
 
-def _giving(layer: nn.Module, outputs: dict[nn.Module, Any]) -> Callable[..., Any]:
+def _returning(layer: nn.Module, outputs: dict[nn.Module, Any]) -> Callable[..., Any]:
     return lambda *_, **__: outputs[layer]

@@ -1,4 +1,4 @@
-"""An edit from end to end: from a clip's latents to noise, and from there, with new prompts, to new latents."""
+"""Inversion of a clip's latents, and sampling of edits from the inverted latents with new prompts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tuneavideo.settings import Sampling
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A clip at the timesteps of an inversion, noisiest first.
+    """Inverted latents of a clip, noisiest first.
 
     Attributes:
-        latents: `S C T H W`: the clip at each of `timesteps`; in a whole trajectory, then clean.
+        latents: `S C T H W`: the latents at each of `timesteps`, and in a whole trajectory the clean ones last.
         timesteps: Falling.
     """
 
@@ -34,13 +34,13 @@ class Trajectory:
     timesteps: tuple[int, ...]
 
     def start(self, sampler: Sampler, noise_schedule: NoiseSchedule, injected: float = 0.0) -> int:
-        """The place in `timesteps` at which sampling starts, with injection in a fraction of its steps.
+        """Return the index in `timesteps` where sampling starts, with injection in a fraction of its steps.
 
         Raises:
-            SettingsError: Sampling passes levels at which the clip is not known.
+            SettingsError: Sampling needs latents at a timestep that is not in the trajectory.
         """
         needed = [round(float(t)) for t in sampler.timesteps]
-        known = f"the inversion has the clip at timesteps {_listed(self.timesteps)}"
+        known = f"the inversion has timesteps {_listed(self.timesteps)}"
         first = next(
             (place for place, t in enumerate(self.timesteps) if inversion.starts_at(sampler, noise_schedule, t)), None
         )
@@ -52,7 +52,7 @@ class Trajectory:
         count = math.ceil(injected * len(needed))
         if tuple(needed[:count]) != self.timesteps[first : first + count]:
             raise SettingsError(
-                f"attention_injection needs the clip at every level of the sampling, which passes {_listed(needed)}; "
+                f"attention_injection needs inverted latents at every timestep of the sampling, {_listed(needed)}; "
                 f"{known}. Invert and sample with the same num_inference_steps and timestep_spacing, take sampler "
                 "ddim, or set attention_injection to 0"
             )
@@ -60,10 +60,16 @@ class Trajectory:
 
 
 def prepared(video: VideoUNet, settings: Sampling, frames: int, *, reuse: int = 1) -> Any:
-    """The UNet for a clip of so many frames: in windows if one does not hold it, or with inner features reused.
+    """Return the UNet for a clip of so many frames: in windows if one does not hold them, else with feature reuse.
+
+    Args:
+        video: The video UNet.
+        settings: Size and overlap of windows.
+        frames: Frames of the clip.
+        reuse: Interval of feature reuse in steps; 1 for none.
 
     Raises:
-        SettingsError: Windows go neither with `reuse` nor with a ControlNet.
+        SettingsError: Windows exclude `reuse` and a ControlNet.
     """
     windows = Windows.of(settings, frames)
     if windows.holds(frames):
@@ -78,7 +84,7 @@ def prepared(video: VideoUNet, settings: Sampling, frames: int, *, reuse: int = 
 
 
 def sampler_of(noise_schedule: NoiseSchedule, settings: Sampling) -> Sampler:
-    """The sampler that `settings` ask for, at its first step."""
+    """Return the sampler of the settings, at its first step."""
     return noise_schedule.sampler(
         settings.sampler,
         settings.num_inference_steps,
@@ -113,8 +119,8 @@ def invert(
         noise_schedule: Noise schedule of the base model.
         clean: Latents of the clip, `1 C T H W`.
         empty: Conditions of the empty prompt.
-        timesteps: Rising; `inversion.path_to` finds those that end where sampling starts.
-        whole: Keep the latents at all timesteps, which attention injection needs, or at the last one only.
+        timesteps: Rising; `inversion.path_to` returns those that end where sampling starts.
+        whole: Whether to keep the latents at all timesteps, which attention injection needs, or at the last one only.
         out: Tensor for the latents of the trajectory, such as one mapped to a file; `S C T H W`, where S is
             `len(timesteps) + 1` if `whole`, else 1. By default it is made on the device of `clean`.
     """
@@ -146,17 +152,17 @@ def edit(
     Args:
         video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
         noise_schedule: Noise schedule of the base model.
-        sampler: Such as `sampler_of` returns.
+        sampler: A sampler at its first step (see `sampler_of`).
         settings: Guidance, attention injection and fresh noise.
-        trajectory: Of the clip, as `invert` returns it.
+        trajectory: Inverted latents of the clip (see `invert`).
         clean: Latents of the clip, `1 C T H W`.
-        caption: Conditions of what the clip shows, for attention injection.
-        text: What each edit should show.
-        negative: What the edits should not show: of each, or of all.
-        generator: Of fresh noise and of samplers that add noise; a list has one for each edit.
+        caption: Conditions of the clip's caption, for attention injection.
+        text: Conditions of the B prompts.
+        negative: Conditions of the negative prompt of each edit, or of one for all.
+        generator: For fresh noise and samplers that add noise; a list has one per edit.
 
     Raises:
-        SettingsError: The trajectory does not have the levels that the sampler passes.
+        SettingsError: The trajectory lacks timesteps of the sampler.
     """
     fraction, count = settings.attention_injection, len(text)
     latents = trajectory.latents.split(1)[trajectory.start(sampler, noise_schedule, fraction) :]

@@ -1,7 +1,7 @@
-"""Image UNet in, video UNet out; and back.
+"""Inflation of an image UNet to a video UNet, in place, and back.
 
-Nothing is wrapped and no weight changes its name: the layers of an unmodified `UNet2DConditionModel` change their
-class in place and every transformer block gains `norm_temp` and `attn_temp`.
+Layers of a `UNet2DConditionModel` change their class, and every transformer block gains `norm_temp` and `attn_temp`. No
+module is wrapped and no weight is renamed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LORA = "tuneavideo"  # name of the LoRA that is trained, for peft
 
 @dataclass(frozen=True)
 class VideoUNet:
-    """An inflated UNet called with clips. The only place where a clip becomes a batch of images."""
+    """An inflated UNet, called with clips; the only place where a clip becomes a batch of images."""
 
     unet: UNet2DConditionModel
     clip: ClipLayout
@@ -55,7 +55,7 @@ class VideoUNet:
         """Predict noise or velocity, `B C T H W`.
 
         Args:
-            x_BCTHW: Noisy latents of B clips of T frames.
+            x_BCTHW: Noisy latents of B clips of T frames, in the scale that the base model takes.
             t: Timestep of all clips (a scalar) or of each (shape B).
             text: Conditions of each clip, shared by its frames; or their text embedding `B L D` alone.
         """
@@ -64,25 +64,28 @@ class VideoUNet:
         dtype = get_parameter_dtype(self.unet)  # of the computation: weights may be kept in another
         x_NCHW = rearrange(x_BCTHW, "b c t h w -> (b t) c h w").to(dtype)
         t_N = t.repeat_interleave(frames) if t.ndim else t
-        told = Conditions.of(text).to(dtype)
-        of_frames = told.repeated(frames)
+        conditions = Conditions.of(text).to(dtype)
+        of_frames = conditions.repeated(frames)
         added = of_frames.added(*x_NCHW.shape[-2:])
         more = self.control(x_NCHW, t_N, of_frames.text_BLD, added) if self.control else {}
-        # the text of a clip is enough for all its frames: see TextAttention
-        y_NCHW = self.unet(x_NCHW, t_N, told.text_BLD, added_cond_kwargs=added, return_dict=False, **more)[0]
+        # one text per clip, not per frame: see TextAttention
+        y_NCHW = self.unet(x_NCHW, t_N, conditions.text_BLD, added_cond_kwargs=added, return_dict=False, **more)[0]
         return rearrange(y_NCHW, "(b t) c h w -> b c t h w", t=frames)
 
 
 def inflate(unet: UNet2DConditionModel, inflation: Inflation | None = None, *, seed: int = 0) -> VideoUNet:
-    """Make an image UNet see clips, in place; returns the callable that takes clips.
+    """Turn an image UNet into a video UNet, in place (Tune-A-Video, section 4.2).
 
     Every weight keeps its name and value. With `inflation.temporal_init == "zero"` a still clip is denoised like
     the still image; `"official"` leaves the bias of the temporal output projection random, as the published code does.
 
     Args:
-        unet: Any diffusers UNet made of `BasicTransformerBlock` (Stable Diffusion 1.x, 2.x, XL and their like).
-        inflation: Which frames attention refers to, whether norms span the clip, how new layers start.
-        seed: Of the new layers' random numbers.
+        unet: A diffusers UNet of `BasicTransformerBlock` (Stable Diffusion 1.x, 2.x, XL and derived models).
+        inflation: Frames that attention refers to, span of the norms, and initial values of new layers.
+        seed: Seed of the new layers' initial values.
+
+    Returns:
+        The callable that takes clips.
 
     Raises:
         ModelError: The UNet has no transformer blocks, or is inflated already.
@@ -96,15 +99,15 @@ def inflate(unet: UNet2DConditionModel, inflation: Inflation | None = None, *, s
     clip = ClipLayout(references=inflation.references)
     generator = torch.Generator().manual_seed(seed)
     for block in blocks:
-        _see_time(block, clip, inflation.temporal_init, generator, get_parameter_dtype(unet))
+        _inflate_block(block, clip, inflation.temporal_init, generator, get_parameter_dtype(unet))
     for norm in _clip_norms(unet) if inflation.clip_norm else ():
         _become(norm, ClipGroupNorm, clip)
-    _announce(unet, BasicTransformerBlock, VideoBlock)
+    _replace_class_name(unet, BasicTransformerBlock, VideoBlock)
     return VideoUNet(unet, clip)
 
 
 def deflate(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Turn an inflated UNet back into the image UNet it was; weights that were tuned stay tuned."""
+    """Turn an inflated UNet back into the image UNet that it was, in place; tuned weights keep their values."""
     for layer in list(unet.modules()):
         if type(layer) is VideoBlock:
             for name in _ADDED:
@@ -112,12 +115,16 @@ def deflate(unet: UNet2DConditionModel) -> UNet2DConditionModel:
         if type(layer) in _IMAGE_CLASS:
             del layer.clip
             layer.__class__ = _IMAGE_CLASS[type(layer)]
-    _announce(unet, VideoBlock, BasicTransformerBlock)
+    _replace_class_name(unet, VideoBlock, BasicTransformerBlock)
     return unet
 
 
 def video_unet(unet: UNet2DConditionModel) -> VideoUNet:
-    """The callable of a UNet that is inflated already."""
+    """Return the callable of a UNet that is inflated already.
+
+    Raises:
+        ModelError: The UNet is not inflated.
+    """
     for layer in unet.modules():
         if isinstance(layer, VideoBlock):
             return VideoUNet(unet, layer.clip)
@@ -125,14 +132,14 @@ def video_unet(unet: UNet2DConditionModel) -> VideoUNet:
 
 
 def added_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
-    """Parameters that inflation added, by name."""
+    """Return the parameters that inflation added, by name."""
     return {name: p for name, p in unet.named_parameters() if any(f".{part}." in name for part in _ADDED)}
 
 
 def trainable_parameters(
     unet: UNet2DConditionModel, trainable: Sequence[str], frozen: Sequence[str] = ()
 ) -> dict[str, nn.Parameter]:
-    """Parameters of the layers whose name ends with one of `trainable` and begins with none of `frozen`, by name.
+    """Return parameters of layers whose name ends with one of `trainable` and begins with none of `frozen`, by name.
 
     Raises:
         SettingsError: A name matches no layer.
@@ -192,7 +199,7 @@ def low_rank_parameters(
     return found
 
 
-def _see_time(
+def _inflate_block(
     block: BasicTransformerBlock, clip: ClipLayout, init: str, generator: torch.Generator, dtype: torch.dtype
 ) -> None:
     like = block.attn1.to_q.weight
@@ -243,8 +250,8 @@ def _become(layer: nn.Module, kind: type[nn.Module], clip: ClipLayout) -> None:
     layer.clip = clip  # pyright: ignore[reportArgumentType]
 
 
-def _announce(unet: UNet2DConditionModel, old: type, new: type) -> None:
-    """diffusers finds blocks to compile and to keep on one device by class name."""
+def _replace_class_name(unet: UNet2DConditionModel, old: type, new: type) -> None:
+    """Replace a class name in the lists by which diffusers finds blocks to compile and to keep on one device."""
     for attribute in ("_repeated_blocks", "_no_split_modules"):
         names = [new.__name__ if name == old.__name__ else name for name in getattr(unet, attribute)]
         setattr(unet, attribute, names)

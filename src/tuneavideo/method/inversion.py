@@ -1,4 +1,4 @@
-"""DDIM inversion: latents of a clip at every noise level (Tune-A-Video, section 4.3)."""
+"""DDIM inversion: latents of a clip at rising timesteps (Tune-A-Video, section 4.3)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import NoiseSchedule, Sampler, ddim_move, split
 
-# Neighbouring levels of a 50-step grid differ by a fifth and more.
-SAME_LEVEL = 1e-3
+# Relative difference of equal alpha_bars; those of neighbouring timesteps among 50 differ by a fifth and more.
+TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class InversionStep:
-    """Latents `B C T H W` after step `number` of `total`, at level `alpha`."""
+    """Latents `B C T H W` after step `number` of `total`, of alpha_bar `alpha`."""
 
     number: int
     total: int
@@ -29,12 +29,12 @@ class InversionStep:
 
 
 def starts_at(sampler: Sampler, noise_schedule: NoiseSchedule, t: int) -> bool:
-    """Return whether `sampler` starts on the level of timestep `t`."""
-    return math.isclose(float(noise_schedule.alphas[t]), sampler.start_alpha, rel_tol=SAME_LEVEL, abs_tol=1e-6)
+    """Return whether `sampler` starts at the alpha_bar of timestep `t`."""
+    return math.isclose(float(noise_schedule.alphas[t]), sampler.start_alpha, rel_tol=TOLERANCE, abs_tol=1e-6)
 
 
 def path_to(sampler: Sampler, noise_schedule: NoiseSchedule, steps: int, spacing: str | None) -> list[int]:
-    """Timesteps, rising, of the inversion that ends on the level where `sampler` starts.
+    """Return the rising timesteps of the inversion that ends where `sampler` starts.
 
     Raises:
         SettingsError: No step of the inversion ends there; the message says which settings would.
@@ -58,11 +58,18 @@ def invert(
     text: Conditions | Tensor,
     timesteps: list[int],
 ) -> Iterator[InversionStep]:
-    """Invert clean latents through rising `timesteps`, without guidance; yields after every step.
+    """Invert clean latents by DDIM (eq. 12 backwards), without guidance; yields after every step.
 
-    Step i evaluates the UNet at the timestep it goes to and the latents it comes from, as diffusers'
-    `DDIMInverseScheduler` and the published code do. A velocity is turned into noise at the timestep of the prediction,
-    so that a model is inverted alike whichever of the two it predicts.
+    Each step evaluates the UNet at the timestep it leads to, on the latents it starts from, as diffusers'
+    `DDIMInverseScheduler` and the published code do. A velocity is converted to noise at the timestep of the
+    prediction, so that models of both prediction types are inverted equally well.
+
+    Args:
+        video: The video UNet.
+        noise_schedule: Noise schedule of the base model.
+        latents_BCTHW: Clean latents.
+        text: Conditions of the prompt, usually the empty one.
+        timesteps: Rising.
     """
     x = latents_BCTHW
     device = x.device
@@ -70,12 +77,12 @@ def invert(
     for number, t in enumerate(timesteps, start=1):
         output = video(x, torch.tensor(t, device=device), text).to(x.dtype)
         above = noise_schedule.alphas[t].to(device)
-        x, alpha = moved(x, output, alpha, above, noise_schedule.prediction_type), above
+        x, alpha = move(x, output, alpha, above, noise_schedule.prediction_type), above
         yield InversionStep(number, len(timesteps), x, float(alpha))
 
 
-def moved(x: Tensor, output: Tensor, alpha: Tensor, above: Tensor, prediction_type: str) -> Tensor:
-    """Move latents from level `alpha` to the level `above` of the prediction."""
+def move(x: Tensor, output: Tensor, alpha: Tensor, above: Tensor, prediction_type: str) -> Tensor:
+    """Move latents from alpha_bar `alpha` to `above`, that of the prediction."""
     _, noise = split(x, output, above, prediction_type)
     clean, _ = split(x, noise, alpha, "epsilon")
     return ddim_move(clean, noise, above)

@@ -1,8 +1,7 @@
-"""Noise levels: how much noise there is at a timestep, what the model predicts, and how to move between levels.
+"""The noise schedule of a base model, its prediction type, and DDIM.
 
-A *level* is the cumulative signal fraction `alpha` in 0..1 (written with a bar in the papers): `x = sqrt(alpha) clean +
-sqrt(1 - alpha) noise`. The base model's scheduler config says which levels it knows and whether it predicts the
-noise or the velocity; nothing here assumes a number of timesteps.
+`alpha` is the cumulative alpha_bar of the papers, in 0..1: `x = sqrt(alpha) clean + sqrt(1 - alpha) noise`. Schedule,
+number of timesteps and prediction type are read from the base model's scheduler config.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tuneavideo.samplers import SAMPLERS
 
 
 def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """Forward diffusion (DDPM, eq. 4): `clean` brought to level `alpha`, which broadcasts from the left."""
+    """Add noise to clean latents (DDPM, eq. 4); `alpha` has the shape of their first dimensions."""
     alpha = _broadcast(alpha, clean)
     return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
@@ -35,7 +34,7 @@ def target(clean: Tensor, noise: Tensor, alpha: Tensor, prediction_type: str) ->
 
 
 def split(x: Tensor, output: Tensor, alpha: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """Clean latents and noise that a prediction implies for `x` at level `alpha` (a scalar tensor)."""
+    """Return clean latents and noise implied by a model's `output` for `x` at `alpha` (a scalar tensor)."""
     signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
     if prediction_type == "epsilon":
         return (x - spread * output) / signal, output
@@ -43,19 +42,19 @@ def split(x: Tensor, output: Tensor, alpha: Tensor, prediction_type: str) -> tup
 
 
 def ddim_move(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """DDIM (eq. 12, sigma = 0): the point at level `alpha` on the line from `clean` to `noise`, in either direction."""
+    """Combine clean latents and noise at `alpha` (DDIM, eq. 12, sigma = 0), for sampling or inversion."""
     return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The noise levels a base model was trained on, read from its scheduler's config.
+    """The noise schedule of a base model, read from its scheduler config.
 
     Attributes:
-        alphas: Level of every training timestep, shape `(num_train_timesteps,)`, falling.
-        final_alpha: Level that DDIM calls clean (1, or the level of timestep 0).
+        alphas: alpha_bar of every training timestep, shape `(num_train_timesteps,)`, falling.
+        final_alpha: alpha_bar of DDIM's clean latents (1, or that of timestep 0).
         prediction_type: `epsilon` or `v_prediction`.
-        config: The scheduler config itself, for making samplers of the same levels.
+        config: The scheduler config, from which samplers are made.
     """
 
     alphas: Tensor
@@ -65,7 +64,11 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: Any) -> NoiseSchedule:
-        """Read the levels of any diffusers scheduler that has betas. Raises SettingsError for other kinds."""
+        """Read the schedule of a diffusers scheduler.
+
+        Raises:
+            SettingsError: It has no betas, or predicts neither noise nor velocity.
+        """
         # diffusers would drop what was passed by position and happens to be listed as a default
         config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
         kind = config.get("prediction_type", "epsilon")
@@ -78,11 +81,11 @@ class NoiseSchedule:
         return cls(ddim.alphas_cumprod, ddim.final_alpha_cumprod, kind, config)
 
     def inversion_grid(self, steps: int, spacing: str | None) -> list[int]:
-        """Timesteps of an inversion of `steps` steps, rising: those of a DDIM sampling, backwards."""
+        """Return the rising timesteps of an inversion: those of DDIM sampling in `steps` steps, reversed."""
         return [int(t) for t in reversed(Sampler.of(self._scheduler("ddim", steps, spacing), steps).timesteps)]
 
     def sampler(self, name: str, steps: int, *, spacing: str | None = None, strength: float = 1.0) -> Sampler:
-        """A sampler that runs the last `strength` fraction of `steps` steps."""
+        """Return the sampler of a name (see `SAMPLERS`) for the last `strength` fraction of `steps` steps."""
         return Sampler.of(self._scheduler(name, steps, spacing), steps, strength)
 
     def _scheduler(self, name: str, steps: int, spacing: str | None) -> Any:
@@ -100,7 +103,7 @@ class Sampler:
     def __init__(self, scheduler: Any, skipped: int) -> None:
         self.scheduler = scheduler
         self.timesteps = self._without(skipped)
-        self.start_alpha = self._level(skipped)
+        self.start_alpha = self._alpha(skipped)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(skipped)
         self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -120,12 +123,12 @@ class Sampler:
         clone.scheduler = scheduler
         return clone
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Latents at level `start_alpha` in the scale this sampler works in (Euler and its kin grow with sigma)."""
-        grows = float(self.scheduler.init_noise_sigma) != 1.0
-        return x / self.start_alpha**0.5 if grows else x
+    def scale_start(self, x: Tensor) -> Tensor:
+        """Scale latents at `start_alpha` for the scheduler: Euler and related ones do not scale the signal down."""
+        unscaled = float(self.scheduler.init_noise_sigma) != 1.0
+        return x / self.start_alpha**0.5 if unscaled else x
 
-    def scaled(self, x: Tensor, t: Tensor) -> Tensor:
+    def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
         """Scale the model's input `x` for timestep `t`."""
         return self.scheduler.scale_model_input(x, t)
 
@@ -139,12 +142,12 @@ class Sampler:
     def _without(self, skipped: int) -> Tensor:
         timesteps = self.scheduler.timesteps
         if skipped and isinstance(self.scheduler, diffusers.PNDMScheduler):
-            # PLMS takes its second step twice; starting midway must keep that shape.
+            # PLMS takes its second step twice, also when it starts later
             once = torch.cat([timesteps[:1], timesteps[2:]])[skipped:]
             return torch.cat([once[:2], once[1:]])
         return timesteps[skipped:]
 
-    def _level(self, skipped: int) -> float:
+    def _alpha(self, skipped: int) -> float:
         sigmas = getattr(self.scheduler, "sigmas", None)
         if sigmas is not None:
             return float(1 / (1 + sigmas[skipped] ** 2))

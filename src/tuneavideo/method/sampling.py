@@ -1,4 +1,4 @@
-"""Guided sampling from noise to a clip, as a generator of steps, with attention injection from a source clip."""
+"""Guided sampling with attention injection from a source clip, as a generator of steps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tuneavideo.method.noise import Sampler, ddim_move
 class EditStep:
     """Latents `B C T H W` after step `number` of `total`; the last ones are the edit.
 
-    The caller may change `latents`, `text`, `negative` and `guidance_scale`: the next step takes them from here. Set
-    `stop` to make this the last step.
+    The caller may change `latents`, `text`, `negative` and `guidance_scale` for the next step, or set `stop` to make
+    this step the last one.
     """
 
     number: int
@@ -34,16 +34,21 @@ class EditStep:
 def mix_noise(
     inverted: Tensor, clean: Tensor, alpha: float, fraction: float, generator: torch.Generator | None
 ) -> Tensor:
-    """Replace a fraction of the noise in `inverted` (at level `alpha`, found from `clean`) by fresh noise.
+    """Replace a fraction of the noise in inverted latents by fresh noise of the same variance.
 
-    The variance of the noise stays what it was; 0 changes nothing, 1 leaves only the noisy clip, as SDEdit starts.
+    Args:
+        inverted: Latents `1 C T H W` at `alpha`.
+        clean: Latents of the clip.
+        alpha: alpha_bar in 0..1.
+        fraction: In 0..1; 0 changes nothing, 1 gives the start of SDEdit.
+        generator: Source of fresh noise.
     """
     if not fraction:
         return inverted
-    level = torch.tensor(alpha, device=clean.device)
-    noise = (inverted - level.sqrt() * clean) / (1 - level).sqrt()
+    alpha_bar = torch.tensor(alpha, device=clean.device)
+    noise = (inverted - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
     fresh = randn_tensor(clean.shape, generator=generator, device=torch.device(clean.device), dtype=clean.dtype)
-    return ddim_move(clean, (1 - fraction**2) ** 0.5 * noise + fraction * fresh, level)
+    return ddim_move(clean, (1 - fraction**2) ** 0.5 * noise + fraction * fresh, alpha_bar)
 
 
 Injected = tuple[Tensor, Conditions]
@@ -55,10 +60,10 @@ class Source:
     """The source clip of attention injection.
 
     Attributes:
-        latents: `1 C T H W` before each step of the sampler: the inversion, backwards.
-        text: Conditions of its caption, or the bare embedding `1 L D`.
-        fraction: Of the steps, the first ones, in which queries and keys of the source are injected into the edits
-            (Plug-and-Play, Tumanyan et al. 2023).
+        latents: `1 C T H W` before each step of the sampler: the inverted latents, noisiest first.
+        text: Conditions of its caption, or the text embedding `1 L D` alone.
+        fraction: Fraction of the steps, from the first, in which queries and keys of the source are injected into the
+            edits (Plug-and-Play, Tumanyan et al. 2023).
     """
 
     latents: Sequence[Tensor]
@@ -84,28 +89,29 @@ def generate(
     source: Source | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Iterator[EditStep]:
-    """Denoise `start_BCTHW`, at the level where `sampler` starts, towards the text; yields after every step.
+    """Denoise latents towards a text; yields after every step.
 
     Args:
         video: The (tuned) video UNet.
-        sampler: Which scheduler, how many steps, from where.
-        start_BCTHW: Inverted or random latents of B clips.
-        text: What each clip should show.
-        negative: What it should not show (the empty prompt, usually).
-        guidance_scale: Classifier-free guidance (Ho & Salimans, eq. 6, with w = scale - 1); 1 or less is none.
-        batch_guidance: Both predictions in one batch, or one after the other.
+        sampler: A sampler at its first step.
+        start_BCTHW: Inverted or random latents of B clips, at the sampler's `start_alpha`.
+        text: Conditions of each clip's prompt.
+        negative: Conditions of the negative prompts, usually the empty prompt.
+        guidance_scale: Scale of classifier-free guidance (Ho & Salimans, eq. 6, with w = scale - 1); at 1 or less there
+            is none.
+        batch_guidance: Whether both predictions of guidance are computed in one batch.
         guidance_interval: Fractions of the steps between which there is guidance (Kynkaanniemi et al. 2024).
-        source: The source clip of attention injection.
-        generator: For samplers that add noise; a list has one for each clip.
+        source: Source clip of attention injection.
+        generator: For samplers that add noise; a list has one per clip.
     """
-    x, timesteps = sampler.enter(start_BCTHW), sampler.timesteps.to(start_BCTHW.device)
+    x, timesteps = sampler.scale_start(start_BCTHW), sampler.timesteps.to(start_BCTHW.device)
     step = EditStep(0, len(timesteps), x, Conditions.of(text), Conditions.of(negative), guidance_scale)
     for number, t in enumerate(timesteps):
         x, guided = step.latents, Guided(video, step.text, step.negative, batch_guidance)
-        seen, at = sampler.scaled(x, t), number / len(timesteps)
+        scaled, at = sampler.scale_input(x, t), number / len(timesteps)
         scale = step.guidance_scale if guidance_interval[0] <= at < guidance_interval[1] else 1.0
         injected = source.injected(number, len(timesteps)) if source else None
-        x = sampler.step(guided(seen, t, scale, injected).to(x.dtype), t, x, generator)
+        x = sampler.step(guided(scaled, t, scale, injected).to(x.dtype), t, x, generator)
         step = replace(step, number=number + 1, latents=x)
         yield step
         if step.stop:
@@ -114,7 +120,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Guided:
-    """Guided predictions of all edits, led by the clip they are made of or not."""
+    """Predictions of all edits with classifier-free guidance, with or without attention injection."""
 
     video: VideoUNet
     text: Conditions
@@ -126,10 +132,10 @@ class Guided:
             return self._predict(x, t, self.text, injected)
         if self.batched:
             both = self._predict(torch.cat([x, x]), t, self.negative.joined(self.text), injected)
-            without, towards = both.chunk(2)
+            negative, positive = both.chunk(2)
         else:
-            without, towards = (self._predict(x, t, text, injected) for text in (self.negative, self.text))
-        return without + scale * (towards - without)
+            negative, positive = (self._predict(x, t, text, injected) for text in (self.negative, self.text))
+        return negative + scale * (positive - negative)
 
     def _predict(self, x: Tensor, t: Tensor, text: Conditions, injected: Injected | None) -> Tensor:
         if injected is None:

@@ -1,4 +1,4 @@
-"""The loop: teach an inflated UNet the motion of one clip (Tune-A-Video, section 4.3)."""
+"""The training loop on one clip (Tune-A-Video, section 4.3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from tuneavideo.errors import RunError
-from tuneavideo.method import graphs, losses
+from tuneavideo.kernels import graphs, is_asynchronous
+from tuneavideo.method import losses
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet, low_rank_parameters, trainable_parameters
 from tuneavideo.method.noise import NoiseSchedule, add_noise, target
@@ -24,26 +25,27 @@ from tuneavideo.method.windows import Windows
 from tuneavideo.progress import Step
 from tuneavideo.settings import TuneSettings
 
-# Steps that a tuning takes before one is recorded: they build kernels and show how much memory a step takes.
-BEFORE_RECORDING = 2
-# How many predictions of the untuned model losses are compared with, and the part of tuning that they may take: 1 / 33.
+# Least and largest number of the untuned model's predictions; they may take 1 / 33 of the tuning.
 FEWEST_REFERENCES, MOST_REFERENCES, MEASURING = 4, 16, 33
 
 
 class Tuning:
-    """Tuning of one clip, to be iterated over and, if need be, resumed.
+    """Tuning on one clip; iterate over it for its steps.
 
-    Random numbers of a step depend on the seed, the process and the step's number only, so a resumed tuning goes on
-    as if it had never stopped.
+    Random numbers of a step depend on the seed, the process and the step's number only, so a resumed tuning equals an
+    uninterrupted one.
 
     Args:
         video: The inflated UNet, changed in place.
         noise_schedule: Noise schedule of the base model.
         moments: `mean` and `std` of the clip's latents, `1 C T H W` each.
-        text: What the clip shows: conditions of its caption, or the bare embedding `1 L D`.
+        text: Conditions of the clip's caption, or its text embedding `1 L D` alone.
         settings: See `TuneSettings`.
-        accelerator: Owns devices, precision and processes.
+        accelerator: Device, precision and processes.
         optimizer: Makes the optimizer of the trainable parameters (see `training.optimizers.make_optimizer`).
+
+    Raises:
+        SettingsError: `trainable_modules` or `frozen_modules` name no layer.
     """
 
     def __init__(
@@ -75,15 +77,18 @@ class Tuning:
         self.number = 0
         self.untuned: Tensor | None = None  # loss at every timestep before tuning
         self.ahead = dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]()
-        self.taken, self.peak = 0, 0
-        self.recording: graphs.Recording | bool | None = None
-        self.gradients = list[Tensor | None]()
+        simple = (
+            settings.memory is None and not settings.gradient_checkpointing
+            and settings.gradient_accumulation_steps == 1 and accelerator.num_processes == 1
+            and accelerator.scaler is None
+        )  # fmt: skip
+        self.recorder = graphs.StepRecorder(self._loss_and_gradients, self.parameters.values(), device, allowed=simple)
 
     def __iter__(self) -> Iterator[Step]:
-        """Tune on from step `number`; yields after every optimiser step.
+        """Train from step `number` on; yields after every optimiser step.
 
         Raises:
-            RunError: The loss of the weights at hand, or its gradient, is not finite; they are not moved.
+            RunError: The loss or its gradient is not finite; the weights are not updated.
         """
         if self.number == 0:
             self.untuned = self.measure_untuned()
@@ -92,33 +97,31 @@ class Tuning:
             learned, drawn = zip(*map(self.learn, range(self.settings.gradient_accumulation_steps)), strict=True)
             self._draw_ahead()
             loss, relative = self._losses(torch.stack(learned), torch.cat(drawn))
-            self._move(loss)
+            self._update(loss)
             self.number += 1
             rate = float(self.schedule.get_last_lr()[0])
-            self.taken += 1
-            if self.accelerator.device.type == "cuda" and not self.recording:
-                self.peak = torch.cuda.max_memory_allocated(self.accelerator.device)
+            self.recorder.finish_step()
             yield Step(self.number, loss, rate, time.perf_counter() - began, relative_loss=relative)
-        self.recording, self.gradients = None, []  # they hold the memory of a step
+        self.recorder.release()
 
     def loss(self, clean_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
         """Return the squared error of the prediction at timesteps `t_B`, in float32, weighted by min-SNR if set."""
         settings, alpha_B = self.settings, self.alphas[t_B]
         noisy = add_noise(clean_BCTHW, noise_BCTHW, alpha_B)
         prediction = self.video(noisy, t_B, self.text.expand(len(t_B))).float()
-        wanted = target(clean_BCTHW, noise_BCTHW, alpha_B, self.prediction_type)
+        expected = target(clean_BCTHW, noise_BCTHW, alpha_B, self.prediction_type)
         weight_B = losses.min_snr(alpha_B, settings.snr_gamma, self.prediction_type) if settings.snr_gamma else None
-        return losses.squared_error(prediction, wanted, weight_B)
+        return losses.squared_error(prediction, expected, weight_B)
 
     @torch.no_grad()
     def measure_untuned(self) -> Tensor | None:
-        """Loss of the weights at hand at every timestep, `L`, from a few predictions at noise and windows of their own.
+        """Return the loss of the current weights at every timestep, `L`, interpolated from a few predictions.
 
-        None if these predictions would take more than about a `MEASURING`th part of tuning.
+        None if these predictions would take more than about 1 / `MEASURING` of the tuning.
         """
         settings, clean = self.settings, self.mean.shape[2]
         clips = settings.max_train_steps * settings.gradient_accumulation_steps * settings.train_batch_size
-        count = min(MOST_REFERENCES, 3 * clips // MEASURING)  # a clip that is learned from takes three predictions
+        count = min(MOST_REFERENCES, 3 * clips // MEASURING)  # training on a clip costs about three predictions
         if count < FEWEST_REFERENCES:
             return None
         generator, errors = torch.Generator().manual_seed(settings.seed), []
@@ -130,11 +133,11 @@ class Tuning:
             sample, noise = (torch.randn(mean.shape, generator=generator).to(mean.device) for _ in range(2))
             t_B = torch.tensor([t]).to(mean.device)
             errors.append(self.loss(mean + std * sample, noise, t_B))
-        return losses.at_every_level(self.alphas, timesteps, torch.stack(errors))
+        return losses.interpolate(self.alphas, timesteps, torch.stack(errors))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it the UNet has the weights that would be kept: with EMA, the averaged ones."""
+        """Give the UNet the weights that would be saved, with EMA the averaged ones, within the context."""
         if self.ema:
             self.ema.store(self.parameters.values())
             self.ema.copy_to(self.parameters.values())
@@ -145,13 +148,13 @@ class Tuning:
                 self.ema.restore(self.parameters.values())
 
     def learned(self) -> dict[str, Tensor]:
-        """The tuned tensors as they are to be kept: averaged, if EMA is on."""
+        """Return the tuned tensors by name; averaged ones if EMA is on."""
         if self.ema:
             return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on from here."""
+        """Return all that is needed to continue from the current step."""
         scaler = self.accelerator.scaler
         return {
             "number": self.number,
@@ -164,7 +167,7 @@ class Tuning:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned, at the learning rate of the settings."""
+        """Continue from what `state` returned, at the learning rate of the settings."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
@@ -184,7 +187,7 @@ class Tuning:
 
     @torch.no_grad()
     def start_from(self, weights: Mapping[str, Tensor], number: int) -> None:
-        """Go on after step `number` from tuned weights alone; what the optimiser remembered begins anew."""
+        """Continue after step `number` from tuned weights alone, with a new optimiser state."""
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
         if self.ema:
@@ -194,7 +197,7 @@ class Tuning:
             group["lr"] = self.settings.learning_rate * share(number)
 
     def _choose(self, video: VideoUNet) -> dict[str, Any]:
-        """Freeze all but the chosen layers, which learn in float32 whatever the rest is kept in."""
+        """Freeze all parameters but the trainable ones, which are kept in float32; return these by name."""
         video.unet.to(self.accelerator.device).requires_grad_(False).train()
         settings, names = self.settings, (self.settings.trainable_modules, self.settings.frozen_modules)
         if settings.lora_rank:
@@ -209,61 +212,32 @@ class Tuning:
         return chosen
 
     def learn(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Accumulate the gradients of one batch.
-
-        Returns:
-            Its loss, a scalar, and the timestep of each of its clips, shape B.
-        """
+        """Accumulate the gradients of a batch; returns its loss, a scalar, and its timesteps, shape B."""
         clean, noise, t_B = self.ahead.pop((self.number, batch), None) or self.draw(batch)
-        if recording := self._recorded(clean, noise, t_B):
-            return recording(clean, noise, t_B), t_B
+        if (loss := self.recorder(clean, noise, t_B)) is not None:
+            return loss, t_B
         batches = self.settings.gradient_accumulation_steps
         with nullcontext() if batch + 1 == batches else self.accelerator.no_sync(self.video.unet):
             loss = self.loss(clean, noise, t_B)
             self.accelerator.backward(loss / batches)
         return loss.detach(), t_B
 
-    def _recorded(self, *inputs: Tensor) -> Any:
-        """The step of one batch, recorded; none where it is not to be, or not yet."""
-        if self.recording is None and self.taken >= BEFORE_RECORDING and self._is_simple():
-            self.recording = graphs.recorded(self._loss_and_gradients, inputs) or False
-            self.gradients = [parameter.grad for parameter in self.parameters.values()]
-            if not self.recording:
-                self.optimizer.zero_grad()
-        if not self.recording:
-            return None
-        for parameter, gradient in zip(self.parameters.values(), self.gradients, strict=True):
-            parameter.grad = gradient
-        return self.recording
-
     def _loss_and_gradients(self, clean: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
         loss = self.loss(clean, noise, t_B)
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _is_simple(self) -> bool:
-        """Whether a step is one batch, on one GPU whose memory holds a second set of activations."""
-        settings, device = self.settings, self.accelerator.device
-        if device.type != "cuda" or not graphs.switched_on or settings.memory is not None:
-            return False
-        if settings.gradient_checkpointing or settings.gradient_accumulation_steps > 1:
-            return False
-        held = torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
-        alone = self.accelerator.num_processes == 1 and self.accelerator.scaler is None
-        return alone and free > 2 * (self.peak - held)
-
     def _draw_ahead(self) -> None:
-        """On a GPU, what the next step needs, while this one is computed."""
-        if self.accelerator.device.type != "cuda" or self.number + 1 >= self.settings.max_train_steps:
+        """Draw the random numbers of the next step while an asynchronous device computes this one."""
+        if not is_asynchronous(self.accelerator.device) or self.number + 1 >= self.settings.max_train_steps:
             return
         self.number += 1
         for batch in range(self.settings.gradient_accumulation_steps):
             self.ahead[self.number, batch] = self.draw(batch)
         self.number -= 1
 
-    def _move(self, loss: float) -> None:
-        """Move the weights, unless that would spoil them."""
+    def _update(self, loss: float) -> None:
+        """Update the weights, unless loss or gradient are not finite."""
         clipped: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
         norm = float(clipped)
         skipped = self.accelerator.scaler is not None  # the scaler of fp16 leaves out steps that overflow
@@ -292,20 +266,20 @@ class Tuning:
         return float(torch.as_tensor(self.accelerator.gather(values)).mean())
 
     def _losses(self, learned_A: Tensor, drawn_N: Tensor) -> tuple[float, float | None]:
-        """Mean loss of a step's batches in all processes, and its ratio to that of the untuned model, if known.
+        """Return the mean loss over batches and processes, and its ratio to that of the untuned model, if known.
 
-        Both are read at once: every reading waits for the device.
+        Both are transferred at once: each transfer waits for the device.
         """
         if self.untuned is None:
             return self._over_processes(learned_A), None
         expected = self.untuned[drawn_N].mean().expand_as(learned_A)
         gathered = torch.as_tensor(self.accelerator.gather(torch.stack([learned_A, expected])[None]))
         loss, untuned = gathered[:, 0].flatten().mean(), gathered[:, 1].mean()
-        told, ratio = torch.stack([loss, loss / untuned]).tolist()
-        return told, ratio
+        mean, ratio = torch.stack([loss, loss / untuned]).tolist()
+        return mean, ratio
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents from the posterior, noise of every frame, and one timestep a clip; of a long clip a random window."""
+        """Draw latents from the posterior, noise, and a timestep per clip; of a long clip for a random window."""
         settings, generator = self.settings, self._generator(batch)
         frames = self._window(generator)
         mean, std = self.mean[:, :, frames], self.std[:, :, frames]
@@ -316,7 +290,7 @@ class Tuning:
         return mean + std * sample, noise, t_B
 
     def _window(self, generator: torch.Generator) -> slice | list[int]:
-        """All frames, or those of a random window with the clip's first frame in front (see `Windows.around`)."""
+        """Return all frames, or those of a random window (see `Windows.around`)."""
         frames = self.mean.shape[2]
         windows = Windows.of(self.settings, frames)
         if windows.holds(frames):

@@ -1,8 +1,8 @@
-"""Long clips: a UNet that sees a few frames at a time is called on all of a clip, in overlapping windows.
+"""Overlapping windows, in which a UNet predicts clips that are too long for one call.
 
-Every window has the clip's first frame in front, so that all refer to the same picture, and where windows overlap
-their predictions are blended at every step, so that they agree on one clip (MultiDiffusion, Bar-Tal et al. 2023, eq. 5;
-Gen-L-Video, Wang et al. 2023). Where the windows lie changes with the timestep: no border stays in one place.
+Every window starts with the clip's first frame, so that all refer to the same image. Where windows overlap, predictions
+are blended at every step (MultiDiffusion, Bar-Tal et al. 2023, eq. 5; Gen-L-Video, Wang et al. 2023). Positions of
+windows depend on the timestep, so that no border stays in one place.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.settings import Sampling
 
-# Multiples of it spread evenly over 0..1, however many are taken.
+# Fractional parts of its multiples are spread evenly over 0..1.
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How a clip is cut.
+    """Division of a clip into windows.
 
     Attributes:
-        size: Frames of a window, the clip's first among them; at least 2.
-        overlap: Frames, at least, that a window shares with the next, besides the first; at most `size` - 2.
-        moving: Whether windows lie elsewhere at every timestep.
+        size: Frames of a window, including the clip's first; at least 2.
+        overlap: Least number of frames that neighbouring windows share, besides the first; at most `size` - 2.
+        moving: Whether positions depend on the timestep.
     """
 
     size: int
@@ -39,16 +39,16 @@ class Windows:
 
     @classmethod
     def of(cls, settings: Sampling, frames: int) -> Windows:
-        """Windows of these settings on a clip of so many frames; one window if they set none."""
+        """Return the windows that settings ask for; one window of all `frames` if they set none."""
         size = max(2, settings.window or frames)
         return cls(size, (size - 1) // 3 if settings.window_overlap is None else settings.window_overlap)
 
     def holds(self, frames: int) -> bool:
-        """Whether one window sees a whole clip."""
+        """Return whether one window holds a whole clip."""
         return frames <= self.size
 
     def spans(self, frames: int, t: float = 0.0) -> list[range]:
-        """The frames of each window at timestep `t` but the first frame, which all of them see; rising."""
+        """Return the frames of each window at timestep `t`, without the clip's first frame."""
         if self.holds(frames):
             return [range(1, frames)]
         length = self.size - 1
@@ -58,19 +58,18 @@ class Windows:
         return [range(begin, begin + length) for begin in sorted({min(max(begin, 1), last) for begin in begins})]
 
     def around(self, frame: int, frames: int) -> list[int]:
-        """Frames of the window that `frame` (above 0) is in the middle of, rising, with the clip's first in front.
+        """Return the frames of the window around `frame` (above 0), rising, after the clip's first frame.
 
-        A window that reaches beyond an end of the clip goes on at the other end, so that with every frame drawn
-        equally often, every frame is in equally many windows. Such a window has one gap, as others have behind the
-        first frame.
+        A window that reaches beyond an end of the clip continues at the other end. If every frame is drawn equally
+        often, every frame is then in equally many windows.
         """
         length, others = self.size - 1, frames - 1
         return [0, *sorted((frame - 1 - length // 2 + place) % others + 1 for place in range(length))]
 
-    def shares(self, frames: int, t: float = 0.0) -> list[list[float]]:
-        """How much each frame of each of the `spans` counts; over the windows that see a frame it is 1 in all.
+    def weights(self, frames: int, t: float = 0.0) -> list[list[float]]:
+        """Return the blending weight of each frame of each of the `spans`; the weights of a frame sum to 1.
 
-        A window counts less towards its ends (as the square of a sine), where frames lack neighbours.
+        Weights fall towards the ends of a window, as the square of a sine.
         """
         spans = self.spans(frames, t)
         weights = [[self._weight(place, len(span)) for place in range(len(span))] for span in spans]
@@ -88,27 +87,30 @@ class Windows:
         return math.sin(math.pi / 2 * near / (self.overlap + 1)) ** 2
 
     def blended(
-        self, predict: Callable[[Tensor], Tensor], look: Callable[[list[int]], Tensor], frames: int, t: float
+        self, predict: Callable[[Tensor], Tensor], read: Callable[[list[int]], Tensor], frames: int, t: float
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Predict a clip window by window; yields frames, in order, as soon as no later window sees them.
+        """Predict a clip window by window; yields frames in order, as soon as no later window contains them.
 
-        Memory is that of one window. What was yielded may be changed at once: it is not looked at again.
+        Memory is that of one window. Frames that were yielded are not read again and may be changed.
 
         Args:
-            predict: From the frames of a window, `B C T H W`, to a prediction of that shape.
-            look: The frames of these numbers, `B C T H W`.
-            frames: Of the clip.
+            predict: Maps the frames of a window, `B C T H W`, to a prediction of that shape.
+            read: Returns the frames with the given numbers, `B C T H W`.
+            frames: Frames of the clip.
             t: Timestep.
+
+        Yields:
+            Numbers of frames, and their blended prediction.
         """
         if self.holds(frames):
-            yield list(range(frames)), predict(look(list(range(frames))))
+            yield list(range(frames)), predict(read(list(range(frames))))
             return
-        spans, first = self.spans(frames, t), look([0])
+        spans, first = self.spans(frames, t), read([0])
         following = [span.start for span in spans[1:]] + [frames]
         pending = None
-        for span, shares, after in zip(spans, self.shares(frames, t), following, strict=True):
-            output = predict(torch.cat([first, look(list(span))], dim=2))
-            total = output[:, :, 1:].float() * torch.tensor(shares, device=output.device)[:, None, None]
+        for span, weights, after in zip(spans, self.weights(frames, t), following, strict=True):
+            output = predict(torch.cat([first, read(list(span))], dim=2))
+            total = output[:, :, 1:].float() * torch.tensor(weights, device=output.device)[:, None, None]
             if pending is None:
                 yield [0], output[:, :, :1]
             else:
@@ -120,14 +122,14 @@ class Windows:
 
 @dataclass(frozen=True)
 class WindowedUNet:
-    """Stands in for a `VideoUNet` where clips are longer than a window."""
+    """A `VideoUNet` for clips longer than a window."""
 
     video: VideoUNet
     windows: Windows
 
     @property
     def clip(self) -> ClipLayout:
-        """What the layers are told of the batch."""
+        """The layout of the batch that the layers share."""
         return self.video.clip
 
     def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from diffusers import StableDiffusionXLPipeline
 
 from tuneavideo.errors import ModelError
-from tuneavideo.kernels import channels_last, products
+from tuneavideo.kernels import channels_last
 from tuneavideo.method.inflate import inflate
 from tuneavideo.models import loading
 from tuneavideo.models.adapter import Adapter
@@ -59,8 +59,6 @@ def load_image_pipeline(
         pipe.vae.to(dtype=torch.float32)  # its activations are beyond what half precision holds
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device or PartialState().device)
-    products.lay_out(pipe.unet)
-    if pipe.unet.device.type == "cuda":
-        channels_last.lay_out(pipe.unet)
-        channels_last.lay_out(pipe.vae)
+    channels_last.optimise(pipe.unet)
+    channels_last.optimise(pipe.vae)
     return pipe
