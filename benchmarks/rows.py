@@ -22,7 +22,7 @@ from tuneavideo.kernels import channels_last
 from tuneavideo.method import editing, inversion
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.deepcache import reusing
-from tuneavideo.method.inflate import VideoUNet, inflate, trainable_parameters
+from tuneavideo.method.inflate import VideoUNet, inflate, low_rank_parameters, trainable_parameters
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.settings import PRESETS, Sampling, TuneSettings
 from tuneavideo.training.optimizers import make_optimizer
@@ -62,6 +62,7 @@ class Row:
         injected: Of `edits`: with attention injection, as by default.
         fast: Of `edits`: as the preset `fast` makes them, in a tenth of its steps.
         frozen: Whether the down path learns nothing (as published).
+        rank: Rank of the LoRAs that are trained (`lora_rank`); None for whole matrices.
         default: Whether it is measured without `--all`.
     """
 
@@ -78,12 +79,14 @@ class Row:
     injected: bool = True
     fast: bool = False
     frozen: bool = False
+    rank: int | None = None
     default: bool = True
 
     @property
     def name(self) -> str:
         words = ("checkpointing", "compiled", "channels_last", "frozen", "reused", "fast")
         more = [word for word in words if getattr(self, word)] + ["not_injected"] * (not self.injected)
+        more += [f"rank_{self.rank}"] * bool(self.rank)
         more += [f"{self.prompts}-prompts"] * (self.prompts > 1) + [self.precision] * (self.precision != "fp32")
         return "-".join([self.task, self.base, f"{self.frames}x{self.pixels}", *more])
 
@@ -171,7 +174,11 @@ def _learning(row: Row, network: Parts) -> tuple[VideoUNet, list[Any]]:
     """Inflate a UNet and enable gradients of the tuned layers."""
     video = inflate(network.unet)
     network.unet.requires_grad_(False).train()
-    tuned = list(trainable_parameters(network.unet, TUNED, ("down_blocks",) if row.frozen else ()).values())
+    names = (TUNED, ("down_blocks",) if row.frozen else ())
+    if row.rank:
+        tuned = list(low_rank_parameters(network.unet, *names, row.rank).values())
+    else:
+        tuned = list(trainable_parameters(network.unet, *names).values())
     for parameter in tuned:
         parameter.requires_grad_(True)
     if row.checkpointing:
@@ -194,12 +201,12 @@ def tune(row: Row, network: Parts, device: str) -> Bench:
         x, t, text = _inputs(row, network, device)
         return Bench(lambda: None, lambda: video(x, t, text).square().mean().backward())
     settings = TuneSettings(
-        video="-", prompt="-", gradient_checkpointing=row.checkpointing,
+        video="-", prompt="-", gradient_checkpointing=row.checkpointing, lora_rank=row.rank,
         frozen_modules=("down_blocks",) if row.frozen else (),
     )  # fmt: skip
     x, _, text = _inputs(row, network, device)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if row.precision == "fp32" else row.precision)
-    video = _prepared(row, inflate(network.unet))
+    video = _prepared(row, inflate(network.unet, settings.inflation))
     tuning = Steps(video, levels(), {"mean": x, "std": torch.ones_like(x)}, text, settings, accelerator, make_optimizer)
     return Bench(tuning.step, lambda: None)
 
@@ -368,6 +375,8 @@ _MORE = (
     Row("edit", **_MINI, prompts=4),
     Row("edit", **_MINI, reused=True),
     Row("tune", **_MINI, checkpointing=True),
+    Row("tune", **_MINI, rank=16),
+    Row("tune", **_SMALL, rank=16),
     *(Row(task, **_LENGTHS, frames=frames) for task in ("tune", "invert") for frames in (4, 8, 16, 32, 64, 128)),
     *(Row("tune", precision="bf16", frames=4, pixels=pixels) for pixels in (256, 384, 512)),
     *(Row("invert", precision="bf16", frames=4, pixels=pixels) for pixels in (256, 384, 512, 768)),
