@@ -36,6 +36,7 @@ VARIANTS = {
         *(Variant(name, settings) for name, settings in (COMBINATIONS | RANKS).items()),
     )
 }
+RANKS_OF_SD = {"rank 4": "1.3 MB", "rank 16": "4.8 MB", "rank 64": "19.2 MB"}
 SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
 KINDS = ("subject", "background", "style", "two")
 Rows = Sequence[Mapping[str, Any]]
@@ -74,6 +75,8 @@ def page(rows: Rows) -> str:
         sweep=_table(development, list(SWEEP)),
         ideas=_compared(development, ideas, "anchor"),
         combinations=_table(development, list(COMBINATIONS)),
+        ranks=_compared(development, RANKS_OF_SD, "default", "adapter of SD 1.5"),
+        ranks_reported=_compared(report, RANKS_OF_SD, "default", "adapter of SD 1.5"),
         reported=_table(report, REPORTED),
         by_kind=_by_kind(report, REPORTED),
         differences="\n".join(_difference(report, name) for name in REPORTED if name != "official"),
@@ -105,10 +108,10 @@ def _table(rows: Rows, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _compared(rows: Rows, about: Mapping[str, str], anchor: str) -> str:
+def _compared(rows: Rows, about: Mapping[str, str], anchor: str, more: str = "hypothesis | decision") -> str:
     """Format the differences of variants from the anchor, on the clips and seeds that both have."""
-    lines = ["| change | clean edits, difference | track error, difference, px | work | hypothesis | decision |"]
-    lines.append("| --- " * 6 + "|")
+    lines = [f"| change | clean edits, difference | track error, difference, px | work | {more} |"]
+    lines.append("| --- " * lines[0].count(" |") + "|")
     base = _of(rows, anchor)
     for name, words in about.items():
         own = _of(rows, name)

@@ -104,7 +104,7 @@ def description(row: Row) -> str:
     variants = {"checkpointing": "gradient checkpointing", "compiled": "compiled", "channels_last": "channels-last"}
     variants |= {"frozen": "down blocks frozen", "reused": "feature reuse", "fast": "preset `fast`"}
     words += [text for variant, text in variants.items() if row.get(variant)]
-    words += [f"LoRAs of rank {row['rank']}"] * bool(row.get("rank"))
+    words += [f"LoRAs of rank {rank}" for rank in [row.get("rank")] if rank]
     words += ["no attention injection"] * (not row.get("injected", True))
     words += [f"batch of {row['prompts']}"] * (row["prompts"] > 1)
     return f"{'*baseline:* ' if row['task'].startswith('reference-') else ''}{', '.join(words)}"
