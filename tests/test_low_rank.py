@@ -121,7 +121,7 @@ def test_a_run_keeps_loras_only(run: Path) -> None:
     tensors = load_file(run / "adapter/adapter.safetensors")
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight", "attn_temp.to_out.0.bias")) for name in tensors)
     assert {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name} == {2}
-    assert len(RunFolder.open(run).samples()) == 3
+    assert len(RunFolder.open(run).samples()) == 3 and api.report(run).is_file()
 
 
 def test_an_edit_made_later_is_the_edit_made_at_once(run: Path) -> None:
@@ -175,6 +175,14 @@ def test_a_finished_run_is_tuned_on(base: Path, clip: Path, tmp_path: Path) -> N
         api.resume(out)
 
 
+def test_an_adapter_of_whole_matrices_is_not_tuned_on_as_loras(base: Path, clip: Path, tmp_path: Path) -> None:
+    run = api.tune(clip, "a square", base=str(base), out=tmp_path / "run", **LOW | {"lora_rank": None})
+    settings = RunFolder(run).settings
+    settings.write_text(settings.read_text().replace("lora_rank: null", "lora_rank: 2"))
+    with pytest.raises(RunError, match="has no .*lora_A"):
+        api.resume(run, max_train_steps=5)
+
+
 def test_half_precision_gives_the_same_edit_at_once_and_later(base: Path, clip: Path, tmp_path: Path) -> None:
     options = LOW | {"mixed_precision": "bf16", "gradient_checkpointing": True}
     run = api.tune(clip, "a square", edit="a circle", base=str(base), out=tmp_path / "run", **options)
@@ -185,9 +193,10 @@ def test_half_precision_gives_the_same_edit_at_once_and_later(base: Path, clip: 
 def test_the_memory_estimate_has_fewer_trained_numbers(base: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(base)
     plain, low = (TuneSettings(video="-", prompt="-", lora_rank=rank) for rank in (None, 2))
+    size = memory.Size(8, 64, 64, 8)
     whole, small = (memory.Model.of(pipe, each, 4, casts=False) for each in (plain, low))
-    assert small.learned == sum(parameter.numel() for parameter in tuning(lora_rank=2).parameters.values())
-    assert small.learned < whole.learned / 2 and small.tuning(low, 8, 64) < whole.tuning(plain, 8, 64)
+    assert small.trainable == sum(parameter.numel() for parameter in tuning(lora_rank=2).parameters.values())
+    assert small.trainable < whole.trainable / 2 and small.tuning(low, size) < whole.tuning(plain, size)
 
 
 # With other weights

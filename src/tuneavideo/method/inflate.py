@@ -76,8 +76,9 @@ class VideoUNet:
 def inflate(unet: UNet2DConditionModel, inflation: Inflation | None = None, *, seed: int = 0) -> VideoUNet:
     """Turn an image UNet into a video UNet, in place (Tune-A-Video, section 4.2).
 
-    Every weight keeps its name and value. With `inflation.temporal_init == "zero"` a still clip is denoised like
-    the still image; `"official"` leaves the bias of the temporal output projection random, as the published code does.
+    Every weight keeps its name and value. With `inflation.temporal_init` `"zero"` or `"copy"` (of the
+    self-attention, but for the output) a still clip is denoised like the still image; `"official"` leaves the bias of
+    the temporal output projection random, as the published code does.
 
     Args:
         unet: A diffusers UNet of `BasicTransformerBlock` (Stable Diffusion 1.x, 2.x, XL and derived models).

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from tuneavideo.errors import DiskError
+from tuneavideo.errors import DiskError, RunError
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.models.adapter import Adapter, kept_tensors
 from tuneavideo.progress import Step
@@ -43,6 +43,8 @@ class CheckpointManager:
         """Go on from the newest state that is whole; if there is none from the adapter, or from the start."""
         if self.run.is_tuned:
             adapter = Adapter.load(self.run.adapter)
+            if missing := sorted(self.tuning.parameters.keys() - adapter.tensors.keys()):
+                raise RunError(f"{self.run.path}: its adapter has no {missing[0]} to tune on; start a new run")
             self.tuning.start_from(adapter.tensors, adapter.about["steps"])
             logger.warning(
                 "going on from the adapter after step %d; the optimizer's state begins anew", self.tuning.number
