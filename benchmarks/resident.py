@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-
-from tuneavideo.models import host_memory
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -32,7 +32,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
         else:
-            host_memory.release_memory()
+            _release_memory()
             if _RESET.exists():
                 _RESET.write_text("5")
             self.base = psutil.Process().memory_info().rss
@@ -60,3 +60,9 @@ def _high_water() -> int:
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _release_memory() -> None:
+    """Return free memory to the system, gaps between blocks included; on Linux with glibc only."""
+    if sys.platform == "linux" and hasattr(c := ctypes.CDLL(None), "malloc_trim"):
+        c.malloc_trim(0)

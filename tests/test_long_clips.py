@@ -21,6 +21,7 @@ from tuneavideo.method import editing
 from tuneavideo.method.inflate import inflate
 from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.windows import WindowedUNet, Windows
+from tuneavideo.models.controlnet import maps
 from tuneavideo.storage import cache, tensors
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import DiskVideo, Video, clip, read, read_any, write
@@ -168,6 +169,7 @@ def test_a_video_on_disk_holds_what_the_clip_in_memory_holds(film: Path, tmp_pat
     assert (disk.frames, disk.height, disk.width, disk.fps) == (40, 32, 32, video.fps)
     for films in (zip(disk.images, disk.images, strict=True), zip(disk.images, video.images, strict=True)):
         assert all((a == b).all() for a, b in films)
+    assert torch.equal(maps("canny", disk), maps("canny", video))
     beside = [side_by_side(pair, labels=["a", "b"]) for pair in ((disk, video), (video, video))]
     assert all((a == b).all() for a, b in zip(*(each.images for each in beside), strict=True))
     write(disk, tmp_path / "frames")

@@ -8,7 +8,6 @@ windows depend on the timestep, so that no border stays in one place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,39 +85,6 @@ class Windows:
         near = min(place + 1, length - place, self.overlap + 1)
         return math.sin(math.pi / 2 * near / (self.overlap + 1)) ** 2
 
-    def blended(
-        self, predict: Callable[[Tensor], Tensor], read: Callable[[list[int]], Tensor], frames: int, t: float
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Predict a clip window by window; yields frames in order, as soon as no later window contains them.
-
-        Memory is that of one window. Frames that were yielded are not read again and may be changed.
-
-        Args:
-            predict: Maps the frames of a window, `B C T H W`, to a prediction of that shape.
-            read: Returns the frames with the given numbers, `B C T H W`.
-            frames: Frames of the clip.
-            t: Timestep.
-
-        Yields:
-            Numbers of frames, and their blended prediction.
-        """
-        if self.holds(frames):
-            yield list(range(frames)), predict(read(list(range(frames))))
-            return
-        spans, first = self.spans(frames, t), read([0])
-        following = [span.start for span in spans[1:]] + [frames]
-        pending = None
-        for span, weights, after in zip(spans, self.weights(frames, t), following, strict=True):
-            output = predict(torch.cat([first, read(list(span))], dim=2))
-            total = output[:, :, 1:].float() * torch.tensor(weights, device=output.device)[:, None, None]
-            if pending is None:
-                yield [0], output[:, :, :1]
-            else:
-                total[:, :, : pending.shape[2]] += pending
-            ready = after - span.start
-            yield list(span)[:ready], total[:, :, :ready].to(output.dtype)
-            pending = total[:, :, ready:]
-
 
 @dataclass(frozen=True)
 class WindowedUNet:
@@ -134,10 +100,17 @@ class WindowedUNet:
 
     def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
         """Predict noise or velocity, `B C T H W`; arguments as of `VideoUNet`, but `t` is one for all clips."""
-        parts = self.windows.blended(
-            lambda part: self.video(part, t, text),
-            lambda frames: x_BCTHW[:, :, frames],
-            x_BCTHW.shape[2],
-            float(t.flatten()[0]),
-        )
-        return torch.cat([output for _, output in parts], dim=2)
+        windows, frames, blended = self.windows, x_BCTHW.shape[2], None
+        if windows.holds(frames):
+            return self.video(x_BCTHW, t, text)
+        at = float(t.flatten()[0])
+        for span, weights in zip(windows.spans(frames, at), windows.weights(frames, at), strict=True):
+            part = torch.cat([x_BCTHW[:, :, :1], x_BCTHW[:, :, span.start : span.stop]], dim=2)
+            output = self.video(part, t, text)
+            if blended is None:  # the prediction of the first frame is that of the first window
+                blended = torch.zeros(x_BCTHW.shape, device=output.device)
+                blended[:, :, :1] = output[:, :, :1]
+            weights_T11 = torch.tensor(weights, device=output.device)[:, None, None]
+            blended[:, :, span.start : span.stop] += output[:, :, 1:].float() * weights_T11
+        assert blended is not None, "a clip has windows"
+        return blended.to(x_BCTHW.dtype)

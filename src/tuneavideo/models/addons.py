@@ -1,6 +1,6 @@
 """Add-ons of an edit: LoRAs, textual inversions, a ControlNet, a reference picture.
 
-diffusers' own loaders put them into the stock pipeline *before* its UNet is inflated: they count attention layers and
+diffusers' loaders put them into the stock pipeline *before* its UNet is inflated, since they count attention layers and
 find them by name.
 """
 
@@ -31,7 +31,7 @@ from tuneavideo.models.loading import FAULTS, Pipeline, dangerous
 from tuneavideo.models.quiet import local_only, quiet, unreachable
 from tuneavideo.settings import EditSettings
 from tuneavideo.storage import cache
-from tuneavideo.video import AnyVideo, Video
+from tuneavideo.video import AnyVideo
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class AddOns:
     Attributes:
         control: ControlNet, if there is one.
         images: Embeddings `1 I D` of no picture and of the reference picture, if there is an IP-Adapter.
-        fingerprint: Digest of all that was loaded, by which inversions are kept apart; empty without add-ons.
+        fingerprint: Digest of all that was loaded, part of the inversion's file name; empty without add-ons.
     """
 
     control: Control | None = None
@@ -51,11 +51,11 @@ class AddOns:
     fingerprint: list[str] = field(default_factory=list)
 
     def with_controlnet(self, video: VideoUNet) -> VideoUNet:
-        """The same UNet with the ControlNet's help."""
+        """Return the UNet with the ControlNet."""
         return replace(video, control=self.control)
 
     def with_reference(self, conditions: Conditions) -> Conditions:
-        """The same conditions with the reference picture, which the first clip (without guidance) is not shown."""
+        """Add the reference picture to all conditions but the first, which are those of the negative prompt."""
         if self.images is None:
             return conditions
         without, shown = self.images
@@ -67,8 +67,8 @@ def load(pipe: Pipeline, settings: EditSettings, source: AnyVideo) -> AddOns:
 
     Args:
         pipe: The stock pipeline of the base that edits.
-        settings: See there.
-        source: The tuned clip, which control maps are computed from.
+        settings: Settings of the edits.
+        source: The clip that was tuned on, of which control maps are computed.
 
     Raises:
         TuneAVideoError: A file is missing, damaged or of another kind of base.
@@ -96,7 +96,7 @@ def load(pipe: Pipeline, settings: EditSettings, source: AnyVideo) -> AddOns:
 
 
 def _loras(pipe: Any, wanted: tuple[str, ...]) -> list[float]:
-    """Load LoRAs of the diffusers or the kohya format; returns their weights."""
+    """Load LoRAs of the diffusers or the kohya format, and return their weights."""
     weights = []
     for number, each in enumerate(wanted):
         place, weight = weighted(each)
@@ -112,7 +112,7 @@ def _loras(pipe: Any, wanted: tuple[str, ...]) -> list[float]:
 
 
 def _embedding(pipe: Any, file: str) -> list[str]:
-    """Load a textual inversion; returns the token that prompts name it by."""
+    """Load a textual inversion, and return its token."""
     with _one_line_errors("embedding", file):
         is_safe = file.endswith(".safetensors")
         contents: Any = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
@@ -130,7 +130,7 @@ def _embedding(pipe: Any, file: str) -> list[str]:
 
 
 def _embedded(contents: Any, stem: str) -> tuple[str, dict[str, Tensor]]:
-    """Token and vectors for each text encoder; files of other tools are named by their file name."""
+    """Return the token and the vectors for each text encoder; files of other tools have the file name as token."""
     if "clip_l" in contents and "clip_g" in contents:
         return stem, {"text_encoder": contents["clip_l"], "text_encoder_2": contents["clip_g"]}
     if "string_to_param" in contents:
@@ -142,7 +142,6 @@ def _embedded(contents: Any, stem: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def _control(pipe: Any, settings: EditSettings, source: AnyVideo) -> Control:
-    assert isinstance(source, Video), "maps are of whole clips in memory"
     place = str(settings.controlnet)
     with _one_line_errors("ControlNet", place):
         load = ControlNetModel.from_single_file if Path(place).is_file() else ControlNetModel.from_pretrained
@@ -158,7 +157,7 @@ def _control(pipe: Any, settings: EditSettings, source: AnyVideo) -> Control:
 
 
 def _reference(pipe: Any, settings: EditSettings) -> tuple[Tensor, Tensor]:
-    """Load an IP-Adapter; returns the embeddings of no picture and of the reference picture."""
+    """Load an IP-Adapter, and return the embeddings of no picture and of the reference picture."""
     place = Path(str(settings.ip_adapter))
     if place.is_file():
         root, inside = str(place.parent), ""
@@ -179,7 +178,7 @@ def _reference(pipe: Any, settings: EditSettings) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _one_line_errors(what: str, place: str) -> Iterator[None]:
-    """Turn what a library says of a file into one line."""
+    """Turn a library's error about a file into an `AdapterError` of one line."""
     try:
         with quiet():
             yield
@@ -189,7 +188,7 @@ def _one_line_errors(what: str, place: str) -> Iterator[None]:
         if is_hub_id(place) and (network := unreachable()):
             how = f"'hf download {place}' where there is a network, or give a file or folder"
             raise AdapterError(f"{what} {place} is not on this machine, and {network}; {how}") from error
-        said = "its shapes are others; take one made for this kind of base"
+        reason = "its shapes are others; take one made for this kind of base"
         if "size mismatch" not in str(error):
-            said = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise AdapterError(dangerous(place) or f"{what} {place}: cannot be used with this base: {said}") from error
+            reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise AdapterError(dangerous(place) or f"{what} {place}: cannot be used with this base: {reason}") from error

@@ -22,19 +22,20 @@ MOST_AT_ONCE, FREE_A_FRAME = 6, 6 * 2**30
 
 
 def default_size(pipe: Pipeline) -> int:
-    """Return the side in pixels that the base was trained at; a config without it means 64 latents, as in diffusers."""
+    """Return the side in pixels that the base was trained at; without one in its config 64 latents, as in diffusers."""
     return (pipe.unet.config.sample_size or 64) * stride(pipe)
 
 
 def stride(pipe: Pipeline) -> int:
-    """Pixels per latent along each side."""
+    """Return the pixels per latent along each side."""
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
 
 def encode(pipe: Pipeline, video: AnyVideo) -> dict[str, Tensor]:
-    """Moments of the clip's latents: `mean` and `std`, each `1 C T H W`, scaled as the UNet expects them.
+    """Encode a clip, one frame at a time, on a GPU a few.
 
-    Frames go through the VAE one by one, on a GPU a few at a time, so memory does not grow with the clip.
+    Returns:
+        `mean` and `std` of the latents, each `1 C T H W`, scaled as the UNet expects them.
     """
     means, stds = zip(*encode_frames(pipe, video), strict=True)
     return {"mean": torch.stack(means, dim=2), "std": torch.stack(stds, dim=2)}
@@ -42,7 +43,7 @@ def encode(pipe: Pipeline, video: AnyVideo) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def encode_frames(pipe: Pipeline, video: AnyVideo) -> Iterator[tuple[Tensor, Tensor]]:
-    """Mean and standard deviation of each frame's latents, `1 C H W`."""
+    """Yield mean and standard deviation of each frame's latents, `1 C H W` each."""
     vae, device = pipe.vae, pipe._execution_device
     for frames in _batched(video.images, at_once(device)):
         images = [rearrange(torch.tensor(each, dtype=torch.float32) / 127.5 - 1, "h w c -> 1 c h w") for each in frames]
@@ -65,19 +66,19 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
-    """Latents to clips, one per entry of the batch, frame by frame."""
+    """Decode latents to one clip per entry of the batch, frame by frame."""
     return [Video(np.stack(list(decode_frames(pipe, latents[None]))), fps) for latents in latents_BCTHW]
 
 
 def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor) -> Iterator[np.ndarray]:
-    """The frames of a clip's latents, uint8 `H W C`, one at a time."""
+    """Decode a clip; yields frames, uint8 `H W C`."""
     for pixels_CHW in decode_pixels(pipe, latents_1CTHW):
         yield rearrange((pixels_CHW * 255).round().to(torch.uint8), "c h w -> h w c").numpy()
 
 
 @torch.no_grad()
 def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor) -> Iterator[Tensor]:
-    """The frames of a clip's latents, `C H W` in 0..1 on the CPU, one at a time and not rounded."""
+    """Decode a clip; yields frames `C H W` in 0..1, float32 on the CPU."""
     vae, device = pipe.vae, pipe._execution_device
     for numbers in _batched(range(latents_1CTHW.shape[2]), at_once(device)):
         frames = [latents_1CTHW[:, :, [number]][:, :, 0] for number in numbers]
@@ -89,7 +90,7 @@ def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def embed(pipe: Pipeline, prompts: list[str]) -> Conditions:
-    """Text conditions of prompts, without `truncated_words`; Stable Diffusion XL learned the empty prompt as zeros."""
+    """Encode prompts, cut to the text encoder's length; Stable Diffusion XL was trained with zeros as empty prompt."""
     device = pipe._execution_device
     if not isinstance(pipe, StableDiffusionXLPipeline):
         text = Conditions(pipe.encode_prompt(prompts, device, 1, False)[0])
@@ -106,7 +107,7 @@ def embed(pipe: Pipeline, prompts: list[str]) -> Conditions:
 
 
 def truncated_words(pipe: Pipeline, prompt: str) -> str:
-    """The words at the end of a prompt that the text encoder does not take whole; empty if it takes all."""
+    """Return the words at the end of a prompt that exceed the text encoder's length; empty if none do."""
     places = pipe.tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
     most = pipe.tokenizer.model_max_length
     if len(places) <= most:

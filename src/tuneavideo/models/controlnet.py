@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tuneavideo import video as videos
 from tuneavideo.errors import SettingsError
-from tuneavideo.video import Video
+from tuneavideo.video import AnyVideo
 
 DEPTH_MODEL = "depth-anything/Depth-Anything-V2-Small-hf"
 # Canny's two thresholds, as in the published ControlNet's demo.
@@ -28,7 +28,7 @@ class Control:
     """A ControlNet with the maps of a clip.
 
     Attributes:
-        net: The ControlNet; it sees frames one by one, as images.
+        net: The ControlNet; it takes frames as images.
         maps_TCHW: Map of each frame, in 0..1, at the size of the frames.
         scale: Strength; 0 adds nothing.
     """
@@ -38,7 +38,7 @@ class Control:
     scale: float
 
     def __call__(self, x_NCHW: Tensor, t: Tensor, text_NLD: Tensor, added: dict[str, Any] | None) -> dict[str, Any]:
-        """Residuals for the UNet's down path and middle, by the names of its keywords; N images are whole clips."""
+        """Return residuals for the UNet's down path and middle, by the UNet's keywords; N images are whole clips."""
         maps_NCHW = self.maps_TCHW.repeat(len(x_NCHW) // len(self.maps_TCHW), 1, 1, 1)
         down, middle = self.net(
             x_NCHW.to(self.net.dtype), t, text_NLD.to(self.net.dtype), maps_NCHW, conditioning_scale=self.scale,
@@ -50,8 +50,8 @@ class Control:
         }
 
 
-def maps(kind: str, source: Video) -> Tensor:
-    """Maps `T 3 H W` in 0..1 of a clip's frames.
+def maps(kind: str, source: AnyVideo) -> Tensor:
+    """Compute or read the maps `T 3 H W` in 0..1 of a clip's frames.
 
     Args:
         kind: `canny`, `depth`, or the path of a video or folder of maps, one per frame of the clip.
@@ -72,16 +72,16 @@ def maps(kind: str, source: Video) -> Tensor:
     return rearrange(torch.from_numpy(np.ascontiguousarray(frames_THWC)), "t h w c -> t c h w").float() / 255
 
 
-def edges(source: Video) -> np.ndarray:
-    """Canny edges of every frame, white on black, `T H W C` in 0..255."""
+def edges(source: AnyVideo) -> np.ndarray:
+    """Compute Canny edges of every frame, white on black, `T H W C` in 0..255."""
     import cv2
 
-    found = [cv2.Canny(frame, *THRESHOLDS) for frame in source.frames_THWC]
+    found = [cv2.Canny(frame, *THRESHOLDS) for frame in source.images]
     return np.stack(found)[..., None].repeat(3, axis=3)
 
 
-def depth(source: Video) -> np.ndarray:
-    """Depth of every frame, near is white, over the range of the whole clip, `T H W C` in 0..255."""
+def depth(source: AnyVideo) -> np.ndarray:
+    """Estimate the depth of every frame, `T H W C` in 0..255; the nearest point of the clip is white."""
     from transformers import pipeline
 
     try:
@@ -90,7 +90,7 @@ def depth(source: Video) -> np.ndarray:
         raise SettingsError(
             f"control depth needs a model that is not here: 'hf download {DEPTH_MODEL}', or give maps of your own"
         ) from error
-    found = [model(Image.fromarray(frame))["predicted_depth"] for frame in source.frames_THWC]
+    found = [model(Image.fromarray(frame))["predicted_depth"] for frame in source.images]
     size = (source.height, source.width)
     far = torch.stack([torch.nn.functional.interpolate(each[None, None], size, mode="bicubic")[0, 0]
                        for each in (each.reshape(each.shape[-2:]).float() for each in found)])  # fmt: skip
@@ -98,4 +98,4 @@ def depth(source: Video) -> np.ndarray:
     return (near * 255).byte().numpy()[..., None].repeat(3, axis=3)
 
 
-COMPUTED: dict[str, Callable[[Video], np.ndarray]] = {"canny": edges, "depth": depth}
+COMPUTED: dict[str, Callable[[AnyVideo], np.ndarray]] = {"canny": edges, "depth": depth}

@@ -23,9 +23,9 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 
 def precision(requested: str | None, *, low: bool = False) -> str:
-    """`no`, `fp16` or `bf16`: as requested, or bf16 on a device that computes in it and full precision elsewhere.
+    """Return `no`, `fp16` or `bf16`: as requested, else bf16 on a device that computes in it, else `no`.
 
-    Where memory is `low`, a GPU that has no bf16 takes fp16.
+    With `low` memory a GPU without bf16 gets fp16. Raises SettingsError for fp16 without a GPU.
     """
     if requested == "fp16" and not torch.accelerator.is_available():
         raise SettingsError("mixed_precision fp16 needs a GPU; take bf16, or no")
@@ -38,13 +38,13 @@ def precision(requested: str | None, *, low: bool = False) -> str:
 
 
 def has_bf16() -> bool:
-    """Whether this CPU has instructions for bf16; without them it is slower than float32."""
+    """Return whether this CPU has instructions for bf16; without them bf16 is slower than float32."""
     found = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def offload(pipe: Pipeline) -> None:
-    """Keep VAE and text encoder in the computer's memory but for the moments in which they work."""
+    """Keep VAE and text encoders in the host's memory except while they are called."""
     device = pipe._execution_device
     for part in (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
         if part is not None:
@@ -52,36 +52,36 @@ def offload(pipe: Pipeline) -> None:
 
 
 def unload(part: Any) -> None:
-    """Put a part that is offloaded away again."""
+    """Move a module that `offload` was called on back to the host's memory."""
     if isinstance(getattr(part, "_hf_hook", None), CpuOffload):
         part.to("cpu")
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes in use: the most a GPU has held so far, or what this process holds now."""
+    """Return the peak of allocated bytes on a GPU, or the bytes that this process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `used_memory` of a GPU count from now on."""
+    """Restart the peak that `used_memory` returns for a GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def free_and_total(device: torch.device) -> tuple[int, int]:
-    """Free and whole memory of a device, in bytes."""
+    """Return free and total memory of a device in bytes."""
     return torch.cuda.mem_get_info(device) if device.type == "cuda" else host_memory.free_and_total()
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a job on a GPU may take: what is free, and what this process has of it already."""
+    """Return the bytes that a job on a GPU may take: free ones and those reserved by this process."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says, in one of the ways that torch, numpy and the system have, that memory is at its end."""
+    """Return whether an error of torch, numpy or the system means that memory ran out."""
     messages = ("out of memory", "not enough memory", "allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in messages)
 

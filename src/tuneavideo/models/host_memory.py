@@ -1,30 +1,17 @@
-"""Memory of this machine. No torch here."""
+"""Memory of this machine, for modules that do not import torch."""
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-CGROUP = Path("/sys/fs/cgroup/memory.max")  # what a container may take
-
-
-def release_memory() -> None:
-    """Memory that is free goes back to the system, gaps between blocks too."""
-    if hasattr(c := libc(), "malloc_trim"):
-        c.malloc_trim(0)
-
-
-def libc() -> Any:
-    """The C library of this process, on Linux."""
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # limit of a container
 
 
 def free_and_total() -> tuple[int, int]:
-    """Free and whole memory in bytes, as far as the container and the process may use it."""
+    """Return free and total memory in bytes, within the limits of the container and the process."""
     now = psutil.virtual_memory()
     free, total = now.available, now.total
     if CGROUP.is_file() and (limit := CGROUP.read_text().strip()).isdigit():

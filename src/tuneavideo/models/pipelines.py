@@ -29,13 +29,13 @@ def load_pipeline(
 
     Args:
         base: A name of the table of bases, a hub id, a diffusers folder or a single-file checkpoint.
-        adapter: What a run learned (an `Adapter` or its folder), attached to the UNet.
+        adapter: An `Adapter` or its folder, attached to the UNet.
         inflation: How to inflate the UNet when there is no adapter.
-        device: Where to put it; by default what accelerate finds.
+        device: By default the one that accelerate chooses.
         dtype: Precision of the weights; float32 by default.
 
     Raises:
-        ModelError: The base is not there (the message says what to download) or is no Stable Diffusion model.
+        ModelError: The base is missing (the message says what to download) or is not a Stable Diffusion model.
         AdapterError: The adapter belongs to another base.
     """
     pipe = load_image_pipeline(base, device=device, dtype=dtype)
@@ -49,14 +49,14 @@ def load_pipeline(
 def load_image_pipeline(
     base: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Pipeline:
-    """Like `load_pipeline`, with the UNet still an image UNet."""
+    """Load a base as `load_pipeline` does, without inflating the UNet. Raises ModelError."""
     pipe = loading.load_stock_pipeline(base, dtype=dtype or torch.float32)
     if not isinstance(pipe, Pipeline) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"{base}: found a {type(pipe).__name__}; a Stable Diffusion 1.x, 2.x or XL text-to-image model is needed"
         )
     if isinstance(pipe, StableDiffusionXLPipeline) and pipe.vae.config.force_upcast and dtype == torch.float16:
-        pipe.vae.to(dtype=torch.float32)  # its activations are beyond what half precision holds
+        pipe.vae.to(dtype=torch.float32)  # its activations overflow in half precision
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device or PartialState().device)
     channels_last.optimise(pipe.unet)

@@ -1,4 +1,4 @@
-"""Other libraries' messages and the hub's availability."""
+"""Messages of other libraries, and whether the hub can be reached."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ from tuneavideo.bases import is_hub_id
 NOISY = tuple(
     f"diffusers.pipelines.{name}" for name in ("pipeline_utils", "stable_diffusion.pipeline_stable_diffusion")
 )
-
-
 SECONDS_FOR_HUB = 5
 
 
 def silence_libraries() -> None:
-    """Loading bars and notices of libraries say nothing to the user of a command."""
+    """Turn off progress bars and notices of diffusers and transformers."""
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     diffusers_logging.set_verbosity_error()
@@ -37,7 +35,7 @@ def silence_libraries() -> None:
 
 @contextmanager
 def silenced_libraries() -> Generator[None, None, None]:
-    """Do the same for a while, and leave the libraries as they were."""
+    """Call `silence_libraries`, and restore the libraries afterwards."""
     levels = {name: logging.getLogger(name).level for name in NOISY}
     libraries = (diffusers_logging, transformers_logging)
     verbosity = [each.get_verbosity() for each in libraries]
@@ -56,7 +54,7 @@ def silenced_libraries() -> Generator[None, None, None]:
 
 @contextmanager
 def quiet() -> Generator[None, None, None]:
-    """Libraries log and warn of nothing while a file is loaded: what matters of it is an error, told in one line."""
+    """Suppress all logs and warnings of libraries while a file is loaded; errors still pass."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
     levels = [each.level for each in loggers]
     with warnings.catch_warnings():
@@ -72,7 +70,7 @@ def quiet() -> Generator[None, None, None]:
 
 @cache
 def unreachable() -> str:
-    """Why nothing can be downloaded, asked of the hub once; empty if something can."""
+    """Return why nothing can be downloaded, or an empty text; the hub is asked once."""
     if HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
@@ -83,5 +81,5 @@ def unreachable() -> str:
 
 
 def local_only(place: str) -> dict[str, Any]:
-    """What keeps libraries from asking a hub, again and again, that cannot be reached."""
+    """Return the option that keeps libraries from repeated requests to a hub that cannot be reached."""
     return {"local_files_only": True} if is_hub_id(place) and unreachable() else {}
