@@ -190,7 +190,7 @@ class Steps(Tuning):
     """Tuning with single steps as calls."""
 
     def step(self) -> None:
-        self._update(float(self.learn(0)[0]))
+        self._update(float(self.accumulate(0)[0]))
         self.number += 1
 
 

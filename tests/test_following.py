@@ -1,4 +1,4 @@
-"""What is true of edits that follow their clip: attention led by it, guidance in part of the steps."""
+"""Attention injection, and guidance in part of the steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def split(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [SparseCausalAttention, TemporalAttention])
-def test_in_a_led_batch_every_clip_looks_where_the_first_does_and_sees_its_own(kind: type, video: VideoUNet) -> None:
+def test_with_injection_every_clip_has_the_map_of_the_first_and_values_of_its_own(kind: type, video: VideoUNet) -> None:
     layer = next(layer for layer in video.unet.modules() if isinstance(layer, kind))
     frames, width = 3, layer.to_q.in_features
     x = torch.randn(2 * 6, 4, width)  # two clips, of two sets of three frames or of six sites
@@ -54,22 +54,25 @@ def test_in_a_led_batch_every_clip_looks_where_the_first_does_and_sees_its_own(k
         made = layer(x)
     finally:
         layer.clip.inject = False
-    leader = x[:6]
-    q, k = layer.to_q(leader).repeat(2, 1, 1), seen(layer.to_k(leader)).repeat(2, 1, 1)
+    source = x[:6]
+    q, k = layer.to_q(source).repeat(2, 1, 1), seen(layer.to_k(source)).repeat(2, 1, 1)
     mixed = scaled_dot_product_attention(
         *(split(y, layer.heads) for y in (q, k, seen(layer.to_v(x)))), scale=layer.scale
     )
     assert torch.allclose(made, layer.to_out[0](rearrange(mixed, "n h l d -> n l (h d)")), atol=1e-5)
 
 
-def test_a_clip_that_follows_itself_is_what_it_was(video: VideoUNet) -> None:
+def test_injecting_a_clip_into_itself_changes_nothing(video: VideoUNet) -> None:
     sampler = LEVELS.sampler("ddim", 3, spacing="trailing")
-    way = [CLIP, *(s.latents for s in invert(video, LEVELS, CLIP, TEXT, path_to(sampler, LEVELS, 3, "trailing")))][::-1]
-    led, alone = (
-        next(generate(video, sampler_again(), way[0], TEXT, TEXT, 1.0, source=source)).latents
-        for source in (Source(way, TEXT, 1.0), None)
+    trajectory = [
+        CLIP,
+        *(s.latents for s in invert(video, LEVELS, CLIP, TEXT, path_to(sampler, LEVELS, 3, "trailing"))),
+    ][::-1]
+    injected, plain = (
+        next(generate(video, sampler_again(), trajectory[0], TEXT, TEXT, 1.0, source=source)).latents
+        for source in (Source(trajectory, TEXT, 1.0), None)
     )
-    assert torch.allclose(led, alone, atol=1e-4)
+    assert torch.allclose(injected, plain, atol=1e-4)
     assert not video.clip.inject
 
 
@@ -77,7 +80,7 @@ def sampler_again():
     return LEVELS.sampler("ddim", 3, spacing="trailing")
 
 
-def test_edits_follow_in_the_first_steps_only(video: VideoUNet) -> None:
+def test_injection_is_in_the_first_steps_only(video: VideoUNet) -> None:
     seen = []
 
     class Watched:
@@ -87,8 +90,8 @@ def test_edits_follow_in_the_first_steps_only(video: VideoUNet) -> None:
             seen.append((len(x), video.clip.inject))
             return video(x, *rest)
 
-    way, other = [CLIP] * 4, torch.randn_like(CLIP)
-    for _ in generate(Watched(), sampler_again(), other, TEXT, TEXT, 2.0, source=Source(way, TEXT, 0.6)):  # pyright: ignore
+    trajectory, other = [CLIP] * 4, torch.randn_like(CLIP)
+    for _ in generate(Watched(), sampler_again(), other, TEXT, TEXT, 2.0, source=Source(trajectory, TEXT, 0.6)):  # pyright: ignore
         pass
     assert seen == [(3, True), (3, True), (2, False)]
 
@@ -123,7 +126,9 @@ def test_what_does_not_go_with_following_is_said(stated: dict, line: str) -> Non
         api.tune_settings({"video": "a.mp4", "prompt": "a square"} | stated | {"num_inference_steps": 50})
 
 
-def test_a_job_follows_by_default_and_keeps_the_way_in_the_run_folder(base: Path, clip: Path, tmp_path: Path) -> None:
+def test_a_job_follows_by_default_and_keeps_the_trajectory_in_the_run_folder(
+    base: Path, clip: Path, tmp_path: Path
+) -> None:
     run = api.tune(clip, "a red square moves", base=str(base), out=tmp_path / "run", **BRIEF)
     (first,) = api.edit(run, "a blue circle moves")
     (again,) = api.edit(run, "a blue circle moves")

@@ -175,7 +175,7 @@ def test_a_clip_comes_back_as_it_can_be_written(pipe: TuneAVideoPipeline, clip: 
 @pytest.mark.parametrize(
     ("made", "asked", "said"),
     [
-        ({}, {"num_inference_steps": 3}, "every level"),
+        ({}, {"num_inference_steps": 3}, "every timestep"),
         ({}, {"attention_injection": 0.0, "timestep_spacing": "leading"}, "starts at"),
         ({}, {"num_inference_steps": 4, "sampler": "plms"}, "sampler plms"),
         ({}, {"num_inference_step": 4}, "did you mean 'num_inference_steps'"),

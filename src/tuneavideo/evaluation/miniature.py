@@ -233,7 +233,7 @@ def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str
     tuning = Tuning(
         video, NoiseSchedule.of(pipe.scheduler), moments, caption, settings, Accelerator(cpu=True), make_optimizer
     )
-    per_batch = count_flops(lambda: tuning.learn(0))
+    per_batch = count_flops(lambda: tuning.accumulate(0))
     pipe.unet.zero_grad()
 
     def train() -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Attention, normalisation and memory layout by device: Triton kernels on NVIDIA GPUs, torch's operations elsewhere.
 
-Below `models` only this package asks which device a tensor is on. Modules of Triton kernels (`along_time`, `few_keys`,
+Below `models` only this package depends on the device of a tensor. Modules of Triton kernels (`along_time`, `few_keys`,
 `group_norm`, `pointwise`, `shared_map`) are imported where a tensor on a GPU needs them, since Triton may be missing.
 """
 

@@ -64,9 +64,9 @@ def attend_over_time(q_NLC: Tensor, k_NLC: Tensor, v_NLC: Tensor, *, frames: int
 
 def supports_text(x: Tensor, k_BMC: Tensor, v_BMC: Tensor, heads: int) -> bool:
     """Return whether `attend_to_text` takes these keys and values, for queries computed from `x`."""
-    learned = k_BMC.requires_grad or v_BMC.requires_grad
+    trained = k_BMC.requires_grad or v_BMC.requires_grad
     small = k_BMC.shape[1] <= MAX_KEYS and k_BMC.shape[2] <= MAX_HEAD_CHANNELS * heads
-    return small and not learned and supports(x, half_only=True)
+    return small and not trained and supports(x, half_only=True)
 
 
 def attend_to_text(q_BLC: Tensor, k_BMC: Tensor, v_BMC: Tensor, *, heads: int, scale: float) -> Tensor:

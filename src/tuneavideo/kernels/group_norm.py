@@ -208,8 +208,8 @@ def _tiling(x_NSC: Tensor) -> tuple[int, int, int, int]:
     images, sites, channels = x_NSC.shape
     cols = min(64, triton.next_power_of_2(channels))
     rows = min(64, triton.next_power_of_2(sites))
-    wanted = max(1, PROGRAMS // (images * triton.cdiv(channels, cols)))
-    size = max(rows, triton.next_power_of_2(triton.cdiv(sites, wanted)))
+    parts = max(1, PROGRAMS // (images * triton.cdiv(channels, cols)))
+    size = max(rows, triton.next_power_of_2(triton.cdiv(sites, parts)))
     return cols, rows, size, triton.cdiv(sites, size)
 
 

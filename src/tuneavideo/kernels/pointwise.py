@@ -215,12 +215,12 @@ def _gather_gradient(dy, dfirst, index, dx, K, F, size, FIRST: tl.constexpr, BLO
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        clips, known = x.shape[:2]
+        clips, frames = x.shape[:2]
         size = x[0, 0].numel()
         y = x.new_empty(clips, len(index), *x.shape[2:])
         with torch.cuda.device_of(x):
             _gather[(clips * len(index), triton.cdiv(size, 2 * BLOCK))](
-                x, index, y, known, len(index), size, BLOCK=2 * BLOCK
+                x, index, y, frames, len(index), size, BLOCK=2 * BLOCK
             )
         ctx.save_for_backward(index)
         ctx.shape = x.shape
@@ -234,12 +234,12 @@ class _Gather(torch.autograd.Function):
         if dy is None:
             index, dy = index[:0], dfirst
         dy = dy.contiguous()  # pyright: ignore[reportOptionalMemberAccess]
-        clips, known = ctx.shape[:2]
+        clips, frames = ctx.shape[:2]
         dx = dy.new_empty(ctx.shape)
         size = dx[0, 0].numel()
         with torch.cuda.device_of(dy):
-            _gather_gradient[(clips * known, triton.cdiv(size, BLOCK))](
-                dy, dfirst, index, dx, known, len(index), size, FIRST=dfirst is not None, BLOCK=BLOCK
+            _gather_gradient[(clips * frames, triton.cdiv(size, BLOCK))](
+                dy, dfirst, index, dx, frames, len(index), size, FIRST=dfirst is not None, BLOCK=BLOCK
             )
         return dx, None
 

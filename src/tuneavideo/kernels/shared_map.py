@@ -66,13 +66,13 @@ def attend(
         scale: Factor of the products of queries and keys.
         tile: Queries and keys of a tile, warps and stages, for measurements.
     """
-    (frames, tokens, channels), (clips, known, keys, _) = q_FLC.shape, v_BKMC.shape
+    (frames, tokens, channels), (clips, source_frames, keys, _) = q_FLC.shape, v_BKMC.shape
     q, k, v = (x.contiguous() for x in (q_FLC, k_KMC, v_BKMC))
     y, width = v.new_empty(clips, frames, tokens, channels), channels // heads
     high, wide, warps, stages = tile or ((128, 64, 4, 3) if clips * width <= 128 else (64, 64, 4, 2))
     with torch.cuda.device_of(v):
         _forward[(triton.cdiv(tokens, high), frames * heads)](
-            q, k, v, index_FR, y, tokens, keys, channels, known, frames, heads, scale * 1.4426950408889634,
+            q, k, v, index_FR, y, tokens, keys, channels, source_frames, frames, heads, scale * 1.4426950408889634,
             R=index_FR.shape[1], D=width, B=clips, EVEN=keys % wide == 0, HIGH=high, WIDE=wide,
             DK=max(16, triton.next_power_of_2(width)), DV=max(16, triton.next_power_of_2(clips * width)),
             num_warps=warps, num_stages=stages,

@@ -40,10 +40,10 @@ class ReusingUNet(VideoUNet):
     def __init__(self, video: VideoUNet, every: int) -> None:
         super().__init__(video.unet, video.clip, video.control)
         object.__setattr__(self, "every", every)
-        object.__setattr__(self, "known", [])
+        object.__setattr__(self, "features", [])
 
     every: int
-    known: list[Features]
+    features: list[Features]
 
     def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
         """Predict noise or velocity, approximately; see `VideoUNet`."""
@@ -54,13 +54,13 @@ class ReusingUNet(VideoUNet):
             return super().__call__(x_BCTHW, t, text)
 
     def _features(self, text_BLD: Tensor) -> Features:
-        for features in self.known:
+        for features in self.features:
             if features.text is text_BLD or (
                 features.text.shape == text_BLD.shape and torch.equal(features.text, text_BLD)
             ):
                 return features
-        self.known.append(Features(text_BLD))
-        return self.known[-1]
+        self.features.append(Features(text_BLD))
+        return self.features[-1]
 
 
 def reusing(video: VideoUNet, every: int) -> VideoUNet:

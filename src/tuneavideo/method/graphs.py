@@ -18,7 +18,7 @@ class RecordingUNet(VideoUNet):
     """A `VideoUNet` that records repeated calls without gradients; its weights may change in place between calls."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "known", {})
+        object.__setattr__(self, "recordings", {})
         object.__setattr__(self, "pool", graphs.new_pool())
 
     def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
@@ -26,15 +26,15 @@ class RecordingUNet(VideoUNet):
         conditions: Any = Conditions.of(text)
         if torch.is_grad_enabled() or len(conditions.tensors()) > 1 or self.control:
             return super().__call__(x_BCTHW, t, text)
-        known: dict[Any, Any] = vars(self)["known"]
+        recordings: dict[Any, Any] = vars(self)["recordings"]
         inputs = (x_BCTHW, t, conditions.text_BLD)
         key = (self.clip.inject, *((x.shape, x.dtype) for x in inputs))
-        if key not in known:  # the first call builds kernels
-            known[key] = None
+        if key not in recordings:  # the first call builds kernels
+            recordings[key] = None
             return super().__call__(*inputs)
-        if known[key] is None:
-            known[key] = graphs.record(super().__call__, inputs, vars(self)["pool"]) or super().__call__
-        output: Tensor = known[key](*inputs)
+        if recordings[key] is None:
+            recordings[key] = graphs.record(super().__call__, inputs, vars(self)["pool"]) or super().__call__
+        output: Tensor = recordings[key](*inputs)
         return output.clone()
 
 

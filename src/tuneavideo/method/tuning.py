@@ -94,9 +94,11 @@ class Tuning:
             self.untuned = self.measure_untuned()
         while self.number < self.settings.max_train_steps:
             began = time.perf_counter()
-            learned, drawn = zip(*map(self.learn, range(self.settings.gradient_accumulation_steps)), strict=True)
+            batch_losses, timesteps = zip(
+                *map(self.accumulate, range(self.settings.gradient_accumulation_steps)), strict=True
+            )
             self._draw_ahead()
-            loss, relative = self._losses(torch.stack(learned), torch.cat(drawn))
+            loss, relative = self._losses(torch.stack(batch_losses), torch.cat(timesteps))
             self._update(loss)
             self.number += 1
             rate = float(self.schedule.get_last_lr()[0])
@@ -211,7 +213,7 @@ class Tuning:
             video.unet.enable_gradient_checkpointing()
         return chosen
 
-    def learn(self, batch: int) -> tuple[Tensor, Tensor]:
+    def accumulate(self, batch: int) -> tuple[Tensor, Tensor]:
         """Accumulate the gradients of a batch; returns its loss, a scalar, and its timesteps, shape B."""
         clean, noise, t_B = self.ahead.pop((self.number, batch), None) or self.draw(batch)
         if (loss := self.recorder(clean, noise, t_B)) is not None:
@@ -265,15 +267,15 @@ class Tuning:
     def _over_processes(self, values: Tensor) -> float:
         return float(torch.as_tensor(self.accelerator.gather(values)).mean())
 
-    def _losses(self, learned_A: Tensor, drawn_N: Tensor) -> tuple[float, float | None]:
+    def _losses(self, loss_A: Tensor, t_N: Tensor) -> tuple[float, float | None]:
         """Return the mean loss over batches and processes, and its ratio to that of the untuned model, if known.
 
         Both are transferred at once: each transfer waits for the device.
         """
         if self.untuned is None:
-            return self._over_processes(learned_A), None
-        expected = self.untuned[drawn_N].mean().expand_as(learned_A)
-        gathered = torch.as_tensor(self.accelerator.gather(torch.stack([learned_A, expected])[None]))
+            return self._over_processes(loss_A), None
+        expected = self.untuned[t_N].mean().expand_as(loss_A)
+        gathered = torch.as_tensor(self.accelerator.gather(torch.stack([loss_A, expected])[None]))
         loss, untuned = gathered[:, 0].flatten().mean(), gathered[:, 1].mean()
         mean, ratio = torch.stack([loss, loss / untuned]).tolist()
         return mean, ratio
