@@ -303,7 +303,7 @@ def test_clips_play_synchronously_and_obey_the_keys(run: Path, browser: Browser)
     until(browser, "!moving && frame === 2")
     watched = browser.ask(WATCHED)
     assert watched["worst"] <= watched["tick"], "after a seek as well"
-    browser.press("l")
+    browser.press("r")
     until(browser, "!playing && !moving")
     assert browser.ask(AT) == [2] * 3, "without loop it stops at the last frame"
     assert browser.ask("window.struck") is None, "a prompt is no script"
