@@ -348,9 +348,7 @@ def test_tuning_does_not_begin_when_the_disk_will_not_hold_it(
     settings: TuneSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic, "free", lambda path: 100_000)
-    line = (
-        r"run: tuning needs [\d.]+ MB \(3 states to resume from of [\d.]+ MB, adapter .*, videos .*\), 0.1 MB are free"
-    )
+    line = r"run: tuning needs [\d.]+ MB \(3 checkpoints of [\d.]+ MB, adapter .*, videos .*\), 0.1 MB are free"
     with pytest.raises(DiskError, match=line):
         done(api.Job.tune(settings, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()

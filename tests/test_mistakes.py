@@ -193,6 +193,6 @@ def test_a_damaged_checkpoint_is_left_out_and_the_run_ends_the_same(
     data = newest.read_bytes()
     newest.write_bytes(data[:20_000] + bytes(4096) + data[24_096:])
     api.resume(broken)
-    assert "000003.pt is damaged; going on from the state before it" in caplog.text
+    assert "000003.pt is damaged; continuing from the checkpoint before it" in caplog.text
     adapters = [(run / "adapter/adapter.safetensors").read_bytes() for run in (whole, broken)]
     assert adapters[0] == adapters[1]

@@ -19,13 +19,13 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write(path: Path, contents: bytes | str) -> None:
-    """Write a file atomically, with its folder. Raises DiskError when the place cannot be written or is full."""
+    """Write a file, and its folder if needed, atomically. Raises DiskError when it cannot be written."""
     with replacing(path) as draft:
         draft.write_bytes(contents.encode() if isinstance(contents, str) else contents)
 
 
 def refuse_foreign(path: Path, mark: str) -> None:
-    """Raise DiskError when the file `path` is there and its first 64 KiB lack `mark`, which every one of ours has."""
+    """Raise DiskError when `path` exists and its first 64 KiB lack `mark`, which every file of this program has."""
     if path.is_file():
         with path.open("rb") as file:
             if mark.encode() not in file.read(2**16):
@@ -36,7 +36,7 @@ def refuse_foreign(path: Path, mark: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path, None, None]:
-    """Yield a temporary name beside `path`, renamed to `path` when the block ends without an error, else removed.
+    """Yield a temporary path, renamed to `path` when the block ends without an error, else removed.
 
     Raises:
         DiskError: The place cannot be written or is full. Errors of other files that the block opens pass unchanged.
@@ -55,7 +55,7 @@ def replacing(path: Path) -> Generator[Path, None, None]:
 
 @contextmanager
 def disk_errors(path: Path, *drafts: Path, advice: str = "choose another place") -> Generator[None, None, None]:
-    """Turn the system's error for a place that cannot be written into a DiskError, even when a library wrapped it.
+    """Turn the system's error about a write into a DiskError, also when a library wrapped it.
 
     An error that names a file counts only when that is `path`, one of `drafts`, or a folder above or a file below them.
     """
@@ -75,7 +75,7 @@ def is_draft(path: Path) -> bool:
 
 
 def check_writable(folder: Path, advice: str) -> None:
-    """Raise DiskError, with this advice, when nothing can be written in `folder` or where it would be made."""
+    """Raise DiskError, with this advice, when `folder` or its nearest existing parent cannot be written."""
     place = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     draft = place / f".{uuid4().hex}{PART}"
     with disk_errors(folder, draft, place, advice=advice):
@@ -90,7 +90,7 @@ def sweep(folder: Path) -> None:
 
 
 def free(path: Path) -> int:
-    """Return the free bytes where `path` is or will be."""
+    """Return the free bytes on the disk of `path`, which need not exist."""
     return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
 
 
@@ -100,7 +100,7 @@ def size(count: float) -> str:
 
 
 def cache_folder() -> Path:
-    """`$TUNEAVIDEO_CACHE`, or `tuneavideo` in the user's cache folder."""
+    """Return `$TUNEAVIDEO_CACHE`, or `tuneavideo` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TUNEAVIDEO_CACHE") or Path(home) / "tuneavideo")
 
@@ -125,7 +125,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _force(path: Path) -> None:
-    """Wait until a file, or a folder with all files in it, is on the disk; Windows knows this of files only."""
+    """Sync a file, or a folder with all files in it, to the disk; on Windows files only."""
     for each in path.iterdir() if path.is_dir() else ():
         _force(each)
     _fsync(path)
@@ -142,7 +142,7 @@ def _fsync(path: Path) -> None:
 
 
 def _move(draft: Path, path: Path) -> None:
-    """Rename; an older folder makes way for a folder, which the system does not do by itself."""
+    """Rename `draft` to `path`; a folder replaces an existing folder, which `os.replace` refuses."""
     if draft.is_dir() and path.is_dir() and any(path.iterdir()):
         old = path.with_name(f".{uuid4().hex}{PART}")
         os.replace(path, old)

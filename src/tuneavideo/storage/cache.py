@@ -20,7 +20,7 @@ from tuneavideo.storage.weight_files import write_safetensors
 
 Tensors = dict[str, Tensor]
 DIGITS = 24
-# Of every weight, about so many numbers tell one network from another: training and merging move all of them.
+# Numbers of each weight in a key; training and merging change all of them.
 SAMPLES = 1024
 
 

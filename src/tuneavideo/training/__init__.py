@@ -1,1 +1,1 @@
-"""What tuning needs besides the method: checkpoints, optimizers, memory."""
+"""Checkpoints, optimizers, memory and disk space of a tuning."""

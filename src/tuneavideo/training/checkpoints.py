@@ -1,4 +1,4 @@
-"""What tuning leaves behind while it goes on: logged steps, and states to resume from."""
+"""Checkpoints and logged steps of a tuning."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CheckpointManager:
-    """Writes and reads what a run keeps of its tuning."""
+    """Checkpoint manager: writes and reads what a run keeps of its tuning."""
 
     run: RunFolder
     tuning: Tuning
@@ -40,21 +40,19 @@ class CheckpointManager:
     saved: int = -1
 
     def resume(self) -> None:
-        """Go on from the newest state that is whole; if there is none from the adapter, or from the start."""
+        """Continue from the newest checkpoint that is whole, else from the adapter, else from the start."""
         if self.run.is_tuned:
             adapter = Adapter.load(self.run.adapter)
             if missing := sorted(self.tuning.parameters.keys() - adapter.tensors.keys()):
                 raise RunError(f"{self.run.path}: its adapter has no {missing[0]} to tune on; start a new run")
             self.tuning.start_from(adapter.tensors, adapter.about["steps"])
-            logger.warning(
-                "going on from the adapter after step %d; the optimizer's state begins anew", self.tuning.number
-            )
+            logger.warning("continuing from the adapter after step %d with a new optimizer state", self.tuning.number)
         for path in reversed(self.run.checkpoints()):
             if state := _read(path):
                 self.tuning.load_state(state)
                 self.saved = self.tuning.number
                 break
-            logger.warning("%s is damaged; going on from the state before it", path)
+            logger.warning("%s is damaged; continuing from the checkpoint before it", path)
         if self.accelerator.is_main_process:
             self.run.forget_steps_after(self.tuning.number)
 
@@ -65,67 +63,64 @@ class CheckpointManager:
             self.run.log_step(dataclasses.asdict(step))
 
     def checkpoint(self) -> None:
-        """Keep the state at hand; older ones go when it is on the disk."""
+        """Write a checkpoint of the current step, and delete older ones beyond the limit."""
         if self.accelerator.is_main_process and self.saved != self.tuning.number:
-            # Through a file of Python's: of one that PyTorch opens itself, it does not say why writing failed.
+            # Through a Python file: of one that it opens itself PyTorch does not report why a write failed.
             with atomic.replacing(self.run.checkpoint(self.tuning.number)) as draft, draft.open("wb") as file:
                 torch.save(self.tuning.state(), file)
             self.run.prune_checkpoints(self.tuning.settings.checkpoints_total_limit)
             self.saved = self.tuning.number
 
     def forget(self) -> None:
-        """Drop the state at hand if it was kept: it has shown to be spoilt."""
+        """Delete the checkpoint of the current step, whose loss is not finite."""
         if self.accelerator.is_main_process:
             self.run.checkpoint(self.tuning.number).unlink(missing_ok=True)
 
     def check_room(self, clip: AnyVideo, moments: Mapping[str, Any]) -> None:
-        """Refuse to begin what the disk cannot hold. Raises DiskError, with what is needed and what is there."""
+        """Raise DiskError, with the bytes needed and free, when the disk cannot hold the run."""
         settings, run = self.tuning.settings, self.run
         count = len(settings.edit) * len(settings.seeds)
         state, adapter = self._state_bytes(), self._adapter_bytes()
         states = 1 + min(settings.checkpoints_total_limit, settings.max_train_steps // settings.checkpointing_steps)
         previews = 1 + settings.max_train_steps // settings.validation_steps if settings.validation_steps else 0
         shown = previews * len(settings.edit)
-        beside = disk_space.passing(clip, moments, settings, kept=False)
+        temporary = disk_space.temporary(clip, moments, settings, kept=False)
         edits = disk_space.edits(clip, settings, count)
         inversion = disk_space.inversion(moments, settings) if count else 0
         lasting = (
-            disk_space.latents(moments) + disk_space.film(clip) + shown * disk_space.film(clip, columns=2) + adapter
+            disk_space.latents(moments) + disk_space.video(clip) + shown * disk_space.video(clip, columns=2) + adapter
         )
         lasting += disk_space.TEXT * 3 + LINE * settings.max_train_steps
-        tuning, editing = states * state + (beside if shown else 0), inversion + edits + (beside if count else 0)
-        there = (run.latents, run.source, *run.checkpoints(), *run.samples())
-        there = sum(path.stat().st_size for path in there if path.is_file())
-        needed, free = lasting + max(tuning, editing) - there, atomic.free(run.path)
+        tuning, editing = states * state + (temporary if shown else 0), inversion + edits + (temporary if count else 0)
+        present = (run.latents, run.source, *run.checkpoints(), *run.samples())
+        present = sum(path.stat().st_size for path in present if path.is_file())
+        needed, free = lasting + max(tuning, editing) - present, atomic.free(run.path)
         if needed > free:
             size = atomic.size
-            videos = disk_space.film(clip) + shown * disk_space.film(clip, columns=2) + edits
+            videos = disk_space.video(clip) + shown * disk_space.video(clip, columns=2) + edits
             raise DiskError(
-                f"{run.path}: tuning needs {size(needed)} ({states} states to resume from of {size(state)}, "
+                f"{run.path}: tuning needs {size(needed)} ({states} checkpoints of {size(state)}, "
                 f"adapter {size(adapter)}, videos {size(videos)}, "
                 f"latents {size(disk_space.latents(moments) + inversion)}), {size(free)} are free there; make room, "
                 "give --out on another disk, or lower checkpoints_total_limit or the number of edits"
             )
 
     def _state_bytes(self) -> float:
-        """Of one state to resume from."""
+        """Estimate the bytes of a checkpoint."""
         settings, tuning = self.tuning.settings, self.tuning
-        learned = sum(parameter.numel() for parameter in tuning.parameters.values())
-        remembered = OPTIMIZER_STATE.get(settings.optimizer, 2)
-        numbers = learned * (1 + remembered + settings.use_ema)
-        tensors = len(tuning.parameters) * (4 + settings.use_ema)  # the optimiser keeps a count of steps, too
+        trainable = sum(parameter.numel() for parameter in tuning.parameters.values())
+        numbers = trainable * (1 + OPTIMIZER_STATE.get(settings.optimizer, 2) + settings.use_ema)
+        tensors = len(tuning.parameters) * (4 + settings.use_ema)  # the optimizer has a count of steps, too
         return 4 * numbers + disk_space.TENSOR * tensors + disk_space.TEXT
 
     def _adapter_bytes(self) -> float:
-        """Of the adapter in half precision, with its config."""
-        all_of_it = kept_tensors(self.tuning.video.unet, self.tuning.parameters)
-        return (
-            2 * sum(each.numel() for each in all_of_it.values()) + disk_space.TENSOR * len(all_of_it) + disk_space.TEXT
-        )
+        """Estimate the bytes of the adapter in half precision, with its config."""
+        tensors = kept_tensors(self.tuning.video.unet, self.tuning.parameters)
+        return 2 * sum(each.numel() for each in tensors.values()) + disk_space.TENSOR * len(tensors) + disk_space.TEXT
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A state; None when the file is damaged, of which torch.load notices little: it does not check the zip's sums."""
+    """Read a checkpoint; None when it is damaged. torch.load does not verify the zip's checksums."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():

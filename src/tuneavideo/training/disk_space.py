@@ -1,4 +1,4 @@
-"""Bytes that a job writes in its run folder, counted before it begins."""
+"""Estimates of the bytes that a job writes in its run folder."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from tuneavideo.storage import atomic
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import AnyVideo, DiskVideo
 
-# Of its raw size, an edit takes less than this in each form: a GIF has a byte of three, packed, PNG packs noise hardly.
-FORMS = {"mp4": 0.25, "gif": 0.4, "frames": 1.05}
-# What a file of each kind takes beside that: headers, an index, a label; of a tensor its name, type and place.
+# Upper bounds of an edit's size in each format, as fractions of its raw size.
+FORMATS = {"mp4": 0.25, "gif": 0.4, "frames": 1.05}
+# Upper bounds of headers in bytes: of a video, of a tensor, of a text file.
 VIDEO, TENSOR, TEXT = 10_000, 600, 4_000
 
 
 def latents(moments: Mapping[str, Any]) -> float:
-    """Bytes of `latents.safetensors`."""
+    """Return the bytes of `latents.safetensors`."""
     return sum(map(_bytes, moments.values())) + TENSOR * len(moments)
 
 
-def film(clip: AnyVideo, form: str = "mp4", *, columns: int = 1) -> float:
-    """Bytes of a file that shows a clip, or `columns` clips side by side, at most."""
+def video(clip: AnyVideo, form: str = "mp4", *, columns: int = 1) -> float:
+    """Return an upper bound of the bytes of a clip, or of `columns` clips side by side, in the format `form`."""
     pictures = clip.frames if form == "frames" else 1
     sound = 0 if clip.sound_SC is None or form != "mp4" else clip.sound_SC.nbytes
-    return FORMS[form] * _raw(clip) * columns + FORMS["mp4"] * sound + columns * VIDEO + TENSOR * pictures
+    return FORMATS[form] * _raw(clip) * columns + FORMATS["mp4"] * sound + columns * VIDEO + TENSOR * pictures
 
 
 def edits(clip: AnyVideo, settings: Sampling, count: int) -> float:
-    """Bytes of so many folders of edits."""
-    one = sum(film(clip, form) for form in settings.formats) + film(clip, columns=2) + TEXT
+    """Return an upper bound of the bytes of `count` edits."""
+    one = sum(video(clip, form) for form in settings.formats) + video(clip, columns=2) + TEXT
     return count * one
 
 
 def inversion(moments: Mapping[str, Any], settings: Sampling) -> float:
-    """Bytes of a kept inversion: the latents of every step and the clean ones if edits follow the clip, else the last.
+    """Return an upper bound of the bytes of an inversion: with attention injection, latents of every step.
 
-    It may have fewer steps, if sampling starts lower.
+    With `strength` below 1 it has fewer steps.
     """
     steps = settings.inversion_steps + 1 if settings.attention_injection else 1
     return steps * _bytes(moments["mean"]) + TENSOR
 
 
-def passing(clip: AnyVideo, moments: Mapping[str, Any], settings: Sampling, *, kept: bool) -> float:
-    """Bytes of the temporary files of edits of a clip on disk; edits of others need none.
+def temporary(clip: AnyVideo, moments: Mapping[str, Any], settings: Sampling, *, kept: bool) -> float:
+    """Return the bytes of the temporary files of edits of a clip on disk; edits of others need none.
 
     These are the trajectory of the inversion, unless it is `kept`, and the frames of the edits of one batch.
     """
@@ -59,16 +59,12 @@ def passing(clip: AnyVideo, moments: Mapping[str, Any], settings: Sampling, *, k
 def check_edits(
     run: RunFolder, settings: Sampling, clip: AnyVideo, moments: Mapping[str, Any], count: int, *, kept: bool
 ) -> None:
-    """Refuse to begin so many edits that the disk cannot hold; `kept` says whether their inversion is there.
-
-    Raises:
-        DiskError: It says what is needed and what is there.
-    """
+    """Raise DiskError when the disk cannot hold `count` edits; `kept` says whether their inversion exists."""
     steps = 0 if kept else inversion(moments, settings)
-    videos, beside = edits(clip, settings, count), passing(clip, moments, settings, kept=kept)
-    needed, free, size = steps + videos + beside, atomic.free(run.path), atomic.size
+    videos, passing = edits(clip, settings, count), temporary(clip, moments, settings, kept=kept)
+    needed, free, size = steps + videos + passing, atomic.free(run.path), atomic.size
     if needed > free:
-        parts = f"inversion {size(steps)}, videos {size(videos)}, files while they are made {size(beside)}"
+        parts = f"inversion {size(steps)}, videos {size(videos)}, temporary files {size(passing)}"
         raise DiskError(
             f"{run.path}: {count} edits need {size(needed)} ({parts}), {size(free)} are free there; make room, or ask "
             "for fewer prompts or seeds"
@@ -76,10 +72,10 @@ def check_edits(
 
 
 def _raw(clip: AnyVideo) -> int:
-    """Bytes of its frames."""
+    """Return the bytes of the frames."""
     return 3 * clip.frames * clip.height * clip.width
 
 
 def _bytes(tensor: Any) -> int:
-    """Bytes of a tensor's in memory or on disk."""
+    """Return the bytes of a tensor."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize

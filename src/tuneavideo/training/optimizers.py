@@ -19,9 +19,9 @@ OPTIMIZERS = {
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
     "adafactor": "transformers.optimization.Adafactor",
 }
-# Classes under the paths that older runs have in their settings.
+# New paths of classes that settings of older runs name.
 MOVED = {"tuneavideo.checkpoints.optimizer.UncorrectedAdamW": "tuneavideo.interop.optimizer.UncorrectedAdamW"}
-# Packages known to have optimizers that are asked for, by the names that pip knows them by.
+# pip requirements of packages that have optimizers.
 PACKAGES = {
     "bitsandbytes": "bitsandbytes>=0.45",
     "dadaptation": "dadaptation",
@@ -34,14 +34,14 @@ OWN = ("torch", "tuneavideo")
 
 
 def make_optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim.Optimizer:
-    """Make the optimizer that the settings name, with those of them that it takes.
+    """Make the optimizer that the settings name, with those settings that its class takes.
 
     Raises:
-        SettingsError: There is no such class in an installed package, or it is no optimizer for these parameters.
+        SettingsError: The class is not found, or is no optimizer for these parameters.
         MissingExtra: It needs a package that is not installed.
     """
     kind = optimizer_class(settings.optimizer)
-    wished = {
+    options = {
         "lr": settings.learning_rate,
         "betas": (settings.adam_beta1, settings.adam_beta2),
         "weight_decay": settings.adam_weight_decay,
@@ -51,9 +51,9 @@ def make_optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim
     }
     taken = inspect.signature(kind).parameters
     if isinstance(taken.get("eps") and taken["eps"].default, tuple):
-        del wished["eps"]  # Adafactor's eps is a pair of another meaning
+        del options["eps"]  # Adafactor's eps is a pair of another meaning
     try:
-        return kind(parameters, **{name: value for name, value in wished.items() if name in taken})
+        return kind(parameters, **{name: value for name, value in options.items() if name in taken})
     except (TypeError, ValueError, RuntimeError) as error:
         raise SettingsError(
             f"optimizer {settings.optimizer!r} cannot be used: {' '.join(str(error).split())}; take {_known()}"
@@ -61,13 +61,18 @@ def make_optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """Find the class of an optimizer by its short name, or as `package.Class` in an installed package."""
+    """Return the optimizer class of a short name, or of `package.Class` in an installed package.
+
+    Raises:
+        SettingsError: There is no such class, or its step needs a closure.
+        MissingExtra: It needs a package that is not installed.
+    """
     path = OPTIMIZERS.get(name) or MOVED.get(name) or _in_torch(name) or name
     module, _, word = path.rpartition(".")
     _refuse_other_packages(name, module.partition(".")[0])
     try:
         kind = getattr(importlib.import_module(module), word)
-    except Exception as error:  # of the package's own code, too
+    except Exception as error:  # the package's code may raise anything
         raise SettingsError(f"optimizer {name!r}: {' '.join(str(error).split())}; take {_known()}") from None
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise SettingsError(f"optimizer {name!r} is no torch.optim.Optimizer; take {_known()}")
@@ -82,13 +87,13 @@ def _known() -> str:
 
 
 def _in_torch(name: str) -> str | None:
-    """Path of the class of torch.optim with this name, in lower case or as it is."""
+    """Return the path of a class of torch.optim by its name, in any case."""
     known = {each.lower(): each for each in vars(torch.optim) if isinstance(getattr(torch.optim, each), type)}
     return f"torch.optim.{known[name.lower()]}" if name.lower() in known else None
 
 
 def _refuse_other_packages(name: str, package: str) -> None:
-    """Refuse code that no installed distribution brought: nothing is imported from the current folder."""
+    """Raise SettingsError for a package of no installed distribution, such as one in the current folder."""
     if package in OWN:
         return
     if package in PACKAGES and importlib.util.find_spec(package) is None:
@@ -100,7 +105,7 @@ def _refuse_other_packages(name: str, package: str) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    """Whether what Python would import under this name lies where a distribution put it."""
+    """Return whether Python would import this package from an installed distribution."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin:
         return False
