@@ -86,7 +86,8 @@ def inflate(unet: UNet2DConditionModel, inflation: Inflation | None = None, *, s
         seed: Seed of the new layers' initial values.
 
     Returns:
-        The callable that takes clips.
+        The function of latents `B C T H W`, timesteps (a scalar or `B`) and text embeddings `B L D` to predictions
+        `B C T H W`.
 
     Raises:
         ModelError: The UNet has no transformer blocks, or is inflated already.
@@ -108,7 +109,14 @@ def inflate(unet: UNet2DConditionModel, inflation: Inflation | None = None, *, s
 
 
 def deflate(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Turn an inflated UNet back into the image UNet that it was, in place; tuned weights keep their values."""
+    """Turn an inflated UNet into an image UNet again, in place.
+
+    Args:
+        unet: An inflated UNet; any other is unchanged.
+
+    Returns:
+        The same UNet, without temporal layers; tuned weights keep their values.
+    """
     for layer in list(unet.modules()):
         if type(layer) is VideoBlock:
             for name in _ADDED:

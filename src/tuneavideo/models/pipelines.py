@@ -34,6 +34,9 @@ def load_pipeline(
         device: By default the one that accelerate chooses.
         dtype: Precision of the weights; float32 by default.
 
+    Returns:
+        A `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+
     Raises:
         ModelError: The base is missing (the message says what to download) or is not a Stable Diffusion model.
         AdapterError: The adapter belongs to another base.
