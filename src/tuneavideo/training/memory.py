@@ -107,8 +107,9 @@ class Model:
         (frozen, trainable), rows = measured["parameters"].tolist(), measured["activations"].tolist()
         modules = (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
         others = sum(each.numel() for module in modules if module is not None for each in module.parameters())
-        activations = (Activations(*row) for row in rows)
-        return cls(frozen, trainable, others, *activations, float(measured["decoding"]), width)
+        checkpointed, stored, prediction = (Activations(*row) for row in rows)
+        decoding = float(measured["decoding"])
+        return cls(frozen, trainable, others, checkpointed, stored, prediction, decoding, width)
 
     def tuning(self, plan: TuneSettings, size: Size) -> float:
         """Estimate the peak memory of a tuning step on one window, in bytes."""
