@@ -144,11 +144,11 @@ PROMPTS = ["a blue circle moves", "a red circle jumps"]
     "settings",
     [
         {},
-        {"strength": 0.5, "fresh_noise": 0.4, "negative_prompt": "red"},
+        {"strength": 0.5, "fresh_noise": 0.4, "negative_prompt": "red", "temporal_consistency": 0.7},
         {"guidance_interval": (0.0, 0.6), "attention_injection": 1.0, "feature_reuse": 2},
         {"window": 3, "batch_guidance": False},
         {"sampler": "dpm++"},
-        {"sampler": "euler-ancestral", "attention_injection": 0.0, "num_inference_steps": 3},
+        {"sampler": "euler-ancestral", "attention_injection": 0.0, "num_inference_steps": 3, "temporal_consistency": 1},
     ],
 )
 def test_it_makes_the_frames_that_the_command_makes(settings: dict, run: Path) -> None:

@@ -87,6 +87,9 @@ class Sampling(Settings):
     attention_injection: Fraction = 0.6
     """Fraction of the denoising steps, from the start, that reuse the source clip's attention queries and keys.
     Higher preserves motion and layout."""
+    temporal_consistency: Fraction = 0.0
+    """Strength, from 0 to 1, of averaging the predicted frames along the clip's motion: less flicker, softer detail
+    where things move. Measured on the miniature only."""
     sampler: Literal["ddim", "dpm++", "dpm++-karras", "unipc", "deis", "plms", "euler", "heun", "euler-ancestral"] = (
         "ddim"
     )
@@ -366,6 +369,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_inference_steps": 50,
         "num_inv_steps": 50,
         "attention_injection": 0.0,
+        "temporal_consistency": 0.0,
         "guidance_interval": (0.0, 1.0),
         "feature_reuse": 1,
         "window": None,

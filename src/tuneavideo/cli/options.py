@@ -30,9 +30,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "checkpoints_total_limit", "report_to",
     ),
     "editing": (
-        "edit", "negative_prompt", "guidance_scale", "guidance_interval", "attention_injection", "strength", "seeds",
-        "fresh_noise", "num_inference_steps", "num_inv_steps", "sampler", "timestep_spacing", "feature_reuse",
-        "validation_steps",
+        "edit", "negative_prompt", "guidance_scale", "guidance_interval", "attention_injection", "temporal_consistency",
+        "strength", "seeds", "fresh_noise", "num_inference_steps", "num_inv_steps", "sampler", "timestep_spacing",
+        "feature_reuse", "validation_steps",
     ),
     "memory": (
         "memory", "mixed_precision", "gradient_checkpointing", "offload", "batch_guidance", "batch_prompts", "window",

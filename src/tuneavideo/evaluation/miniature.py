@@ -32,7 +32,7 @@ from tuneavideo.evaluation.flops import CountingUNet, count_flops
 from tuneavideo.evaluation.metrics.background import psnr
 from tuneavideo.evaluation.metrics.judge import Judge, Reading
 from tuneavideo.evaluation.metrics.judge_metrics import ATTRIBUTES, subject_squares
-from tuneavideo.method import editing, inversion
+from tuneavideo.method import consistency, editing, inversion
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.tuning import Tuning
@@ -41,6 +41,7 @@ from tuneavideo.settings import Sampling, TuneSettings
 from tuneavideo.storage import cache
 from tuneavideo.training.optimizers import make_optimizer
 from tuneavideo.video import Video
+from tuneavideo.video.flow import neighbour_flows
 
 MAX_TRACK_DISTANCE = 4.0
 """Largest mean distance of a subject from its track, in pixels at 64, at which its motion counts as preserved."""
@@ -220,8 +221,11 @@ def _edit(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tup
     text, caption = codec.embed(pipe, list(prompts)), codec.embed(pipe, [settings.prompt])
     generators = [torch.Generator().manual_seed(settings.seed) for _ in prompts]
     with _measured(stages, "edit", CountingUNet(video, settings.feature_reuse)) as unet:
+        is_consistent = settings.temporal_consistency > 0
+        flows = neighbour_flows(clip.images, *clean.shape[3:], consistency.RADIUS) if is_consistent else ()
         *_, last = editing.edit(
-            unet, noise_schedule, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators
+            unet, noise_schedule, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators,
+            flows=flows,
         )  # fmt: skip
     return clip, codec.decode(pipe, last.latents, clip.fps), stages
 

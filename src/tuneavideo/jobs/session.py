@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tuneavideo import video as videos
-from tuneavideo.method import editing, graphs, inversion
+from tuneavideo.method import consistency, editing, graphs, inversion
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.editing import Trajectory
 from tuneavideo.method.inflate import VideoUNet
@@ -27,6 +28,7 @@ from tuneavideo.settings import Sampling
 from tuneavideo.storage import cache, tensors
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import AnyVideo, Video
+from tuneavideo.video.flow import neighbour_flows
 
 Moments = Mapping[str, Tensor]
 
@@ -72,11 +74,18 @@ class EditSession:
             self._prepared(settings, settings.feature_reuse), self.noise_schedule,
             editing.sampler_of(self.noise_schedule, settings), settings, trajectory, clean, caption, text, negative,
             [torch.Generator().manual_seed(seed) for _, seed in requests],
+            flows=self._flows if settings.temporal_consistency else (),
         )  # fmt: skip
         for step in steps:
             latents = step.latents
             yield Progress("edit", step.number, step.total, about=" | ".join(prompts))
         return [self._decoded(each, settings) for each in latents.split(1)]
+
+    @cached_property
+    def _flows(self) -> list[np.ndarray]:
+        """Motion of the clip in the run folder, which is the same for the edits at once and later."""
+        clip = videos.read_any(self.run.source, self.run.path)
+        return neighbour_flows(clip.images, *self.moments["mean"].shape[3:], consistency.RADIUS)
 
     @cached_property
     def _recorded(self) -> VideoUNet:

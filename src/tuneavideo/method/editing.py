@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tuneavideo.errors import SettingsError
 from tuneavideo.method import inversion, sampling
 from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.consistency import Consistency
 from tuneavideo.method.deepcache import reusing
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import NoiseSchedule, Sampler
@@ -146,6 +148,8 @@ def edit(
     text: Conditions,
     negative: Conditions,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    *,
+    flows: Sequence[np.ndarray] = (),
 ) -> Iterator[EditStep]:
     """Denoise an inverted clip towards B prompts; yields after every step.
 
@@ -153,13 +157,14 @@ def edit(
         video: The UNet, as `prepared` returns it or any other with the call of a `VideoUNet`.
         noise_schedule: Noise schedule of the base model.
         sampler: A sampler at its first step (see `sampler_of`).
-        settings: Guidance, attention injection and fresh noise.
+        settings: Guidance, attention injection, temporal consistency and fresh noise.
         trajectory: Inverted latents of the clip (see `invert`).
         clean: Latents of the clip, `1 C T H W`.
         caption: Conditions of the clip's caption, for attention injection.
         text: Conditions of the B prompts.
         negative: Conditions of the negative prompt of each edit, or of one for all.
         generator: For fresh noise and samplers that add noise; a list has one per edit.
+        flows: Motion of the clip, for temporal consistency (see `Consistency`).
 
     Raises:
         SettingsError: The trajectory lacks timesteps of the sampler.
@@ -172,6 +177,8 @@ def edit(
         "guidance_interval": settings.guidance_interval,
         "source": Source(latents, caption, fraction) if fraction else None,
     }
+    if settings.temporal_consistency:
+        options["consistency"] = Consistency(clean, flows, settings.temporal_consistency), noise_schedule
     inverted, fresh, alpha = latents[0].to(clean.device), settings.fresh_noise, sampler.start_alpha
     start = torch.cat([sampling.mix_noise(inverted, clean, alpha, fresh, each) for each in generators])
     negative = negative if len(negative) == count else negative.expand(count)

@@ -10,8 +10,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tuneavideo.method.conditioning import Conditions
+from tuneavideo.method.consistency import Consistency
 from tuneavideo.method.inflate import VideoUNet
-from tuneavideo.method.noise import Sampler, ddim_move
+from tuneavideo.method.noise import NoiseSchedule, Sampler, ddim_move
 
 
 @dataclass
@@ -87,6 +88,7 @@ def generate(
     batch_guidance: bool = True,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     source: Source | None = None,
+    consistency: tuple[Consistency, NoiseSchedule] | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Iterator[EditStep]:
     """Denoise latents towards a text; yields after every step.
@@ -102,6 +104,7 @@ def generate(
         batch_guidance: Whether both predictions of guidance are computed in one batch.
         guidance_interval: Fractions of the steps between which there is guidance (Kynkaanniemi et al. 2024).
         source: Source clip of attention injection.
+        consistency: Correspondences of the source clip, and the base's noise schedule.
         generator: For samplers that add noise; a list has one per clip.
     """
     x, timesteps = sampler.scale_start(start_BCTHW), sampler.timesteps.to(start_BCTHW.device)
@@ -111,7 +114,10 @@ def generate(
         scaled, at = sampler.scale_input(x, t), number / len(timesteps)
         scale = step.guidance_scale if guidance_interval[0] <= at < guidance_interval[1] else 1.0
         injected = source.injected(number, len(timesteps)) if source else None
-        x = sampler.step(guided(scaled, t, scale, injected).to(x.dtype), t, x, generator)
+        output = guided(scaled, t, scale, injected).to(x.dtype)
+        if consistency:
+            output = consistency[0].corrected(output, scaled, t, consistency[1])
+        x = sampler.step(output, t, x, generator)
         step = replace(step, number=number + 1, latents=x)
         yield step
         if step.stop:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from tuneavideo.errors import ModelError, SettingsError
-from tuneavideo.method import editing, sampling
+from tuneavideo.method import consistency, editing, sampling
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.editing import Trajectory
 from tuneavideo.method.inflate import VideoUNet, inflate, video_unet
@@ -28,10 +29,11 @@ from tuneavideo.pipeline.callbacks import TENSORS, Callback, StepCallback
 from tuneavideo.settings import Sampling
 from tuneavideo.storage import cache
 from tuneavideo.video import Video, read
+from tuneavideo.video.flow import neighbour_flows
 
 OUTPUT_TYPES = ("pil", "video", "np", "pt", "latent")
 # Settings that need an inverted clip, with the values at which they have no effect.
-_OF_CLIPS = {"attention_injection": 0.0, "fresh_noise": 0.0, "strength": 1.0}
+_OF_CLIPS = {"attention_injection": 0.0, "temporal_consistency": 0.0, "fresh_noise": 0.0, "strength": 1.0}
 FPS = 8.0
 """Frame rate of clips from random noise, in frames per second."""
 
@@ -57,12 +59,21 @@ class InvertedClip:
         caption: Conditions of the clip's caption, for attention injection.
         fps: Frame rate of the clip, in frames per second.
         sound_SC: Its sound; see `Video`.
+        video: The clip itself, for temporal consistency.
     """
 
     trajectory: Trajectory
     caption: Conditions
     fps: float = FPS
     sound_SC: np.ndarray | None = None
+    video: Video | None = None
+
+    @cached_property
+    def flows(self) -> list[np.ndarray]:
+        """Motion of the clip: flow from every frame to its neighbours, see `Consistency`."""
+        if self.video is None:
+            raise SettingsError("temporal_consistency needs the frames of the clip: give the result of invert")
+        return neighbour_flows(self.video.images, *self.clean.shape[3:], consistency.RADIUS)
 
     @property
     def noise(self) -> Tensor:
@@ -122,7 +133,7 @@ class VideoMixin(AdapterMixin):
                 bar.update()
         assert last, "an inversion has steps"
         self.maybe_free_model_hooks()
-        return InvertedClip(last.trajectory, caption, video.fps, video.sound_SC)
+        return InvertedClip(last.trajectory, caption, video.fps, video.sound_SC, video)
 
     @torch.no_grad()
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -217,6 +228,7 @@ class VideoMixin(AdapterMixin):
         return editing.edit(
             unet, NoiseSchedule.of(self.scheduler), sampler, chosen, trajectory, trajectory.latents[-1:],
             latents.caption.to(device), text, negative, generator,
+            flows=latents.flows if chosen.temporal_consistency else (),
         )  # fmt: skip
 
     def _denoised(

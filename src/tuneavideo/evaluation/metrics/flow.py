@@ -15,6 +15,7 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from tuneavideo.video import Video
+from tuneavideo.video.flow import dense_flow, grey
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +59,8 @@ class Dis:
 
     def flows(self, video: Video) -> Flows:
         """Estimate the flows of a clip in both directions."""
-        grey = [cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY) for image in video.images]
-        return Flows([self._flow(a, b) for a, b in pairwise(grey)], [self._flow(b, a) for a, b in pairwise(grey)])
-
-    def _flow(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        return search.calc(a, b, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        images = [grey(image) for image in video.images]
+        return Flows([dense_flow(a, b) for a, b in pairwise(images)], [dense_flow(b, a) for a, b in pairwise(images)])
 
 
 class Raft:
