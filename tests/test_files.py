@@ -46,6 +46,13 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(mistake: type,
     assert (tmp_path / "file").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(DiskError, match="pipe"):
+        atomic.write(pipe, b"text")
+    assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
+
+
 @pytest.mark.parametrize("place", ["/proc/none/file", "/dev/null/file"])
 def test_a_place_that_cannot_be_written_is_named(place: str) -> None:
     with pytest.raises(

@@ -39,8 +39,11 @@ def replacing(path: Path) -> Generator[Path, None, None]:
     """Yield a temporary path, renamed to `path` when the block ends without an error, else removed.
 
     Raises:
-        DiskError: The place cannot be written or is full. Errors of other files that the block opens pass unchanged.
+        DiskError: The place cannot be written, is full or is a device such as /dev/null, which a rename would replace.
+            Errors of other files that the block opens pass unchanged.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DiskError(f"{path} is a device, a pipe or a socket; give the name of a file")
     draft = path.with_name(f".{uuid4().hex}{PART}")
     with disk_errors(path, draft):
         path.parent.mkdir(parents=True, exist_ok=True)
