@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ideas import ANCHOR, COMBINATIONS, IDEAS, OFFICIAL, RANKS, REPORTED, SWEEP
+from benchmarks.ideas import ANCHOR, COMBINATIONS, IDEAS, OFFICIAL, RANKS, REPORTED, STEADY, SWEEP
 from tuneavideo.evaluation.compare import Estimate, difference, estimate
-from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, edits_of, read_rows
+from tuneavideo.evaluation.miniature import CONTROL, PARTS, VERSION, Variant, benchmark, edits_of, read_rows
 
 LEDGER = Path(__file__).parent / "results" / "miniature.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
@@ -33,11 +33,14 @@ VARIANTS = {
         Variant("anchor", ANCHOR),
         *(Variant(name, settings) for name, settings in SWEEP.items()),
         *(Variant(name, ANCHOR | idea.change) for name, idea in IDEAS.items()),
-        *(Variant(name, settings) for name, settings in (COMBINATIONS | RANKS).items()),
+        *(Variant(name, settings) for name, settings in (COMBINATIONS | RANKS | STEADY).items()),
     )
 }
 RANKS_OF_SD = {"rank 4": "1.3 MB", "rank 16": "4.8 MB", "rank 64": "19.2 MB"}
-SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
+SCORES = (
+    "good", "clean", "success", "shown", "preserved", "track", "flicker_ratio", "subject_ratio", "consistency",
+    "background_db", "true_psnr", "true_motion_psnr", "true_features",
+)  # fmt: skip
 KINDS = ("subject", "background", "style", "two")
 Rows = Sequence[Mapping[str, Any]]
 
@@ -46,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help="; ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--part", default="development", choices=("development", "report"))
+    parser.add_argument("--part", default="development", choices=PARTS)
     parser.add_argument("--clips", type=int)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--page", action="store_true", help="write docs/quality.md from the ledger")
@@ -60,7 +63,7 @@ def main() -> None:
     ):  # fmt: skip
         if row:
             rows.append(row)
-            print(row["variant"], row["clip"], row["seed"], [edit["clean"] for edit in row["edits"]], flush=True)
+            print(row["variant"], row["clip"], row["seed"], [edit["good"] for edit in row["edits"]], flush=True)
     for name in chosen.variants:
         _print(name, edits_of(_of(rows, name)))
     if chosen.page:
@@ -77,6 +80,7 @@ def page(rows: Rows) -> str:
         combinations=_table(development, list(COMBINATIONS)),
         ranks=_compared(development, RANKS_OF_SD, "default", "adapter of SD 1.5"),
         ranks_reported=_compared(report, RANKS_OF_SD, "default", "adapter of SD 1.5"),
+        steadiness=_steadiness(development, [*REPORTED, *STEADY]),
         reported=_table(report, REPORTED),
         by_kind=_by_kind(report, REPORTED),
         differences="\n".join(_difference(report, name) for name in REPORTED if name != "official"),
@@ -105,6 +109,22 @@ def _table(rows: Rows, names: Sequence[str]) -> str:
             lines.append(
                 f"| {name} | {clean} | {shown} | {kept} | {off:.1f} | {near:.0%} | {_work(own):.2f} | {len(own)} |"
             )
+    return "\n".join(lines)
+
+
+def _steadiness(rows: Rows, names: Sequence[str]) -> str:
+    """Format the scores of version 2, of the rows that have them."""
+    columns = ("variant", "good", "clean", "shown", "flicker", "flicker / clip's", "subject", "subject / true",
+               "PSNR to true edit", "of differences", "clip-runs")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for name in names:
+        own = [row for row in _of(rows, name) if row.get("version") == VERSION]
+        if own:
+            edits = edits_of(own)
+            good, clean, shown = (_percent(estimate(edits, score)) for score in ("good", "clean", "shown"))
+            scores = ("flicker", "flicker_ratio", "subject_change", "subject_ratio", "true_psnr", "true_motion_psnr")
+            means = (f"{estimate(edits, score).mean:.1f}" for score in scores)
+            lines.append(f"| {' | '.join((name, good, clean, shown, *means))} | {len(own)} |")
     return "\n".join(lines)
 
 
@@ -168,7 +188,7 @@ def _print(name: str, edits: Rows) -> None:
     for kind in ("all", *KINDS):
         of_kind = [edit for edit in edits if kind in ("all", edit["kind"])]
         estimates = [
-            (score, estimate(of_kind, score)) for score in SCORES if any(e[score] is not None for e in of_kind)
+            (score, estimate(of_kind, score)) for score in SCORES if any(e.get(score) is not None for e in of_kind)
         ]
         print(f"  {kind:10} " + "  ".join(f"{score} {e.mean:.3f} [{e.low:.2f} {e.high:.2f}]" for score, e in estimates))
 

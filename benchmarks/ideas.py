@@ -100,3 +100,5 @@ RANKS: dict[str, dict[str, Any]] = {f"rank {rank}": {"lora_rank": rank} for rank
 """Adapters of LoRAs, with the other settings of `default`."""
 REPORTED = ("default", "official", "untuned", "official, not tuned")
 """What is measured on the clips that nothing was chosen by."""
+STEADY: dict[str, dict[str, Any]] = {"default, consistent": {"temporal_consistency": 1.0}}
+"""What should make edits steadier, with the other settings of `default`."""

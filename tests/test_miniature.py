@@ -74,6 +74,21 @@ def test_the_sample_clips_are_what_their_list_says() -> None:
         assert np.ptp(np.array(clip["track"]), axis=0).max() >= 10
 
 
+def test_the_harder_clips_are_what_their_list_says() -> None:
+    clips = miniature.clips(harder=True)
+    assert {clip["challenge"] for clip in clips} == {"camera", "size", "occlusion", "long"}
+    for part in ("harder", "harder-report"):
+        assert [clip["challenge"] for clip in clips if clip["set"] == part] == [
+            kind for kind in ("camera", "size", "occlusion", "long") for _ in range(2)
+        ]
+    for clip in [*clips, *miniature.clips()]:
+        frames = read(clip["path"]).frames
+        true = read(clip["true_edits"])
+        assert frames == true.frames == len(clip["track"]) == len(clip.get("camera", clip["track"]))
+        assert (true.width, true.height) == (4 * 64, 64)
+        assert clip.get("num_frames", 8) * clip.get("stride", 2) == frames
+
+
 def test_the_demo_makes_its_edits_and_a_picture_of_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main.main(["demo", "--quick", "--out", str(tmp_path / "demo"), "--json"])
     assert (tmp_path / "demo/edits.png").is_file()

@@ -219,9 +219,9 @@ class Job(Iterator[Progress]):
         Args:
             variants: Presets, or `untuned`; differences are relative to the first.
             out: Folder for the results; rows that are there already are kept.
-            quick: Use 4 clips instead of 12.
+            quick: Use 4 clips only.
             seeds: Number of seeds.
-            part: `development` clips or `report` clips.
+            part: `development` or `report` clips, or those harder to edit, `harder` or `harder-report`.
             processes: Number of clips computed at the same time. None: one per CPU core.
 
         Returns:

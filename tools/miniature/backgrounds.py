@@ -14,12 +14,12 @@ Point = tuple[float, float]
 
 
 class Pen:
-    """Draws shapes given in 0..1 on a square canvas, each as the style has it."""
+    """Draws shapes given in 0..1 on a square canvas, a new one or `image`, each as the style has it."""
 
-    def __init__(self, pixels: int, style: str | None) -> None:
+    def __init__(self, pixels: int, style: str | None, image: Image.Image | None = None) -> None:
         self.pixels, self.style = pixels, style
         paper = {"line drawing": (255, 255, 255), "neon style": DARK}.get(style, (0, 0, 0))
-        self.image = Image.new("RGB", (pixels, pixels), paper)
+        self.image = image or Image.new("RGB", (pixels, pixels), paper)
         self.canvas = ImageDraw.Draw(self.image)
 
     def _looks(self, colour: Colour) -> dict[str, object]:

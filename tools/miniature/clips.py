@@ -1,4 +1,4 @@
-"""The sample clips: scenes whose subject moves, the true track of its centre, and edits of each."""
+"""The sample clips: scenes whose subject moves, the true track of its centre, and edits of each, drawn as well."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
-from tools.miniature.world import Scene, World, caption
+from tools.miniature.world import WIDE, Scene, World, caption
+
+from tuneavideo.video import resize
 
 FRAMES, FPS, PIXELS = 16, 8, 256
+SMALL = 64
+"""Side of the frames of true edits."""
 Place = tuple[float, float, float]
 """Centre of the subject in pixels of a 64-pixel frame, and its angle in degrees."""
 
@@ -60,7 +65,13 @@ def swim(u: float) -> Place:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A scene in motion, and four edits: another subject, background, style, and subject and background at once."""
+    """A scene in motion, and four edits: another subject, background, style, and subject and background at once.
+
+    Attributes:
+        grow: Factor of the subject's size in the last frame; between, it changes in equal ratios.
+        pan: Pixels by which the camera moves to the right between frames, 1 or -1.
+        challenge: What makes a clip of the second version of the benchmark hard.
+    """
 
     name: str
     set: str
@@ -70,39 +81,67 @@ class Clip:
     background: str
     style: str
     two: tuple[str, str]
+    frames: int = FRAMES
+    grow: float = 1.0
+    pan: int | None = None
+    challenge: str | None = None
 
     def scenes(self) -> list[Scene]:
         """Return the scene of every frame."""
-        places = [self.path(frame / (FRAMES - 1)) for frame in range(FRAMES)]
-        return [replace(self.scene, x=x, y=y, angle=angle) for x, y, angle in places]
+        scenes = []
+        for frame in range(self.frames):
+            u = frame / (self.frames - 1)
+            x, y, angle = self.path(u)
+            camera = self.pan and ((frame if self.pan > 0 else self.frames - 1 - frame), (WIDE - SMALL) // 2)
+            size = self.scene.size * self.grow**u
+            scenes.append(replace(self.scene, x=x, y=y, angle=angle, size=size, camera=camera))
+        return scenes
+
+    def changes(self) -> dict[str, dict[str, str | None]]:
+        """Return what each edit changes in every scene, by kind of edit."""
+        colourless = self.style in ("line drawing", "black and white")
+        return {
+            "subject": {"subject": self.subject, "colour": None},
+            "background": {"background": self.background},
+            "style": {"style": self.style, "colour": None if colourless else self.scene.colour},
+            "two": {"subject": self.two[0], "background": self.two[1], "colour": None},
+        }
 
     def edits(self) -> list[dict[str, str | None]]:
         """Return the prompts of the edits and their expected attributes."""
-        colourless = self.style in ("line drawing", "black and white")
-        wanted = {
-            "subject": replace(self.scene, subject=self.subject, colour=None),
-            "background": replace(self.scene, background=self.background),
-            "style": replace(self.scene, style=self.style, colour=None if colourless else self.scene.colour),
-            "two": replace(self.scene, subject=self.two[0], background=self.two[1], colour=None),
-        }
+        wanted = {kind: replace(self.scene, **change) for kind, change in self.changes().items()}
         return [
             {"kind": kind, "prompt": caption(s), "subject": s.subject, "background": s.background, "style": s.style}
             for kind, s in wanted.items()
         ]
 
+    def true_edits(self, world: World) -> np.ndarray:
+        """Draw the edits, next to each other: frames of `SMALL` rows and four times `SMALL` columns."""
+        rows = [[world.draw(_edited(s, change), PIXELS) for s in self.scenes()] for change in self.changes().values()]
+        edits = [[resize(frame, SMALL, SMALL, "stretch") for frame in frames] for frames in rows]
+        return np.concatenate(edits, axis=2)
 
-def _clip(name: str, seed: int, what: str, path: Callable[[float], Place], edits: str, size: float = 28) -> Clip:
+
+def _edited(scene: Scene, change: dict[str, str | None]) -> Scene:
+    """Apply an edit to a scene; a car stays upright."""
+    return replace(scene, **change, angle=0.0 if change.get("subject") == "car" else scene.angle)
+
+
+def _clip(
+    name: str, seed: int, what: str, path: Callable[[float], Place], edits: str, size: float = 28,
+    *, post: float | None = None, **more: Any,
+) -> Clip:  # fmt: skip
     """A row of the table; `what` is 'set, colour, subject, background, motion', `edits` names the four in order."""
     chosen, colour, subject, background, motion = what.split()
     other, elsewhere, style, both, where = (word.replace("_", " ") for word in edits.split())
     scene = Scene(
         subject, background, None, None if colour == "-" else colour, motion, size=size, seed=seed,
-        flip=(subject in FACING_LEFT) != (path is swim),
+        flip=(subject in FACING_LEFT) != (path is swim), post=post,
     )  # fmt: skip
-    return Clip(name, SETS[chosen], scene, path, other, elsewhere, style, (both, where))
+    return Clip(name, SETS[chosen], scene, path, other, elsewhere, style, (both, where), **more)
 
 
-SETS = {"dev": "development", "report": "report"}
+SETS = {"dev": "development", "report": "report", "hard": "harder", "hard-report": "harder-report"}
 FACING_LEFT = ("cat", "rabbit", "turtle", "duck", "fish", "car", "penguin")
 """Subjects that the artwork shows looking to the left."""
 
@@ -139,27 +178,79 @@ CLIPS = (
 )  # fmt: skip
 
 
+HARDER = (
+    _clip("dog-jumping-camera", 41, "hard - dog grass jumping", hop,
+          "cat beach black_and_white panda snow", 28, pan=1, challenge="camera"),
+    _clip("penguin-walking-camera", 42, "hard - penguin snow walking", sway,
+          "robot city neon_style frog grass", 30, pan=-1, challenge="camera"),
+    _clip("robot-dancing-camera", 43, "hard-report - robot room dancing", zigzag,
+          "dog desert line_drawing cat beach", 28, pan=1, challenge="camera"),
+    _clip("fish-swimming-camera", 44, "hard-report - fish water swimming", circle,
+          "turtle snow black_and_white duck grass", 28, pan=-1, challenge="camera"),
+    _clip("panda-walking-nearer", 45, "hard - panda grass walking", sway,
+          "rabbit snow black_and_white robot beach", 24, grow=1.7, challenge="size"),
+    _clip("balloon-floating-away", 46, "hard blue balloon city floating", rise,
+          "rocket desert neon_style star snow", 38, grow=0.62, challenge="size"),
+    _clip("duck-swimming-away", 47, "hard-report - duck water swimming", swim,
+          "fish night line_drawing penguin snow", 38, grow=0.62, challenge="size"),
+    _clip("frog-jumping-nearer", 48, "hard-report - frog grass jumping", zigzag,
+          "cat desert black_and_white dog city", 24, grow=1.7, challenge="size"),
+    _clip("cat-running-behind-a-post", 49, "hard - cat room running", drive,
+          "dog desert neon_style panda grass", 32, post=32, challenge="occlusion"),
+    _clip("turtle-moving-behind-a-post", 50, "hard - turtle beach moving", drive,
+          "panda snow black_and_white frog water", 32, post=40, challenge="occlusion"),
+    _clip("rabbit-running-behind-a-post", 51, "hard-report - rabbit snow running", drive,
+          "penguin city line_drawing dog beach", 32, post=26, challenge="occlusion"),
+    _clip("ball-rolling-behind-a-post", 52, "hard-report red ball grass rolling", drive,
+          "star water black_and_white penguin desert", 30, post=26, challenge="occlusion"),
+    _clip("butterfly-flying-long", 53, "hard - butterfly grass flying", circle,
+          "star night neon_style duck beach", 30, frames=24, challenge="long"),
+    _clip("dog-running-long", 54, "hard - dog snow running", zigzag,
+          "frog room black_and_white rabbit city", 30, frames=24, challenge="long"),
+    _clip("star-falling-long", 55, "hard-report yellow star city falling", bounce,
+          "balloon water line_drawing ball beach", 28, frames=24, challenge="long"),
+    _clip("cat-dancing-long", 56, "hard-report - cat night dancing", sway,
+          "dog grass black_and_white panda snow", 30, frames=24, challenge="long"),
+)  # fmt: skip
+"""Clips of the second version: a moving camera, a subject whose size changes, a post in front, 24 frames."""
+
+
 def draw(world: World, folder: Path) -> None:
-    """Write every clip, and their description, `clips.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for clip in CLIPS:
-        scenes = clip.scenes()
-        _write(folder / f"{clip.name}.mp4", np.stack([world.draw(scene, PIXELS) for scene in scenes]))
-        rows.append({
-            "name": clip.name, "file": f"{clip.name}.mp4", "caption": caption(clip.scene),
-            "subject": clip.scene.subject, "background": clip.scene.background, "motion": clip.scene.motion,
-            "set": clip.set, "track": [[round(s.x, 2), round(s.y, 2)] for s in scenes], "edits": clip.edits(),
-        })  # fmt: skip
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    (folder / "clips.json").write_text(f"[\n{lines}\n]\n")
+    """Write every clip and its true edits, and their descriptions, `clips.json` and `harder.json`."""
+    (folder / "true-edits").mkdir(parents=True, exist_ok=True)
+    for name, clips in (("clips.json", CLIPS), ("harder.json", HARDER)):
+        rows = []
+        for clip in clips:
+            scenes, file = clip.scenes(), f"{clip.name}.mp4"
+            _write(folder / file, np.stack([world.draw(scene, PIXELS) for scene in scenes]), "20", "yuv420p")
+            _write(folder / "true-edits" / file, clip.true_edits(world), "6", "yuv444p")
+            rows.append({
+                "name": clip.name, "file": file, "caption": caption(clip.scene),
+                "subject": clip.scene.subject, "background": clip.scene.background, "motion": clip.scene.motion,
+                "set": clip.set, "track": [[round(s.x, 2), round(s.y, 2)] for s in scenes], "edits": clip.edits(),
+            } | _harder(clip, scenes))  # fmt: skip
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        (folder / name).write_text(f"[\n{lines}\n]\n")
 
 
-def _write(file: Path, frames_THWC: np.ndarray) -> None:
+def _harder(clip: Clip, scenes: list[Scene]) -> dict[str, Any]:
+    """Return the fields of a clip of the second version."""
+    if not clip.challenge:
+        return {}
+    own: dict[str, Any] = {"challenge": clip.challenge}
+    if clip.pan:
+        own["camera"] = [scene.camera for scene in scenes]
+    if clip.frames != FRAMES:
+        own |= {"stride": 1, "num_frames": clip.frames}
+    return own
+
+
+def _write(file: Path, frames_THWC: np.ndarray, quality: str, pixel_format: str) -> None:
+    """Write H.264 with a constant rate factor, the same bytes on every machine."""
     with av.open(file, "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": "20", "preset": "slow"})
-        stream.width = stream.height = PIXELS
-        stream.pix_fmt, stream.thread_count = "yuv420p", 1
+        stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": quality, "preset": "slow"})
+        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.pix_fmt, stream.thread_count = pixel_format, 1
         for frame in frames_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode(None))

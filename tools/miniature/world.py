@@ -26,6 +26,8 @@ PLACES = {
     "grass": "on the grass", "beach": "on the beach", "snow": "in the snow", "night": "at night",
     "desert": "in the desert", "water": "under water", "city": "in the city", "room": "in the room",
 }  # fmt: skip
+WIDE, POST_WIDTH, POST_COLOUR = 80, 6, (120, 75, 40)
+"""Side of the background before a moving camera, and the width of a post, both in pixels of a 64-pixel frame."""
 MOTIONS = (
     "jumping", "driving", "flying", "falling", "rolling", "swimming", "running", "walking", "floating", "bouncing",
     "dancing", "moving",
@@ -41,7 +43,12 @@ HELD_OUT = {
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One picture: what is in it, where (centre, longest side, degrees), and the seed of its background."""
+    """One picture: what is in it, where (centre, longest side, degrees), and the seed of its background.
+
+    Attributes:
+        camera: Left and upper edge of the frame in a background of `WIDE` pixels. None: it is as large as the frame.
+        post: Horizontal centre of a post in front of the subject.
+    """
 
     subject: str | None
     background: str
@@ -54,6 +61,8 @@ class Scene:
     angle: float = 0.0
     flip: bool = False
     seed: int = 0
+    camera: tuple[int, int] | None = None
+    post: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +79,13 @@ class World:
     def draw(self, scene: Scene, pixels: int = PIXELS) -> np.ndarray:
         """The scene as `pixels, pixels, 3` in 0..255."""
         canvas = 2 * pixels
-        image = _background(scene.background, scene.seed, _treatment(scene.style), canvas).copy()
+        image = _scenery(scene, canvas)
         if scene.subject:
             drawn = artwork.sprite(self.sprites, scene.subject, scene.colour, _treatment(scene.style), canvas)
             _place(image, drawn, scene, canvas / PIXELS)
+        if scene.post is not None:
+            left, right = ((scene.post + side * POST_WIDTH / 2) / PIXELS for side in (-1, 1))
+            Pen(canvas, _treatment(scene.style), image).box(left, -0.1, right, 1.1, POST_COLOUR)
         image = image.reduce(2)
         if scene.style == "black and white":
             image = image.convert("L").convert("RGB")
@@ -95,6 +107,16 @@ def _place(image: Image.Image, drawn: Image.Image, scene: Scene, scale: float) -
         drawn = drawn.rotate(scene.angle, Image.Resampling.BILINEAR, expand=True)
     corner = (round(scene.x * scale - drawn.width / 2), round(scene.y * scale - drawn.height / 2))
     image.paste(drawn, corner, drawn)
+
+
+def _scenery(scene: Scene, canvas: int) -> Image.Image:
+    """Draw the background, or the part of it that a moving camera shows."""
+    style, scale = _treatment(scene.style), canvas // PIXELS
+    if scene.camera is None:
+        return _background(scene.background, scene.seed, style, canvas).copy()
+    left, top = (edge * scale for edge in scene.camera)
+    wide = _background(scene.background, scene.seed, style, WIDE * scale)
+    return wide.crop((left, top, left + canvas, top + canvas))
 
 
 @lru_cache(maxsize=8)

@@ -111,9 +111,13 @@ def of_benchmark(about: str | None) -> Parser:
     _add_models(tgve)
     small = parser("miniature", "The bundled model on the bundled clips, scored by the bundled classifier.", which)
     small.add_argument("variants", nargs="*", help="Presets, or untuned. (default: untuned official default)")
-    small.add_argument("--quick", action="store_true", help="Use 4 clips instead of 12.")
+    small.add_argument("--quick", action="store_true", help="Use 4 clips only.")
     small.add_argument("--seeds", type=_count, help="Number of seeds. (default: 1)")
-    small.add_argument("--part", choices=("development", "report"), help="Part of the clips. (default: development)")
+    small.add_argument(
+        "--part",
+        choices=("development", "report", "harder", "harder-report"),
+        help="Part of the clips. (default: development)",
+    )
     small.add_argument(
         "--processes", type=_count, help="Number of clips at the same time. By default one per CPU core."
     )

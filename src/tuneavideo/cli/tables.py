@@ -165,8 +165,9 @@ def show_variants(results: Mapping[str, Any]) -> None:
         out.print(_by_variant(results["variants"], others, "differences"))
 
 
-_SCORES = {"clean": "clean", "success": "success", "preserved": "preserved", "track": "track, px",
-           "consistency": "consistency", "background_db": "background, dB"}  # fmt: skip
+_SCORES = {"good": "good", "clean": "clean", "success": "success", "preserved": "preserved", "track": "track, px",
+           "flicker_ratio": "flicker / clip's", "subject_ratio": "subject / true", "consistency": "consistency",
+           "background_db": "background, dB", "true_psnr": "to true edit, dB"}  # fmt: skip
 
 
 def _by_variant(variants: Mapping[str, Any], names: list[str], part: str) -> Table:

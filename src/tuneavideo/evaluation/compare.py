@@ -34,7 +34,7 @@ def difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, 
 def _by_clip(edits: Sequence[Mapping[str, Any]], score: str) -> dict[str, list[float]]:
     grouped: dict[str, list[float]] = {}
     for edit in edits:
-        if edit[score] is not None:
+        if edit.get(score) is not None:
             grouped.setdefault(edit["clip"], []).append(float(edit[score]))
     return grouped
 

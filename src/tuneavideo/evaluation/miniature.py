@@ -1,7 +1,8 @@
 """The miniature benchmark: bundled clips with true tracks are tuned, edited with four prompts and scored by the judge.
 
 A row of its results is one clip, variant (settings, or the untuned control) and seed. Rows in the file are not computed
-again. Every clip is computed by one thread, so that a row is the same to the last digit.
+again. Every clip is computed by one thread, so that a row is the same to the last digit. Rows of version 2 have the
+scores of `steadiness` as well; the others are those of version 1. Rows of version 1 are computed again when needed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tuneavideo.evaluation.flops import CountingUNet, count_flops
 from tuneavideo.evaluation.metrics.background import psnr
 from tuneavideo.evaluation.metrics.judge import Judge, Reading
 from tuneavideo.evaluation.metrics.judge_metrics import ATTRIBUTES, subject_squares
+from tuneavideo.evaluation.steadiness import References
 from tuneavideo.method import consistency, editing, inversion
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.noise import NoiseSchedule
@@ -43,6 +45,9 @@ from tuneavideo.training.optimizers import make_optimizer
 from tuneavideo.video import Video
 from tuneavideo.video.flow import neighbour_flows
 
+VERSION = 2
+PARTS = ("development", "report", "harder", "harder-report")
+"""Sets of clips: to choose settings by, and held out; and the same of clips that are harder to edit."""
 MAX_TRACK_DISTANCE = 4.0
 """Largest mean distance of a subject from its track, in pixels at 64, at which its motion counts as preserved."""
 MIN_BACKGROUND_PSNR = 20.0
@@ -82,7 +87,7 @@ def benchmark(
         variants: Configurations to compare.
         file: JSON lines that rows are read from and appended to.
         seeds: Seeds of the new layers and the tuning.
-        part: `development` (to choose settings by) or `report` (held out).
+        part: One of `PARTS`.
         clips: Number of clips of the part, evenly spaced; all if None.
         processes: Number of clips computed at a time, each by one thread.
 
@@ -93,7 +98,7 @@ def benchmark(
         _key(variant, clip, seed): (variant, clip, seed)
         for clip in _clips(part, clips) for variant in variants for seed in seeds
     }  # fmt: skip
-    done = {row["key"]: row for row in read_rows(file)}
+    done = {row["key"]: row for row in read_rows(file) if row.get("version", 1) == VERSION}
     yield from (done[key] for key in runs if key in done)
     for row in _compute({key: run for key, run in runs.items() if key not in done}, processes):
         if row:
@@ -107,7 +112,7 @@ def count(variants: Sequence[Variant], seeds: Sequence[int], part: str, clips: i
 
 
 def _clips(part: str, count: int | None) -> list[dict[str, Any]]:
-    clips = [clip for clip in miniature.clips() if clip["set"] == part]
+    clips = [clip for clip in miniature.clips(harder=part.startswith("harder")) if clip["set"] == part]
     return clips[:: max(1, len(clips) // count)][:count] if count else clips
 
 
@@ -147,12 +152,13 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of a file, without lines that were cut short."""
-    rows = []
+    """Read the rows of a file, without lines that were cut short; of rows with one key only the last."""
+    rows = {}
     for line in file.read_bytes().splitlines() if file.is_file() else ():
         with suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+            row = json.loads(line)
+            rows[row["key"]] = row
+    return list(rows.values())
 
 
 def _append(file: Path, row: Mapping[str, Any]) -> None:
@@ -174,7 +180,8 @@ def _key(variant: Variant, clip: Mapping[str, Any], seed: int) -> str:
 
 
 def _settings(variant: Variant, clip: Mapping[str, Any], seed: int) -> TuneSettings:
-    own = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "num_frames": 8, "seed": seed}
+    own = {"video": str(clip["path"]), "prompt": clip["caption"], "seed": seed}
+    own |= {"stride": clip.get("stride", 2), "num_frames": clip.get("num_frames", 8)}
     return checked(TuneSettings, layers({**own, **variant.settings}, {}))
 
 
@@ -185,23 +192,34 @@ def _weights() -> str:
 def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     settings = _settings(variant, clip, seed)
-    source, videos_made, stages = _edit(settings, [edit["prompt"] for edit in clip["edits"]], tuned=variant.tuned)
-    judge = Judge.open()
-    before = judge.read(source)
-    track = torch.tensor(clip["track"])[settings.start :: settings.stride][: source.frames]
-    edits = [
-        score_edit(edit, clip, before, judge.read(video), source, video, track)
-        for edit, video in zip(clip["edits"], videos_made, strict=True)
-    ]
+    pipe = pipelines.load_image_pipeline(settings.base, device="cpu")
+    prompts = [edit["prompt"] for edit in clip["edits"]]
+    source, videos_made, stages = _edit(pipe, settings, prompts, tuned=variant.tuned)
+    edits = score_edits(clip, settings, source, videos_made, pipe)
     return {
-        "key": key, "variant": variant.name, "settings": dict(variant.settings), "tuned": variant.tuned,
-        "clip": clip["name"], "set": clip["set"], "seed": seed, "edits": edits, "stages": stages,
+        "key": key, "version": VERSION, "variant": variant.name, "settings": dict(variant.settings),
+        "tuned": variant.tuned, "clip": clip["name"], "set": clip["set"], "seed": seed, "edits": edits,
+        "stages": stages,
     }  # fmt: skip
 
 
-def _edit(settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tuple[Video, list[Video], dict]:
+def score_edits(
+    clip: Mapping[str, Any], settings: TuneSettings, source: Video, edited: Sequence[Video], pipe: Any
+) -> list[dict[str, Any]]:
+    """Return the scores of both versions of all edits of a bundled clip; `pipe` has the autoencoder."""
+    judge, stride = Judge.open(), settings.stride or 1
+    chosen = slice(settings.start, settings.start + stride * source.frames, stride)
+    references = References.of(clip, source, chosen, pipe, judge)
+    before, edits = judge.read(source), []
+    for number, (edit, video) in enumerate(zip(clip["edits"], edited, strict=True)):
+        after = judge.read(video)
+        scores = score_edit(edit, clip, before, after, source, video, references.track_TD)
+        edits.append(scores | references.score(number, video, after, clean=scores["clean"]))
+    return edits
+
+
+def _edit(pipe: Any, settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tuple[Video, list[Video], dict]:
     """Return the source frames, one edit per prompt, and the seconds and TFLOP of each stage."""
-    pipe = pipelines.load_image_pipeline(settings.base, device="cpu")
     side = codec.default_size(pipe)
     count = settings.num_frames if isinstance(settings.num_frames, int) else None
     clip = videos.read(
@@ -272,7 +290,7 @@ def score_edit(
     video: Video,
     track_TD: Tensor,
 ) -> dict[str, Any]:
-    """Score one edit of a bundled clip.
+    """Score one edit of a bundled clip by version 1.
 
     Args:
         edit: Its attributes, `kind` and `prompt`, as in `miniature.clips()`.

@@ -13,7 +13,10 @@ from tuneavideo.evaluation.miniature import CONTROL, Variant, benchmark, count, 
 from tuneavideo.progress import Events, Progress
 from tuneavideo.storage import atomic
 
-SCORES = ("clean", "success", "preserved", "track", "consistency", "background_db")
+SCORES = (
+    "good", "clean", "success", "preserved", "track", "flicker_ratio", "subject_ratio", "consistency", "background_db",
+    "true_psnr",
+)  # fmt: skip
 
 
 def run_benchmark(
@@ -25,7 +28,7 @@ def run_benchmark(
         names: Presets, or `untuned`; differences are from the first.
         out: Folder to write.
         seeds: Number of seeds.
-        part: `development` or `report` clips.
+        part: `development`, `report`, `harder` or `harder-report` clips.
         quick: Only 4 clips.
         processes: Number of clips computed at a time.
 

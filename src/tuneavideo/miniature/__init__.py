@@ -22,15 +22,21 @@ DEMO_EDITS = (  # of the first clip; the edits in clips.json are for measuring
 )
 
 
-def clips() -> list[dict[str, Any]]:
+def clips(*, harder: bool = False) -> list[dict[str, Any]]:
     """Return the bundled clips.
+
+    Args:
+        harder: The clips of the benchmark's second version instead: a moving `camera` (its position in every frame, in
+            pixels at 64), a subject whose size changes, one behind a post, 24 frames (`challenge` says which).
 
     Returns:
         A dict per clip: `name`, `path`, `caption`, `track` (true centre of the subject in every frame, pixels at 64),
-        `set` (`development` or `report`), the attributes of the scene, and four `edits`.
+        `set` (`development` or `report`; `harder` or `harder-report`), the attributes of the scene, four `edits`, and
+        the path of the `true_edits`, a video of all four side by side.
     """
-    listed = json.loads((CLIPS / "clips.json").read_text(encoding="utf-8"))
-    return [clip | {"path": CLIPS / clip["file"]} for clip in listed]
+    listed = json.loads((CLIPS / ("harder.json" if harder else "clips.json")).read_text(encoding="utf-8"))
+    paths = ({"path": CLIPS / clip["file"], "true_edits": CLIPS / "true-edits" / clip["file"]} for clip in listed)
+    return [clip | own for clip, own in zip(listed, paths, strict=True)]
 
 
 def unknown_words(text: str) -> list[str]:
