@@ -8,6 +8,7 @@ TuneAVideoError        base class; the command line prints it and exits with 2
 ├── AdapterError       an adapter that is damaged or belongs to another base
 ├── CheckpointError    weights of another program that are damaged, refused or not understood
 ├── RunError           a run folder that is missing, unfinished, in use or of another run
+│   └── RunInUse       a run folder that another process works in
 ├── DiskError          a place that cannot be written or is full
 ├── MemoryShort        a clip or model too large for the memory at hand
 └── MissingExtra       an optional part that is not installed
@@ -54,6 +55,10 @@ class RunError(TuneAVideoError):
     """A run folder that is missing, unfinished, in use or of another run."""
 
 
+class RunInUse(RunError):
+    """A run folder that another process works in."""
+
+
 class DiskError(TuneAVideoError):
     """A place that cannot be written or is full."""
 
@@ -67,3 +72,12 @@ class MissingExtra(TuneAVideoError):
 
     def __init__(self, what: str, extra: str, packages: str = "") -> None:
         super().__init__(f"{what} needs an optional part: pip install '{packages or f'tuneavideo[{extra}]'}'")
+
+
+def error_line(error: Exception) -> str:
+    """Return the line that a user gets for an error; one that is no TuneAVideoError is a fault of the program."""
+    parts = [str(error)] if isinstance(error, TuneAVideoError) else [
+        f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        "--debug shows where; please report it with what 'tuneavideo doctor' prints",
+    ]  # fmt: skip
+    return "; ".join([*parts, *getattr(error, "__notes__", ())])

@@ -126,6 +126,24 @@ def of_benchmark(about: str | None) -> Parser:
     return whole
 
 
+def of_web(about: str | None) -> Parser:
+    """Return the parser of `web`."""
+    made = parser("web", about)
+    made.add_argument("--root", type=Path, default=Path("runs"), help="Folder of the runs. (default: runs)")
+    made.add_argument(
+        "--host", default="127.0.0.1",
+        help="Address to listen on. Another than that of this computer needs the token of the printed link. "
+        "(default: 127.0.0.1)",
+    )  # fmt: skip
+    made.add_argument("--port", type=int, default=7860, help="Port to listen on; 0 takes a free one. (default: 7860)")
+    made.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="Name under which a proxy shows the page. It needs the token of the printed link, too. Repeatable.",
+    )  # fmt: skip
+    made.add_argument("--models", type=Path, metavar="DIR", help="Folder of base models that the page offers.")
+    return made
+
+
 def of_convert(about: str | None) -> Parser:
     """Return the parser of `convert`."""
     made = parser("convert", about)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from tuneavideo.cli import arguments
 from tuneavideo.cli.completion import completion_script
 from tuneavideo.cli.console import Show, report_done, stopped
 from tuneavideo.cli.options import Command
-from tuneavideo.errors import SettingsError, TuneAVideoError
+from tuneavideo.errors import MissingExtra, SettingsError, TuneAVideoError, error_line
 from tuneavideo.job import Job
 from tuneavideo.progress import Events
 
@@ -234,6 +235,16 @@ def report(argv: Sequence[str]) -> None:
     print(json.dumps({"report": str(page), "runs": options.runs}) if options.json else f"report: {page}")
 
 
+def web(argv: Sequence[str]) -> None:
+    """Serve a page in the browser, on which clips are tuned and edited."""
+    options = arguments.read(arguments.of_web(web.__doc__), argv)
+    if missing := [each for each in ("starlette", "uvicorn") if not importlib.util.find_spec(each)]:
+        raise MissingExtra(f"the page ({missing[0]})", "web")
+    from tuneavideo.web import app
+
+    app.serve(options.root, options.host, options.port, options.allow_host, options.models)
+
+
 def models(argv: Sequence[str]) -> None:
     """List the base models with names, and which of them are on this machine."""
     from tuneavideo import api
@@ -288,6 +299,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "benchmark": benchmark,
     "report": report,
+    "web": web,
     "models": models,
     "doctor": doctor,
     "completion": completion,
@@ -301,13 +313,8 @@ RESUMABLE = {
 
 def _fail(error: Exception) -> None:
     """Print an error and exit: with 2 if the user can correct it, with 1 if it is a fault of the program."""
-    expected = isinstance(error, TuneAVideoError)
-    parts = [str(error)] if expected else [
-        f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        "--debug shows where; please report it with what 'tuneavideo doctor' prints",
-    ]  # fmt: skip
-    print(f"tuneavideo: {'; '.join([*parts, *getattr(error, '__notes__', ())])}", file=sys.stderr)
-    raise SystemExit(2 if expected else 1)
+    print(f"tuneavideo: {error_line(error)}", file=sys.stderr)
+    raise SystemExit(2 if isinstance(error, TuneAVideoError) else 1)
 
 
 def _help() -> str:

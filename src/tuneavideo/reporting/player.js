@@ -1,7 +1,7 @@
 "use strict";
 // One clock, in seconds, for all clips. The longest is the reference while they play; the others stay within a frame of it.
 const $ = id => document.getElementById(id);
-const clips = [...document.querySelectorAll("video")].map(video => {
+const clips = [...document.querySelectorAll("video:not([data-alone])")].map(video => {
   const tick = 1 / Number(video.dataset.fps), length = Number(video.dataset.frames) * tick;
   video.controls = false;
   video.addEventListener("click", toggle);

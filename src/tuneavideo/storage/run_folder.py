@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tuneavideo.errors import DiskError, RunError
+from tuneavideo.errors import DiskError, RunError, RunInUse
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_files import CHECKPOINT, EDIT, SAMPLE, RunFiles, number_in, parse_line, slug
 
@@ -82,15 +82,15 @@ class RunFolder(RunFiles):
         The lock is the operating system's: it ends with the process, however that ends.
 
         Raises:
-            RunError: Another process has the lock.
+            RunInUse: Another process has the lock.
             DiskError: The place cannot be written.
         """
-        lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)  # a job may be closed in another thread
+        lock = FileLock(self.path / LOCK, timeout=0.2, thread_local=False)  # a job may be closed in another thread
         try:
             with atomic.disk_errors(self.path, advice=COPY):
                 lock.acquire()
         except Timeout:
-            raise RunError(
+            raise RunInUse(
                 f"{self.path} is in use: another process tunes or edits there; wait until it is done, or stop it"
             ) from None
         try:
@@ -98,6 +98,19 @@ class RunFolder(RunFiles):
             yield
         finally:
             lock.release()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a process works in the folder; it is locked for microseconds to find out."""
+        if not (self.path / LOCK).is_file():
+            return False
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except (Timeout, OSError):
+            return True
+        lock.release()
+        return False
 
     @contextmanager
     def job(self) -> Generator[None, None, None]:

@@ -5,6 +5,7 @@ Axes: T frames, H rows, W columns, C = 3 channels (red, green, blue), pixels uin
     clip.py     `Video` in memory, `DiskVideo` on disk, `VideoStream` one frame at a time; resizing
     reading.py  selection of frames by time
     sources.py  decoding of videos, WebP files and folders of images
+    probing.py  facts and comment of a file
     display.py  conversion of decoded frames to RGB: rotation, pixel aspect, alpha, HDR, interlacing
     audio.py    sound
     montage.py  clips side by side, contact sheets
@@ -12,6 +13,7 @@ Axes: T frames, H rows, W columns, C = 3 channels (red, green, blue), pixels uin
 """
 
 from tuneavideo.video.clip import AnyVideo, DiskVideo, Fit, Video, VideoStream, area_size, collect, resize
+from tuneavideo.video.probing import Probe, probe, with_comment
 from tuneavideo.video.reading import Span, choose_span, read, read_any
 from tuneavideo.video.writing import FASTEST_GIF, encode_for_page, write, write_frames, write_image
 
@@ -20,6 +22,7 @@ __all__ = [
     "AnyVideo",
     "DiskVideo",
     "Fit",
+    "Probe",
     "Span",
     "Video",
     "VideoStream",
@@ -27,9 +30,11 @@ __all__ = [
     "choose_span",
     "collect",
     "encode_for_page",
+    "probe",
     "read",
     "read_any",
     "resize",
+    "with_comment",
     "write",
     "write_frames",
     "write_image",

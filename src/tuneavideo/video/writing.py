@@ -20,7 +20,7 @@ from PIL import Image
 from tuneavideo.errors import VideoError
 from tuneavideo.storage import atomic
 from tuneavideo.video.audio import RATE, sound_frames
-from tuneavideo.video.clip import AnyVideo, Video, VideoStream, resize
+from tuneavideo.video.clip import AnyVideo, VideoStream, resize
 from tuneavideo.video.display import pull_frames
 
 FASTEST_GIF = 50  # frames a second; browsers slow faster ones down
@@ -61,7 +61,7 @@ def write(video: AnyVideo | VideoStream, path: str | Path) -> None:
         _encode(video, draft, suffix, FORMATS[suffix])
 
 
-def encode_for_page(video: Video, most: int = 512) -> bytes:
+def encode_for_page(video: AnyVideo, most: int = 512) -> bytes:
     """Encode a clip as the bytes of an .mp4 for a web page: silent, no side above `most` pixels, quick to seek."""
     scale = min(1, most / max(video.width, video.height))
     width, height = (max(1, round(side * scale)) for side in (video.width, video.height))

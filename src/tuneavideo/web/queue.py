@@ -1,0 +1,192 @@
+"""Queue of the jobs that were requested, in SQLite.
+
+The queue does not record which job runs: the worker that runs a job holds a lock of the operating system.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tuneavideo.errors import DiskError, RunError
+from tuneavideo.storage.run_files import slug
+
+TABLE = """create table if not exists jobs (
+    id integer primary key autoincrement, kind text not null, run text not null, settings text not null,
+    created real not null, state text not null default 'waiting', error text not null default '',
+    first integer, starts integer not null default 0
+)"""
+WAITING, PAUSED, DONE, FAILED, CANCELLED = "waiting", "paused", "done", "failed", "cancelled"
+MOST_WAITING = 500
+MOST_STARTS = 5  # of a job whose worker ends each time
+
+
+@dataclass(frozen=True)
+class Request:
+    """A requested job.
+
+    Attributes:
+        id: Its number.
+        kind: `tune`, `edit`, `evaluate` or `export`.
+        run: Name of the run folder in the root.
+        settings: Values of its settings that are set.
+        created: Time of the request, in seconds since the epoch.
+        state: `waiting` (also while it runs), `paused`, `done`, `failed` or `cancelled`.
+        error: Why it failed or waits, in one line.
+        first: Number of the first edit that it makes; None before it starts.
+        starts: Number of starts after which neither the job nor its worker ended in order.
+    """
+
+    id: int
+    kind: str
+    run: str
+    settings: dict[str, Any]
+    created: float
+    state: str
+    error: str
+    first: int | None
+    starts: int
+
+
+class Queue:
+    """The requests of a root folder, shared by the server and its workers."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder = root, root / ".web"
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        with self._connected() as database:
+            database.execute("pragma journal_mode = wal")
+            database.execute(TABLE)
+
+    def add(self, kind: str, run: str, settings: Mapping[str, Any], *, is_new: bool = False) -> Request:
+        """Add a request.
+
+        Args:
+            kind: Kind of the job.
+            run: Name of its run; of a new run the stem of the name.
+            settings: Values of its settings that are set.
+            is_new: Whether the job makes the run.
+
+        Raises:
+            RunError: Too many jobs are waiting.
+        """
+        with self._connected() as database:
+            database.execute("begin immediate")
+            (waiting,) = database.execute("select count(*) from jobs where state = ?", (WAITING,)).fetchone()
+            if waiting >= MOST_WAITING:
+                raise RunError(f"{waiting} jobs are waiting already; cancel some, or wait until some are done")
+            if is_new:
+                run = self._free_name(run, database)
+            values = (kind, run, json.dumps(dict(settings)), time.time())
+            made = database.execute("insert into jobs (kind, run, settings, created) values (?, ?, ?, ?)", values)
+            database.execute("commit")
+        return self.get(made.lastrowid or 0)
+
+    def get(self, number: int) -> Request:
+        """Return a request. Raises RunError when there is none."""
+        found = self._select("where id = ?", number)
+        if not found:
+            raise RunError(f"there is no job {number}")
+        return found[0]
+
+    def all(self, run: str | None = None, limit: int = 200) -> list[Request]:
+        """Return the last requests, newest first; of one run if it is given."""
+        if run is not None:
+            return self._select("where run = ? order by id desc limit ?", run, limit)
+        return self._select("order by id desc limit ?", limit)
+
+    def waiting(self) -> list[Request]:
+        """Return the requests that wait or run, oldest first."""
+        return self._select("where state = ? order by id", WAITING)
+
+    @contextmanager
+    def taken(self, except_for: Collection[int] = ()) -> Generator[Request | None, None, None]:
+        """Lock the oldest request that no other worker has and that waits for no earlier one of its run.
+
+        Yields:
+            The request; None if there is none.
+        """
+        runs = set[str]()
+        for request in self.waiting():
+            is_first, _ = request.run not in runs, runs.add(request.run)
+            if not is_first or request.id in except_for:
+                continue
+            lock = FileLock(self.lock_file(request.id), timeout=0)
+            with suppress(Timeout):
+                lock.acquire()
+                try:
+                    current = self.get(request.id)
+                    if current.state == WAITING:
+                        yield current
+                        return
+                finally:
+                    lock.release()
+        yield None
+
+    def lock_file(self, number: int) -> Path:
+        return self.folder / "locks" / f"job-{number}.lock"
+
+    def started(self, request: Request) -> None:
+        """Count a start, until `settled` or `set_state` is called."""
+        self._update("starts = starts + 1", request.id)
+
+    def settled(self, request: Request, why: str = "") -> None:
+        """Record that a request waits again after its worker stopped in order."""
+        self._update("starts = 0, error = ?", request.id, why)
+
+    def begin_edits(self, request: Request, number: int) -> int:
+        """Record the number of the first edit of a request, unless it is recorded, and return what is recorded."""
+        self._update("first = coalesce(first, ?)", request.id, number)
+        first = self.get(request.id).first
+        assert first is not None, "it was just recorded"
+        return first
+
+    def set_state(self, number: int, state: str, error: str = "") -> None:
+        """Set the state of a request; to wait again, it forgets its error and its starts."""
+        self._update("state = ?, error = ?, starts = 0", number, state, error)
+
+    def finish(self, number: int, state: str, error: str = "") -> None:
+        """Set the state of a request that waits; one that was cancelled meanwhile keeps its state."""
+        with self._connected() as database:
+            database.execute(
+                "update jobs set state = ?, error = ?, starts = 0 where id = ? and state = ?",
+                (state, error, number, WAITING),
+            )
+
+    def _free_name(self, stem: str, database: sqlite3.Connection) -> str:
+        """Return the first `<stem>-<n>` that is neither a folder nor requested."""
+        names, number = {name for (name,) in database.execute("select run from jobs where kind = 'tune'")}, 1
+        while (name := f"{slug(stem)}-{number}") in names or (self.root / name).exists():
+            number += 1
+        return name
+
+    def _select(self, condition: str, *values: Any) -> list[Request]:
+        with self._connected() as database:
+            columns = "id, kind, run, settings, created, state, error, first, starts"
+            rows = database.execute(f"select {columns} from jobs {condition}", values).fetchall()
+        return [Request(number, kind, run, json.loads(settings), *rest) for number, kind, run, settings, *rest in rows]
+
+    def _update(self, change: str, number: int, *values: Any) -> None:
+        with self._connected() as database:
+            database.execute(f"update jobs set {change} where id = ?", (*values, number))
+
+    @contextmanager
+    def _connected(self) -> Generator[sqlite3.Connection, None, None]:
+        """Open the database. Raises DiskError when it cannot be read or written."""
+        file = self.folder / "queue.sqlite"
+        try:
+            database = sqlite3.connect(file, timeout=10, isolation_level=None)
+            try:
+                yield database
+            finally:
+                database.close()
+        except sqlite3.Error as error:
+            raise DiskError(f"{file} cannot be used: {error}; make room, or make it writable") from error

@@ -1,0 +1,180 @@
+"use strict";
+// Live states of jobs, uploads, and the controls of the run page.
+const one = (selector, within = document) => within.querySelector(selector);
+const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+const own = document.body.dataset.run, title = document.title;
+const OVER = ["done", "failed", "cancelled", "paused"];
+const known = new Map();
+let dirty = false;
+
+function clock(seconds) {
+  const total = Math.round(seconds);
+  return `${Math.floor(total / 60)}:${String(total % 60).padStart(2, "0")} left`;
+}
+
+function details(job) {
+  const parts = [];
+  if (job.stage) parts.push(job.total ? `${job.stage} ${job.number} of ${job.total}` : job.stage);
+  if (job.stage === "tune" && job.loss !== undefined) parts.push(`loss ${job.loss.toPrecision(3)}`);
+  if (job.stage === "tune" && job.pace) parts.push(job.pace < 1 ? `${(1 / job.pace).toFixed(1)} steps a second` : `${job.pace.toFixed(1)} s a step`);
+  if (typeof job.left === "number") parts.push(clock(job.left));
+  if (job.about && job.stage !== "tune") parts.push(job.about);
+  return parts.join(", ");
+}
+
+function onJob(job) {
+  const before = known.get(job.job) || {}, now = {...before, ...job};
+  known.set(job.job, now);
+  for (const item of all(`[data-job="${Number(job.job)}"]`)) showJob(item, now);
+  const percent = now.total ? `${Math.round(100 * now.number / now.total)} %` : "…";
+  for (const card of cards(now.run)) {
+    one(".state", card).dataset.state = now.state;
+    one(".state", card).textContent = now.state === "running" ? `${now.stage} ${percent}` : now.state;
+  }
+  if (now.state === "running") {
+    one("#now").textContent = `${now.kind} ${now.run}: ${percent}`;
+    if (!own || own === now.run) document.title = `${percent} ${now.kind} – ${title}`;
+  } else if (![...known.values()].some(each => each.state === "running")) {
+    one("#now").textContent = "";
+    document.title = title;
+  }
+  const changed = before.state && before.state !== now.state;
+  if (changed) say(`${now.kind} of ${now.run}: ${now.state}${now.error ? `: ${now.error}` : ""}`);
+  if (now.run !== own) return;
+  addSteps(job.steps || []);
+  const made = job.made && ["encode", "tune", "preview", "edit"].includes(job.stage);
+  if (made || (changed && OVER.includes(now.state))) refresh();
+}
+
+function cards(run) { return all("[data-card]").filter(card => card.dataset.card === run); }
+
+function showJob(item, job) {
+  const state = one(".state", item), bar = one("progress", item), why = one(".why", item);
+  state.dataset.state = job.state;
+  state.textContent = job.state;
+  bar.hidden = !["running", "stopping"].includes(job.state);
+  if (job.total) { bar.max = job.total; bar.value = job.number; } else bar.removeAttribute("value");
+  one(".detail", item).textContent = job.state === "running" ? details(job) : "";
+  why.textContent = job.error || "";
+  why.hidden = !job.error;
+  one('[data-action="retry"] button', item).firstChild.textContent = job.state === "paused" ? "Resume" : "Retry";
+}
+
+function say(text) { one("#live").textContent = text; }
+
+// Show new results by loading the page again; after typing only when the user says so.
+let due = 0;
+function refresh() {
+  if (dirty) {
+    one("#stale").hidden = false;
+  } else {
+    clearTimeout(due);
+    due = setTimeout(() => { if (dirty) one("#stale").hidden = false; else location.reload(); }, 400);
+  }
+}
+
+const source = new EventSource("/events");
+source.addEventListener("job", event => onJob(JSON.parse(event.data)));
+source.addEventListener("other", event => {
+  const run = JSON.parse(event.data), text = `step ${run.number} of ${run.total}, loss ${run.loss.toPrecision(3)}`;
+  if (run.run === own && one("#other")) one("#other").textContent = text;
+  for (const card of cards(run.run)) one(".state", card).textContent = `in another process: ${text}`;
+});
+addEventListener("pagehide", () => source.close());
+
+// The curve of the loss, on a logarithmic scale.
+const chart = one("#chart"), steps = [];
+function addSteps(more) {
+  if (!chart || !more.length) return;
+  steps.push(...more.filter(step => !steps.length || step[0] > steps.at(-1)[0]));
+  const last = Math.max(Number(chart.dataset.total), steps.at(-1)[0]), logs = steps.map(step => Math.log(Math.max(step[1], 1e-9)));
+  const low = Math.min(...logs) - 0.1, high = Math.max(...logs) + 0.1, every = Math.ceil(steps.length / 500);
+  const at = (number, log) => `${(100 * number / last).toFixed(2)} ${(100 * (high - log) / (high - low)).toFixed(2)}`;
+  const shown = steps.map((step, i) => i).filter(i => i % every === 0), width = Math.max(1, Math.round(steps.length / 15));
+  const mean = i => { const part = logs.slice(Math.max(0, i - width), i + width + 1); return part.reduce((a, b) => a + b) / part.length; };
+  one(".points", chart).setAttribute("d", shown.map(i => `M${at(steps[i][0], logs[i])}h0`).join(""));
+  one(".smooth", chart).setAttribute("d", "M" + shown.map(i => at(steps[i][0], mean(i))).join("L"));
+  one("#curve").hidden = false;
+  one("#loss-now").textContent = `step ${steps.at(-1)[0]} of ${last}, loss ${steps.at(-1)[1].toPrecision(3)}, divided by the untuned model's if it is known; logarithmic scale`;
+}
+if (chart) addSteps(chart.dataset.steps.trim().split(" ").filter(Boolean).map(each => each.split(":").map(Number)));
+
+// Sliders show their values; some actions ask first.
+for (const slider of all(".slide input")) slider.addEventListener("input", () => { slider.nextElementSibling.value = slider.value; });
+for (const form of all("form[data-confirm]")) form.addEventListener("submit", event => { if (!confirm(form.dataset.confirm)) event.preventDefault(); });
+for (const form of all("#edit-form")) {
+  form.addEventListener("input", () => { dirty = true; });
+  form.addEventListener("submit", () => { dirty = false; });
+}
+if (one("#stale")) one("#stale button").onclick = () => location.reload();
+
+function send(file, then, error, bar) {
+  const request = new XMLHttpRequest();
+  const failed = text => { error.textContent = text; error.hidden = false; if (bar) bar.hidden = true; };
+  request.open("POST", `/clips?name=${encodeURIComponent(file.name)}`);
+  request.setRequestHeader("accept", "application/json");
+  request.setRequestHeader("content-type", "application/octet-stream");
+  request.responseType = "json";
+  error.hidden = true;
+  if (bar) {
+    bar.hidden = false;
+    request.upload.onprogress = event => { bar.value = 100 * event.loaded / event.total; };
+  }
+  request.onload = () => request.status === 201 ? then(request.response) : failed(request.response ? request.response.error : "the upload was refused");
+  request.onerror = () => failed("the connection broke, or the file is too large");
+  request.send(file);
+}
+
+const upload = one("#upload");
+if (upload) {
+  const start = file => { if (file) { say("uploading"); send(file, made => { location.href = made.page; }, one("#upload-error"), one("#sent")); } };
+  one("#file").onchange = event => start(event.target.files[0]);
+  upload.addEventListener("dragover", event => { event.preventDefault(); upload.classList.add("over"); });
+  upload.addEventListener("dragleave", () => upload.classList.remove("over"));
+  upload.addEventListener("drop", event => { event.preventDefault(); upload.classList.remove("over"); start(event.dataTransfer.files[0]); });
+  upload.addEventListener("submit", event => event.preventDefault());
+}
+for (const video of all(".gallery video")) {
+  video.closest("li").addEventListener("pointerenter", () => video.play().catch(() => {}));
+  video.closest("li").addEventListener("pointerleave", () => video.pause());
+}
+
+// Repeat or vary an edit, and load the settings of a downloaded one.
+function text(value) {
+  if (Array.isArray(value)) return value.map(text).join(" ");
+  return value === null ? "" : value === true ? "on" : value === false ? "off" : String(value);
+}
+function fill(values) {
+  for (const [name, value] of Object.entries(values)) {
+    const field = one(`#edit-form [name="${CSS.escape(name)}"]`);
+    if (!field) continue;
+    field.value = text(value);
+    field.dispatchEvent(new Event("input", {bubbles: true}));
+  }
+}
+for (const figure of all("[data-edit]")) {
+  const edit = JSON.parse(figure.dataset.edit), values = {...edit.values, prompt: edit.prompt, seeds: edit.seeds}, form = one("#edit-form");
+  one(".repeat", figure).onclick = () => { fill(values); form.requestSubmit(); };
+  one(".vary", figure).onclick = () => { fill(values); form.scrollIntoView(); one("#prompt").focus(); };
+}
+const load = one("#load-file");
+if (load) load.onchange = () => {
+  const error = one("#load .error");
+  send(load.files[0], async made => {
+    const answer = await fetch("/settings", {method: "POST", headers: {accept: "application/json"}, body: new URLSearchParams({clip: made.clip})});
+    const values = await answer.json();
+    if (answer.ok) { fill(values); say("settings loaded"); one("#prompt").focus(); } else { error.textContent = values.error; error.hidden = false; }
+    fetch(`/clips/${made.clip}/delete`, {method: "POST", redirect: "manual"});
+  }, error);
+};
+
+const wipe = one("#wipe");
+if (wipe) {
+  const over = one(".wipe video + video"), draw = () => { over.style.clipPath = `inset(0 0 0 ${wipe.value}%)`; };
+  wipe.oninput = draw;
+  one("#wipe-edit").onchange = event => {
+    over.src = event.target.value;
+    over.addEventListener("loadeddata", () => go(frame), {once: true});
+  };
+  draw();
+}
