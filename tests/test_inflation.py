@@ -1,4 +1,4 @@
-"""What is true of an inflated UNet (METHOD: sparse-causal and temporal attention, pooled norms, names kept)."""
+"""An inflated UNet: sparse-causal and temporal attention, norms over a clip, names kept."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.conftest import image_unet
 from tests.shared.inflation import SHAPES, randomised
 from tuneavideo.errors import ModelError
 from tuneavideo.method.attention import (
+    REFERENCES,
     ClipGroupNorm,
     ClipLayout,
     SparseCausalAttention,
@@ -23,7 +24,7 @@ from tuneavideo.method.attention import (
 )
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import added_parameters, deflate, inflate, trainable_parameters, video_unet
-from tuneavideo.settings import Inflation, TuneSettings
+from tuneavideo.settings import Inflation, TuneSettings, choices
 
 
 def conditions(unet: UNet2DConditionModel, clips: int) -> Conditions:
@@ -185,16 +186,34 @@ def test_the_text_of_a_clip_is_the_text_of_each_of_its_frames() -> None:
     assert torch.allclose(once, each.unflatten(0, (2, 3)).transpose(1, 2), atol=1e-5)
 
 
-@pytest.mark.parametrize("references", [("first", "previous"), ("previous",), ("first",), ("own", "first"), ("own",)])
+NUMBERS = {
+    "first": lambda t, frames: 0,
+    "previous": lambda t, frames: max(t - 1, 0),
+    "own": lambda t, frames: t,
+    "next": lambda t, frames: min(t + 1, frames - 1),  # a new entry of the table
+}
+
+
+@pytest.mark.parametrize(
+    "references",
+    [
+        ("first", "previous"), ("previous",), ("first",), ("own", "first"), ("own",),
+        ("next",), ("first", "next"), ("previous", "next"), ("previous", "own", "next"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("frames", [1, 2, 5])
 @torch.no_grad()
-def test_each_frame_attends_to_the_tokens_it_refers_to(references: tuple[str, ...], frames: int) -> None:
+def test_each_frame_attends_to_the_tokens_it_refers_to(references, frames, monkeypatch) -> None:
+    monkeypatch.setitem(REFERENCES, "next", NUMBERS["next"])
     layer = Attention(16, heads=2, dim_head=8)
     x_TLC = torch.randn(frames, 6, 16)
     expected = []
     for t in range(frames):
-        numbers = {"first": 0, "previous": max(t - 1, 0), "own": t}
-        seen = torch.cat([x_TLC[numbers[name]] for name in references])
+        seen = torch.cat([x_TLC[NUMBERS[name](t, frames)] for name in references])
         expected.append(layer(x_TLC[t : t + 1], seen[None]))
     layer.__class__, layer.clip = SparseCausalAttention, ClipLayout(frames, references)
     assert torch.allclose(layer(x_TLC), torch.cat(expected), atol=1e-6)
+
+
+def test_every_reference_is_a_choice_of_the_setting() -> None:
+    assert choices(TuneSettings.model_fields["references"].annotation) == tuple(REFERENCES)

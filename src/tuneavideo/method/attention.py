@@ -6,7 +6,7 @@ clips. All layers share one `ClipLayout`, which says how many frames per clip th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -50,41 +50,40 @@ class ClipLayout:
         return x.repeat(self.clips, *(1,) * (x.ndim - 1)) if self.inject else x
 
 
-def previous(x_BTLC: Tensor, start: int, frames: int) -> Tensor:
-    """Return frame max(t-1, 0) for each frame t from `start` on."""
-    before = x_BTLC[:, max(start - 1, 0) : frames - 1]
-    return before if start else torch.cat([x_BTLC[:, :1], before], dim=1)
-
-
-# For frames `start`, `start` + 1, ... of a clip of so many frames: the frame that each refers to.
-REFERENCES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
-    "first": lambda x_BTLC, start, frames: x_BTLC[:, :1].expand(-1, frames - start, -1, -1),
-    "previous": previous,
-    "own": lambda x_BTLC, start, frames: x_BTLC[:, start:],
+# The frame that frame t of a clip of so many frames refers to.
+REFERENCES: dict[str, Callable[[int, int], int]] = {
+    "first": lambda t, frames: 0,
+    "previous": lambda t, frames: max(t - 1, 0),
+    "own": lambda t, frames: t,
 }
-# How many frames of a clip refer to frame 0 there; with `first` all do.
-ONLY_FIRST = {"previous": 2, "own": 1}
-
-
-def only_first(frames: int, references: Sequence[str]) -> int:
-    """Return how many frames at the start of a clip refer to no frame but frame 0."""
-    return min([frames, *(ONLY_FIRST[name] for name in references if name in ONLY_FIRST)])
-
-
-def referred(x_BTLC: Tensor, start: int, frames: int, references: Sequence[str]) -> Tensor:
-    """Concatenate, for each frame from `start` on, the tokens of the frames it refers to: `B T-start M C`.
-
-    Tune-A-Video, eq. 4: the first frame and the previous one, max(t-1, 0).
-    """
-    return torch.cat([REFERENCES[name](x_BTLC, start, frames) for name in references], dim=2)
 
 
 @cache
-def referred_numbers(start: int, frames: int, references: tuple[str, ...]) -> list[list[int]]:
-    """Return, for each frame from `start` on, the numbers of the frames it refers to."""
-    every_1T11 = torch.arange(frames)[None, :, None, None]
-    columns = [REFERENCES[name](every_1T11, start, frames).flatten().tolist() for name in references]
-    return [list(row) for row in zip(*columns, strict=True)]
+def referred_frames(frames: int, references: tuple[str, ...]) -> list[list[int]]:
+    """Return, for each frame of a clip, the numbers of the frames it refers to (Tune-A-Video, eq. 4)."""
+    return [[REFERENCES[name](t, frames) for name in references] for t in range(frames)]
+
+
+@cache
+def only_first(frames: int, references: tuple[str, ...]) -> int:
+    """Return how many frames at the start of a clip refer to no frame but frame 0."""
+    return next((t for t, numbers in enumerate(referred_frames(frames, references)) if any(numbers)), frames)
+
+
+def referred(x_BTLC: Tensor, start: int, frames: int, references: tuple[str, ...]) -> Tensor:
+    """Concatenate, for each frame from `start` on, the tokens of the frames it refers to: `B T-start M C`."""
+    columns = zip(*referred_frames(frames, references)[start:], strict=True)
+    return torch.cat([_gather(x_BTLC, numbers) for numbers in columns], dim=2)
+
+
+def _gather(x_BTLC: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    """Return these frames of each clip: a view if they are one frame or follow each other."""
+    first, count = numbers[0], len(numbers)
+    if set(numbers) == {first}:
+        return x_BTLC[:, first : first + 1].expand(-1, count, -1, -1)
+    if numbers == tuple(range(first, first + count)):
+        return x_BTLC[:, first : first + count]
+    return torch.stack([x_BTLC[:, number] for number in numbers], dim=1)
 
 
 class VideoAttention(Attention):
@@ -109,8 +108,9 @@ class VideoAttention(Attention):
 class SparseCausalAttention(VideoAttention):
     """Self-attention whose keys and values are tokens of the first and the previous frame (Tune-A-Video, eq. 4).
 
-    Keys and values are projected once per token and then gathered. Frames that would refer to frame 0 twice refer to it
-    once, which is the same: the softmax over keys that all occur twice has half the weight on each.
+    `ClipLayout.references` may name other frames. Keys and values are projected once per token and then gathered.
+    Frames that would refer to frame 0 twice refer to it once, which is the same: the softmax over keys that all occur
+    twice has half the weight on each.
     """
 
     def forward(self, hidden_states: Tensor, *_, **__) -> Tensor:
@@ -122,10 +122,11 @@ class SparseCausalAttention(VideoAttention):
         frames, references = self.clip.frames, self.clip.references
         x_BTLC = rearrange(x_NLC, "(b t) l c -> b t l c", t=frames)
         start = only_first(frames, references)
-        last = frames if "own" in references else max(frames - 1, 1)  # no frame refers to the last one
+        is_last_used = any(frames - 1 in numbers for numbers in referred_frames(frames, references))
+        count = frames if is_last_used else frames - 1  # of frames whose keys and values are needed
         source_BTLC = self.clip.source_part(x_BTLC)
-        q_BTLC, k_BTLC = self.to_q(source_BTLC), project(self.to_k, source_BTLC[:, :last])
-        v_BTLC = project(self.to_v, x_BTLC[:, :last])
+        q_BTLC, k_BTLC = self.to_q(source_BTLC), project(self.to_k, source_BTLC[:, :count])
+        v_BTLC = project(self.to_v, x_BTLC[:, :count])
         parts = []
         if start:
             q_BXC = rearrange(q_BTLC[:, :start], "b t l c -> b (t l) c")
@@ -138,10 +139,10 @@ class SparseCausalAttention(VideoAttention):
         return torch.cat(parts, dim=1)
 
     def _by_kernel(self, x_NLC: Tensor) -> Tensor:
-        frames, source_NLC = self.clip.frames, self.clip.source_part(x_NLC)
+        frames, references, source_NLC = self.clip.frames, self.clip.references, self.clip.source_part(x_NLC)
         q_NLC, k_NLC, v_NLC = self.to_q(source_NLC), self.to_k(source_NLC), self.to_v(x_NLC)
         q_BTLC, k_BTLC, v_BTLC = (x.unflatten(0, (-1, frames)) for x in (q_NLC, k_NLC, v_NLC))
-        numbers = referred_numbers(only_first(frames, self.clip.references), frames, self.clip.references)
+        numbers = referred_frames(frames, references)[only_first(frames, references) :]
         return kernels.attend_to_frames(q_BTLC, k_BTLC, v_BTLC, numbers, heads=self.heads, scale=self.scale)
 
 
