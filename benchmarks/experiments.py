@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ideas import ANCHOR, COMBINATIONS, IDEAS, OFFICIAL, RANKS, REPORTED, STEADY, SWEEP
+from tuneavideo import miniature
 from tuneavideo.evaluation.compare import Estimate, difference, estimate
 from tuneavideo.evaluation.miniature import CONTROL, PARTS, VERSION, Variant, benchmark, edits_of, read_rows
 
@@ -81,6 +82,7 @@ def page(rows: Rows) -> str:
         ranks=_compared(development, RANKS_OF_SD, "default", "adapter of SD 1.5"),
         ranks_reported=_compared(report, RANKS_OF_SD, "default", "adapter of SD 1.5"),
         steadiness=_steadiness(development, [*REPORTED, *STEADY]),
+        harder=_by_challenge([row for row in rows if row["set"] == "harder"], [*REPORTED, *STEADY]),
         reported=_table(report, REPORTED),
         by_kind=_by_kind(report, REPORTED),
         differences="\n".join(_difference(report, name) for name in REPORTED if name != "official"),
@@ -125,6 +127,20 @@ def _steadiness(rows: Rows, names: Sequence[str]) -> str:
             scores = ("flicker", "flicker_ratio", "subject_change", "subject_ratio", "true_psnr", "true_motion_psnr")
             means = (f"{estimate(edits, score).mean:.1f}" for score in scores)
             lines.append(f"| {' | '.join((name, good, clean, shown, *means))} | {len(own)} |")
+    return "\n".join(lines)
+
+
+def _by_challenge(rows: Rows, names: Sequence[str]) -> str:
+    """Format fractions of good and of clean edits of the harder clips, by what makes them hard."""
+    challenges: dict[str, list[str]] = {}
+    for clip in miniature.clips(harder=True):
+        challenges.setdefault(clip["challenge"], []).append(clip["name"])
+    lines = [f"| good / clean edits | {' | '.join(challenges)} |", "| --- " * (len(challenges) + 1) + "|"]
+    for name in names:
+        edits = edits_of(_of(rows, name))
+        own = [[edit for edit in edits if edit["clip"] in clips] for clips in challenges.values()]
+        cells = [" / ".join(f"{np.mean([e[s] for e in each]):.0%}" for s in ("good", "clean") if each) for each in own]
+        lines += [f"| {name} | {' | '.join(cells)} |"] if edits else []
     return "\n".join(lines)
 
 

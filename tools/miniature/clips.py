@@ -129,14 +129,14 @@ def _edited(scene: Scene, change: dict[str, str | None]) -> Scene:
 
 def _clip(
     name: str, seed: int, what: str, path: Callable[[float], Place], edits: str, size: float = 28,
-    *, post: float | None = None, **more: Any,
+    *, post: float | None = None, bystander: tuple[str, float, float, float] | None = None, **more: Any,
 ) -> Clip:  # fmt: skip
     """A row of the table; `what` is 'set, colour, subject, background, motion', `edits` names the four in order."""
     chosen, colour, subject, background, motion = what.split()
     other, elsewhere, style, both, where = (word.replace("_", " ") for word in edits.split())
     scene = Scene(
         subject, background, None, None if colour == "-" else colour, motion, size=size, seed=seed,
-        flip=(subject in FACING_LEFT) != (path is swim), post=post,
+        flip=(subject in FACING_LEFT) != (path is swim), post=post, bystander=bystander,
     )  # fmt: skip
     return Clip(name, SETS[chosen], scene, path, other, elsewhere, style, (both, where), **more)
 
@@ -211,8 +211,16 @@ HARDER = (
           "balloon water line_drawing ball beach", 28, frames=24, challenge="long"),
     _clip("cat-dancing-long", 56, "hard-report - cat night dancing", sway,
           "dog grass black_and_white panda snow", 30, frames=24, challenge="long"),
+    _clip("dog-running-past-a-star", 57, "hard - dog grass running", drive,
+          "rabbit beach black_and_white panda snow", 28, bystander=("star", 12, 11, 18), challenge="bystander"),
+    _clip("car-driving-past-a-balloon", 58, "hard blue car city driving", drive,
+          "robot snow neon_style dog desert", 30, bystander=("balloon", 51, 12, 20), challenge="bystander"),
+    _clip("penguin-walking-past-a-ball", 59, "hard-report - penguin snow walking", drive,
+          "frog grass line_drawing cat beach", 30, bystander=("ball", 13, 12, 20), challenge="bystander"),
+    _clip("rabbit-running-past-a-star", 60, "hard-report - rabbit desert running", drive,
+          "turtle snow neon_style duck water", 28, bystander=("star", 51, 12, 20), challenge="bystander"),
 )  # fmt: skip
-"""Clips of the second version: a moving camera, a subject whose size changes, a post in front, 24 frames."""
+"""Clips with a moving camera, a subject whose size changes, a post in front, 24 frames, another subject."""
 
 
 def draw(world: World, folder: Path) -> None:
@@ -240,6 +248,8 @@ def _harder(clip: Clip, scenes: list[Scene]) -> dict[str, Any]:
     own: dict[str, Any] = {"challenge": clip.challenge}
     if clip.pan:
         own["camera"] = [scene.camera for scene in scenes]
+    if clip.scene.bystander:
+        own["bystander"] = clip.scene.bystander[1:]
     if clip.frames != FRAMES:
         own |= {"stride": 1, "num_frames": clip.frames}
     return own

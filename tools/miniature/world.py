@@ -48,6 +48,7 @@ class Scene:
     Attributes:
         camera: Left and upper edge of the frame in a background of `WIDE` pixels. None: it is as large as the frame.
         post: Horizontal centre of a post in front of the subject.
+        bystander: Another subject, which no caption names: what it is, its centre and its longest side.
     """
 
     subject: str | None
@@ -63,6 +64,7 @@ class Scene:
     seed: int = 0
     camera: tuple[int, int] | None = None
     post: float | None = None
+    bystander: tuple[str, float, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,10 @@ class World:
         """The scene as `pixels, pixels, 3` in 0..255."""
         canvas = 2 * pixels
         image = _scenery(scene, canvas)
+        if scene.bystander:
+            other, x, y, size = scene.bystander
+            drawn = artwork.sprite(self.sprites, other, None, _treatment(scene.style), canvas)
+            _place(image, drawn, Scene(other, scene.background, x=x, y=y, size=size), canvas / PIXELS)
         if scene.subject:
             drawn = artwork.sprite(self.sprites, scene.subject, scene.colour, _treatment(scene.style), canvas)
             _place(image, drawn, scene, canvas / PIXELS)

@@ -207,12 +207,12 @@ def score_edits(
     clip: Mapping[str, Any], settings: TuneSettings, source: Video, edited: Sequence[Video], pipe: Any
 ) -> list[dict[str, Any]]:
     """Return the scores of both versions of all edits of a bundled clip; `pipe` has the autoencoder."""
-    judge, stride = Judge.open(), settings.stride or 1
+    stride = settings.stride or 1
     chosen = slice(settings.start, settings.start + stride * source.frames, stride)
-    references = References.of(clip, source, chosen, pipe, judge)
-    before, edits = judge.read(source), []
+    references = References.of(clip, source, chosen, pipe, Judge.open())
+    before, edits = references.read(source), []
     for number, (edit, video) in enumerate(zip(clip["edits"], edited, strict=True)):
-        after = judge.read(video)
+        after = references.read(video)
         scores = score_edit(edit, clip, before, after, source, video, references.track_TD)
         edits.append(scores | references.score(number, video, after, clean=scores["clean"]))
     return edits

@@ -8,8 +8,9 @@ The thresholds were chosen on drawings: all true edits are good, none with its f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +34,8 @@ MAX_SUBJECT = 1.5
 """Largest change of the subject, relative to the larger of those of the clip's own and of the true edit."""
 RADIUS, SHIFT = 10, 3
 """Radius of the disc that is compared around a subject's centre, and the largest error of this centre, in pixels."""
+MIN_BYSTANDER_PSNR = 15.0
+"""Smallest PSNR, in dB, to the true edit inside a subject that no prompt names."""
 MIN_BACKGROUND = 0.05
 """Smallest fraction of a frame that must be background to be measured."""
 
@@ -124,6 +127,7 @@ class References:
         readings: The judge's readings of them.
         own: Changes of the clip, through the autoencoder.
         true: Changes of every true edit, through the autoencoder.
+        read: The judge's `read`, which ignores a subject that the prompts do not name.
     """
 
     clip: Mapping[str, Any]
@@ -133,6 +137,7 @@ class References:
     readings: Sequence[Reading]
     own: Changes
     true: Sequence[Changes]
+    read: Callable[[Video], Reading]
 
     @classmethod
     def of(cls, clip: Mapping[str, Any], source: Video, chosen: slice, pipe: Any, judge: Judge) -> References:
@@ -148,13 +153,15 @@ class References:
         truths = true_edits(clip, chosen)
         track, camera = (torch.tensor(clip[name])[chosen] if name in clip else None for name in ("track", "camera"))
         assert track is not None
+        bystander = torch.from_numpy(_bystander(clip, source, 1.0)) if "bystander" in clip else None
+        read = partial(judge.read, ignored_THW=bystander)
 
         def changes(video: Video) -> Changes:
             (through,) = codec.decode(pipe, codec.encode(pipe, video)["mean"], video.fps)
-            return Changes.of(through, judge.read(through), track, camera)
+            return Changes.of(through, read(through), track, camera)
 
         own, *true = (changes(video) for video in (source, *truths))
-        return cls(clip, track, camera, truths, [judge.read(video) for video in truths], own, true)
+        return cls(clip, track, camera, truths, [read(video) for video in truths], own, true, read)
 
     def score(self, number: int, video: Video, after: Reading, *, clean: bool) -> dict[str, Any]:
         """Score an edit.
@@ -171,6 +178,7 @@ class References:
             `subject_change` and `subject_ratio`: `colour_change`, and the larger ratio of colours and features.
             `true_psnr`, `true_motion_psnr`: PSNR of frames, and of differences between frames, to the true edit, in dB.
             `true_features`: mean cosine distance of the judge's features to those of the true edit, 0..2.
+            `bystander_db`: PSNR to the true edit inside a subject that no prompt names, None without one.
         """
         edit, truth = self.clip["edits"][number], self.truths[number]
         changed = [name for name in ATTRIBUTES if edit[name] != self.clip.get(name)]
@@ -182,14 +190,16 @@ class References:
             calm = own.flicker / max(self.own.flicker, 1e-6)
         subject = own.subject_ratio(self.own, self.true[number])
         steady = (calm is None or calm <= MAX_FLICKER) and subject <= MAX_SUBJECT
+        decibels = psnr(truth, video, _bystander(self.clip, video, 0.6)) if "bystander" in self.clip else None
+        is_kept = decibels is None or decibels >= MIN_BYSTANDER_PSNR
         cosine = F.cosine_similarity(after.features_TD, self.readings[number].features_TD)
         return {
             "shown": round(shown, 3), "flicker": _rounded(own.flicker), "flicker_ratio": _rounded(calm),
             "subject_change": _rounded(own.colours), "subject_ratio": _rounded(subject),
-            "good": clean and shown >= MIN_SHOWN and steady,
+            "good": clean and shown >= MIN_SHOWN and steady and is_kept,
             "true_psnr": round(psnr(truth, video, np.ones(video.frames_THWC.shape[:3], bool)), 2),
             "true_motion_psnr": round(_motion_psnr(truth, video), 2),
-            "true_features": round(float(1 - cosine.mean()), 4),
+            "true_features": round(float(1 - cosine.mean()), 4), "bystander_db": _rounded(decibels),
         }  # fmt: skip
 
 
@@ -198,6 +208,14 @@ def true_edits(clip: Mapping[str, Any], chosen: slice) -> list[Video]:
     together = videos.read(clip["true_edits"])
     parts = np.split(together.frames_THWC[chosen], len(clip["edits"]), axis=2)
     return [Video(np.ascontiguousarray(part), together.fps) for part in parts]
+
+
+def _bystander(clip: Mapping[str, Any], video: Video, factor: float) -> np.ndarray:
+    """Return a mask T H W: a square at the subject that no prompt names, `factor` times as wide as this is."""
+    x, y, size = (value * video.width / 64 for value in clip["bystander"])
+    rows, columns = np.mgrid[: video.height, : video.width] + 0.5
+    inside = np.maximum(abs(columns - x), abs(rows - y)) <= size * factor / 2
+    return np.broadcast_to(inside, (video.frames, *inside.shape)).copy()
 
 
 def _motion_psnr(truth: Video, video: Video) -> float:

@@ -26,8 +26,9 @@ def clips(*, harder: bool = False) -> list[dict[str, Any]]:
     """Return the bundled clips.
 
     Args:
-        harder: The clips of the benchmark's second version instead: a moving `camera` (its position in every frame, in
-            pixels at 64), a subject whose size changes, one behind a post, 24 frames (`challenge` says which).
+        harder: Harder clips instead. `challenge` is `camera` (it moves; `camera` is its position in every frame, pixels
+            at 64), `size` (the subject's changes), `occlusion` (by a post), `long` (24 frames) or `bystander` (another
+            subject; `bystander` is its centre and longest side).
 
     Returns:
         A dict per clip: `name`, `path`, `caption`, `track` (true centre of the subject in every frame, pixels at 64),

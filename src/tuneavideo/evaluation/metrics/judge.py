@@ -43,20 +43,25 @@ class Judge(nn.Module):
             setattr(self, kind, nn.Linear(WIDTHS[-1], len(names)))
         self.offset = nn.Linear(WIDTHS[-1], 2)
 
-    def forward(self, pictures_NCHW: Tensor) -> dict[str, Tensor]:
+    def forward(self, pictures_NCHW: Tensor, ignored_NHW: Tensor | None = None) -> dict[str, Tensor]:
         """Classify pictures and locate their subjects.
 
         Subject and colour use features pooled at the subject, background and style those of the whole picture.
 
         Args:
             pictures_NCHW: Values in -1..1.
+            ignored_NHW: True where no subject is looked for.
 
         Returns:
             Scores of each attribute, the subject's `centre` (x and y, `N 2`) and `features` (`N D`).
         """
         features = self.features(pictures_NCHW)
         side = features.shape[-1]
-        attention = self.where(features).flatten(2).softmax(-1)
+        where = self.where(features)
+        if ignored_NHW is not None:
+            ignored = nn.functional.adaptive_max_pool2d(ignored_NHW[:, None].float(), side) > 0
+            where = where.masked_fill(ignored, -torch.inf)
+        attention = where.flatten(2).softmax(-1)
         found = torch.einsum("nqs,ncs->nc", attention, features.flatten(2))
         steps = (torch.arange(side, device=features.device) + 0.5) * (self.pixels / side)
         grid = torch.stack([steps.repeat(side), steps.repeat_interleave(side)])
@@ -81,10 +86,10 @@ class Judge(nn.Module):
         return judge.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def read(self, video: Video) -> Reading:
-        """Classify every frame of a clip, resized to the judge's size."""
+    def read(self, video: Video, ignored_THW: Tensor | None = None) -> Reading:
+        """Classify every frame of a clip, resized to the judge's size; see `forward` for `ignored_THW`."""
         frames = torch.from_numpy(np.stack([resize(i, self.pixels, self.pixels, "stretch") for i in video.images]))
-        scores = self(frames.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        scores = self(frames.permute(0, 3, 1, 2).float() / 127.5 - 1, ignored_THW)
         seen = {kind: [names[k] for k in scores[kind].argmax(1).tolist()] for kind, names in self.words.items()}
         return Reading(seen, scores["centre"], scores["features"])
 
