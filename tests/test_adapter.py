@@ -1,4 +1,4 @@
-"""What is true of adapters: what they hold, where they fit, and that they leave no trace."""
+"""Adapters: their contents, the UNets that they fit, and their removal without a trace."""
 
 from __future__ import annotations
 

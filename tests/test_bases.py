@@ -1,4 +1,4 @@
-"""What is true of bases: every family tunes and edits, however its files come; nothing in a file is run."""
+"""Bases of every family and file format tune and edit; no code in a file is executed."""
 
 from __future__ import annotations
 

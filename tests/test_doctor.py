@@ -1,4 +1,4 @@
-"""What `tuneavideo doctor` says, also of machines that are not well."""
+"""The output of `tuneavideo doctor`, also on machines with faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is true of the judge, of scores, and of the miniature benchmark."""
+"""The judge, its scores and the miniature benchmark."""
 
 from __future__ import annotations
 

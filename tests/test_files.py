@@ -1,4 +1,4 @@
-"""What is true of files: whole or not there, and believed only when they are what was written."""
+"""Files are written whole or not at all, and used only if their checksum matches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run goes through leaves alone what the program did not make, and never loses what was learned."""
+"""Jobs keep files that the program did not make, and tuned weights, in any order of commands."""
 
 from __future__ import annotations
 

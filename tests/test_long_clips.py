@@ -1,4 +1,4 @@
-"""What is true of clips too long for memory: they lie on the disk, and come out as they would from memory."""
+"""Clips on disk, too long for memory, give the results of clips in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is true of the bundled model, its clips, and the method on a model that really draws."""
+"""The bundled model, its clips, and the method on a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The drawn world of the miniature says what it draws and draws what it says."""
+"""The drawn world of the miniature: captions agree with drawings."""
 
 from __future__ import annotations
 

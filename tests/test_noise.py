@@ -1,4 +1,4 @@
-"""What is true of noise levels, samplers, inversion and editing."""
+"""Noise schedules, samplers, inversion and editing."""
 
 from __future__ import annotations
 

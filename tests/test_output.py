@@ -1,4 +1,4 @@
-"""What is said before, during and after a job, on wide, narrow and piped terminals."""
+"""Messages before, during and after a job, on wide, narrow and piped terminals."""
 
 from __future__ import annotations
 

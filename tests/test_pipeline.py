@@ -1,4 +1,4 @@
-"""What is true of the pipeline: it is a stock Stable Diffusion pipeline that sees clips."""
+"""The pipeline: a Stable Diffusion pipeline that takes clips."""
 
 from __future__ import annotations
 

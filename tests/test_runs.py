@@ -1,4 +1,4 @@
-"""What is true of run folders."""
+"""Run folders: names, edits, the log and removal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is true of settings: one precedence, one line per mistake."""
+"""Settings: precedence, and one line per mistake."""
 
 from __future__ import annotations
 

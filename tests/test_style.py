@@ -1,4 +1,4 @@
-"""What is true of style and control at edit time: each changes the edit, and leaves no trace in the next one."""
+"""Style and control of an edit: each changes the edit and has no effect on the next one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is true of tuning: what learns, from what, and that it can be broken off and resumed."""
+"""Tuning: trainable parameters, the loss, interruption and resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is true of long clips: windows cover them, agree where they overlap, and cost time linear in frames."""
+"""Windows of long clips: coverage, overlap, and time linear in the number of frames."""
 
 from __future__ import annotations
 

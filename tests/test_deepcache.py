@@ -1,4 +1,4 @@
-"""Features that are used again, and edits that are made together."""
+"""Feature reuse (DeepCache), and edits in one batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is true of memory presets: their arithmetic is that of the counted model, what is set stays, numbers refuse."""
+"""Memory presets: estimates agree with the traced model, user settings stay, impossible budgets are refused."""
 
 from __future__ import annotations
 

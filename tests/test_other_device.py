@@ -1,4 +1,4 @@
-"""Jobs on a device that is not the CPU, as far as that shows without one: nothing is left behind, and little waits."""
+"""Jobs on a simulated device that is not the CPU: no tensor is left there, few operations wait for it."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Told:
     for kind in ("sd2", "xl"):
         family_folder(kind, folder / "bases" / kind)
     (folder / "styles").mkdir()
-    words = [sys.executable, "-W", "ignore", "-m", "tests.test_elsewhere", str(folder)]
+    words = [sys.executable, "-W", "ignore", "-m", "tests.test_other_device", str(folder)]
     own = os.environ | {"TUNEAVIDEO_CACHE": str(folder / "cache")}  # what is computed there is rounded otherwise
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=own, timeout=400)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
