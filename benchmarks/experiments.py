@@ -20,6 +20,7 @@ from benchmarks.ideas import ANCHOR, COMBINATIONS, IDEAS, OFFICIAL, RANKS, REPOR
 from tuneavideo import miniature
 from tuneavideo.evaluation.compare import Estimate, difference, estimate
 from tuneavideo.evaluation.miniature import CONTROL, PARTS, VERSION, Variant, benchmark, edits_of, read_rows
+from tuneavideo.evaluation.steadiness import MAX_FLICKER, MAX_SUBJECT, MIN_SHOWN
 
 LEDGER = Path(__file__).parent / "results" / "miniature.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
@@ -116,17 +117,22 @@ def _table(rows: Rows, names: Sequence[str]) -> str:
 
 def _steadiness(rows: Rows, names: Sequence[str]) -> str:
     """Format the scores of version 2, of the rows that have them."""
-    columns = ("variant", "good", "clean", "shown", "flicker", "flicker / clip's", "subject", "subject / true",
-               "PSNR to true edit", "of differences", "clip-runs")  # fmt: skip
+    limits = {"shown": (MIN_SHOWN, 1.0), "flicker_ratio": (0.0, MAX_FLICKER), "subject_ratio": (0.0, MAX_SUBJECT)}
+    means = ("flicker", "flicker_ratio", "subject_change", "subject_ratio", "true_psnr", "true_motion_psnr")
+    columns = ("variant", "good", "clean", "shown", "background rests", "subject keeps", "flicker", "relative",
+               "change of subject", "relative", "dB to true edit", "of differences", "clip-runs")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for name in names:
         own = [row for row in _of(rows, name) if row.get("version") == VERSION]
         if own:
             edits = edits_of(own)
-            good, clean, shown = (_percent(estimate(edits, score)) for score in ("good", "clean", "shown"))
-            scores = ("flicker", "flicker_ratio", "subject_change", "subject_ratio", "true_psnr", "true_motion_psnr")
-            means = (f"{estimate(edits, score).mean:.1f}" for score in scores)
-            lines.append(f"| {' | '.join((name, good, clean, shown, *means))} | {len(own)} |")
+            good = _percent(estimate(edits, "good"))
+            within = (
+                f"{np.mean([low <= edit[score] <= high for edit in edits if edit[score] is not None]):.0%}"
+                for score, (low, high) in {"clean": (1, 1), **limits}.items()
+            )
+            cells = (name, good, *within, *(f"{estimate(edits, score).mean:.1f}" for score in means), str(len(own)))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -239,8 +239,8 @@ def _edit(pipe: Any, settings: TuneSettings, prompts: Sequence[str], *, tuned: b
     text, caption = codec.embed(pipe, list(prompts)), codec.embed(pipe, [settings.prompt])
     generators = [torch.Generator().manual_seed(settings.seed) for _ in prompts]
     with _measured(stages, "edit", CountingUNet(video, settings.feature_reuse)) as unet:
-        is_consistent = settings.temporal_consistency > 0
-        flows = neighbour_flows(clip.images, *clean.shape[3:], consistency.RADIUS) if is_consistent else ()
+        (height, width), is_consistent = clean.shape[3:], settings.temporal_consistency > 0
+        flows = neighbour_flows(clip.images, height, width, consistency.RADIUS) if is_consistent else ()
         *_, last = editing.edit(
             unet, noise_schedule, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators,
             flows=flows,
