@@ -229,9 +229,12 @@ def test_names_of_metrics_are_those_of_the_table() -> None:
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        ("tune --help", ["OPTIONS] CLIP", "example:", "tuneavideo tune skiing.mp4"]),
+        (
+            "tune --help",
+            ["OPTIONS] CLIP", "example:", "tuneavideo tune skiing.mp4", "instead of `--start`", "add --base"],
+        ),
         ("help tune", ["OPTIONS] CLIP"]),
-        ("edit --help", ["OPTIONS] RUN", "(default: the run's)", "--prompt TEXT"]),
+        ("edit --help", ["OPTIONS] RUN", "(default: the run's)", "--prompt TEXT", "Repeatable. (required)"]),
         ("edit --help-all", ["OPTIONS] RUN", "--edit TEXT"]),
         ("help", ["tune", "doctor"]),
         ("mindone --help", ["train", "infer"]),

@@ -70,7 +70,7 @@ class Job(Iterator[Progress]):
             resume: Run folder to continue, instead of `out`.
 
         Returns:
-            A job with the stages `plan`, `open`, `encode`, `tune`, `preview`, `invert` and `edit`.
+            A job with the stages `plan`, `open`, `memory`, `encode`, `preview`, `tune`, `invert` and `edit`.
 
         Raises:
             ModelError: The base is unknown.

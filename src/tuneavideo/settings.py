@@ -77,7 +77,7 @@ class Sampling(Settings):
     num_inference_steps: PositiveInt = 50
     """Number of denoising steps of an edit."""
     num_inv_steps: PositiveInt | None = None
-    """Number of DDIM inversion steps. None: as many as `num_inference_steps`."""
+    """Number of DDIM inversion steps. Default: as many as `num_inference_steps`."""
     guidance_scale: NonNegativeFloat = 12.5
     """Classifier-free guidance scale. Values of 1 and below disable guidance and halve the cost of a step."""
     negative_prompt: str = ""
@@ -95,7 +95,7 @@ class Sampling(Settings):
     )
     """Sampler of the edits. Attention injection needs one with evenly spaced steps (not dpm++-karras, plms or heun)."""
     timestep_spacing: Literal["leading", "trailing"] | None = "trailing"
-    """Timestep spacing of the sampler. `trailing` starts at the last training timestep. None: the base's own."""
+    """Timestep spacing of the sampler. `trailing` starts at the last training timestep. `None` takes the base's own."""
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Edit strength, above 0 and at most 1: the fraction of the denoising steps that is inverted and run again. Lower
     stays closer to the clip."""
@@ -111,16 +111,17 @@ class Sampling(Settings):
     feature_reuse: PositiveInt = 1
     """Recompute the inner UNet features every N denoising steps (DeepCache). 1 disables the reuse."""
     fps: PositiveFloat | None = None
-    """Frame rate of the edits, in frames per second. None: that of the frames taken. A different rate drops the
-    sound."""
+    """Frame rate of the edits, in frames per second. Another rate than the source's drops the sound. Default: that of
+    the frames taken."""
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
     """File formats of the edits. `frames` writes a folder of PNG files."""
 
     window: Annotated[int, Field(ge=2)] | None = None
-    """Number of frames per forward pass, in tuning and in editing; at least 2. None: all, or as many as `memory`
+    """Number of frames per forward pass, in tuning and in editing; at least 2. Default: all, or as many as `memory`
     allows."""
     window_overlap: NonNegativeInt | None = None
-    """Number of frames that neighbouring windows have in common; at most `window` - 2. None: a third of the window."""
+    """Number of frames that neighbouring windows have in common; at most `window` - 2. Default: a third of the
+    window."""
 
     @property
     def inversion_steps(self) -> int:
@@ -175,7 +176,7 @@ class TuneSettings(Sampling):
     base: str = "miniature"
     """Text-to-image model: a name from `tuneavideo models`, a hub id, a folder, or a .safetensors or .ckpt file."""
     preset: Literal["default", "official", "fast"] = "default"
-    """Group of settings: `default` (recommended), `official` (the arithmetic of the published code, with its faults) or
+    """Group of settings: `default` (recommended), `official` (the arithmetic of the published code, bugs included) or
     `fast` (edits in 20 steps with DPM-Solver++ and feature reuse)."""
 
     start: NonNegativeInt = 0
@@ -183,13 +184,14 @@ class TuneSettings(Sampling):
     start_time: Seconds = None
     """Time of the first frame taken, in seconds or as 1:30, instead of `start`."""
     stride: PositiveInt | None = None
-    """Keep every Nth frame. None: spread `num_frames` over the clip, at least four frames per second."""
+    """Keep every Nth frame. Default: spread `num_frames` over the clip, at least four frames per second."""
     sample_fps: PositiveFloat | None = None
     """Number of frames taken per second of the clip, instead of `stride`."""
     num_frames: PositiveInt | Literal["all"] | None = None
-    """Number of frames to take, or `all`. None: 24 (8 for the miniature and SDXL), or all frames of a shorter clip."""
+    """Number of frames to take, or `all`. Default: 24 (8 for the miniature and SDXL), or all frames of a shorter
+    clip."""
     resolution: PositiveInt | None = None
-    """Target resolution N: frames are resized to about N x N pixels in area. None: the base's native resolution."""
+    """Target resolution N: frames are resized to about N x N pixels in area. Default: the base's native resolution."""
     width: PositiveInt | None = None
     """Exact frame width in pixels, with `height`, instead of `resolution`."""
     height: PositiveInt | None = None
@@ -211,12 +213,12 @@ class TuneSettings(Sampling):
     """Name prefixes of modules that are excluded from training."""
     lora_rank: PositiveInt | None = None
     """Rank of the LoRA that is trained for each trainable matrix: an adapter of a few MB. The temporal attention starts
-    as a copy of the self-attention, with zero output. None: train whole matrices, as in the paper."""
+    as a copy of the self-attention, with zero output. Default: whole matrices, as in the paper."""
 
     max_train_steps: PositiveInt = 500
     """Number of optimiser steps."""
     learning_rate: PositiveFloat = 3e-5
-    """Learning rate after warm-up."""
+    """Learning rate of the optimiser."""
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
@@ -231,7 +233,7 @@ class TuneSettings(Sampling):
     """Maximum norm of the gradients, above which they are clipped."""
 
     snr_gamma: PositiveFloat | None = None
-    """Gamma of the min-SNR loss weighting; 5 is recommended. None disables the weighting."""
+    """Gamma of the min-SNR loss weighting; 5 is recommended. Default: no weighting."""
 
     optimizer: str = "adamw"
     """Optimiser: `adamw`, `adamw8bit`, `adafactor`, a name of torch.optim such as `sgd`, or an installed
@@ -251,7 +253,7 @@ class TuneSettings(Sampling):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass (gradient checkpointing): less memory, slower steps."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the computation; `no` is fp32. None: bf16 on devices that support it, otherwise fp32."""
+    """Precision of the computation; `no` is fp32. Default: bf16 on devices that support it, otherwise fp32."""
     seed: NonNegativeInt = 0
     """Random seed of the tuning."""
 
@@ -260,12 +262,12 @@ class TuneSettings(Sampling):
     checkpoints_total_limit: PositiveInt = 2
     """Maximum number of checkpoints to keep. The oldest are deleted."""
     validation_steps: PositiveInt | None = None
-    """Preview the edits before tuning and every N optimiser steps. None: no previews."""
+    """Preview the edits before tuning and every N optimiser steps. Default: no previews."""
     report_to: Literal["tensorboard", "trackio"] | None = None
-    """Experiment tracker that receives the loss and learning rate. None: no tracker."""
+    """Experiment tracker that receives the loss and learning rate. Default: no tracker."""
 
     memory: Literal[8, 12, 16, 24] | None = None
-    """GPU memory budget in GB (10^9 bytes). Unset memory options are chosen to fit it. None: the GPU's memory."""
+    """Choose unset memory options to fit this GPU memory in GB (10^9 bytes). Default: the GPU's memory."""
     offload: bool = False
     """Keep the text encoder and VAE in CPU memory while they are idle."""
 
@@ -305,7 +307,7 @@ class Styling(Settings):
     """Additional models of an edit, and their conditioning inputs."""
 
     edit_model: str | None = None
-    """Base of the same architecture to edit with, such as a DreamBooth model. None: the base that was tuned."""
+    """Base of the same architecture to edit with, such as a DreamBooth model. Default: the base that was tuned."""
     lora: tuple[str, ...] = ()
     """LoRA files of diffusers or kohya, or hub ids, each with an optional weight: style.safetensors:0.8."""
     embedding: tuple[str, ...] = ()
@@ -344,7 +346,7 @@ class EditSettings(Styling, Sampling):
     """Prompts of the edits. One edit is made per prompt and seed."""
     preset: Literal["default", "official", "fast"] | None = None
     """Preset to use instead of the run's. Values that were set for the run itself stay, except those that the preset
-    sets. None: the run's preset."""
+    sets. Default: the run's preset."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -307,7 +307,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 CLOSED_PIPE = 141  # exit code of a program that SIGPIPE ended, in a shell
 RESUMABLE = {
     "out": "Run folder to create. By default the next free runs/CLIP-N.",
-    "resume": "Run folder of a stopped tuning to continue.",
+    "resume": "Run folder to continue: of a stopped tuning, or of a finished one with more --max-train-steps.",
 }
 
 

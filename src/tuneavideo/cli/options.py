@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 from tuneavideo.settings import COMMON, GROUPS, Sampling, Settings
@@ -78,8 +80,12 @@ def help_of(command: Command, values: Mapping[str, Any], *, is_complete: bool) -
         lines += ["", f"{title}:"] if shown else []
         for name in shown:
             lines += _row(*_described(command, name, values, is_complete), width)
-    more = f"'tuneavideo {command.name} --help-all' shows all {len(command.flags)} options."
-    return "\n".join([*lines, "", f"example: {command.example}", *([more] if names != named else [])])
+    lines += ["", f"example: {command.example}"]
+    if "base" in command.settings:
+        lines.append("Defaults are those of this --base and --preset; add --base sd1.5 to see that model's.")
+    if names != named:
+        lines.append(f"'tuneavideo {command.name} --help-all' shows all {len(command.flags)} options.")
+    return "\n".join(lines)
 
 
 def _described(command: Command, name: str, values: Mapping[str, Any], is_complete: bool) -> tuple[str, str]:
@@ -94,11 +100,11 @@ def _described(command: Command, name: str, values: Mapping[str, Any], is_comple
         option = f"{flags[0]}, --no-{flags[0][2:]}"
     else:
         option = metavar if name == command.positional else f"{', '.join(flags[: 1 + is_complete])} {metavar}"
-    about = " ".join(str(info.description).split())
+    about = re.sub(r"`(\w+)`", partial(_flag, command), " ".join(str(info.description).split()))
     about = about if is_complete else about.partition(". ")[0].rstrip(".") + "."
     default = values.get(name, () if info.is_required() else info.default)
     if name == command.repeated:
-        note = "Repeatable."
+        note = "Repeatable. (required)" if info.is_required() and name not in values else "Repeatable."
     elif command.positional == "run" and name in Sampling.model_fields and name not in values:
         note = "(default: the run's)"
     elif info.is_required() and name not in values:
@@ -107,7 +113,13 @@ def _described(command: Command, name: str, values: Mapping[str, Any], is_comple
         note = ""
     else:
         note = f"(default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+    about = about.partition(" Default: ")[0] if note else about
     return option, f"{about} {note}".rstrip()
+
+
+def _flag(command: Command, word: re.Match[str]) -> str:
+    """Return a word in backquotes, as an option if it is one."""
+    return f"`--{word[1].replace('_', '-')}`" if word[1] in command.settings else word[0]
 
 
 def _metavar(name: str, annotation: Any, is_repeated: bool) -> str:
@@ -132,7 +144,7 @@ def _kinds(annotation: Any) -> Iterator[str]:
 
 def _row(option: str, about: str, width: int) -> list[str]:
     """Lay out an option and its description in two columns."""
-    first, *others = textwrap.wrap(about, max(width - COLUMN, 20))
+    first, *others = textwrap.wrap(about, max(width - COLUMN, 20), break_on_hyphens=False)
     rest = [" " * COLUMN + line for line in others]
     if len(option) > COLUMN - 4:
         return [f"  {option}", " " * COLUMN + first, *rest]

@@ -22,7 +22,7 @@ from tuneavideo.video import Span
 
 
 def adopt(settings: TuneSettings, checkpoint: Path, *, out: str | Path | None = None, own_base: bool = False) -> Events:
-    """See `api.Job.adopt`."""
+    """Make a run of weights that another program tuned on a clip (arguments as in `Job.adopt`)."""
     found = read_checkpoint(checkpoint)
     layers = tuned_layers(found)
     if not any(map(is_temporal, layers)):

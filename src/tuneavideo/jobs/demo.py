@@ -13,7 +13,7 @@ from tuneavideo.video.montage import contact_sheet
 
 
 def demo(settings: TuneSettings, *, out: str | Path | None = None) -> Events:
-    """See `api.Job.demo`."""
+    """Tune and edit as `settings` say, then draw the clip and its edits as one picture, `edits.png`."""
     rows: list[Path] = []
     for each in tune(settings, out=out):
         yield each

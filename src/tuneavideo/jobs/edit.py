@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def edit(settings: EditSettings) -> Events:
-    """See `api.Job.edit`."""
+    """Make the edits of a tuned clip, one per prompt and seed; those that a stopped request left are kept."""
     run = RunFolder.open(settings.run)
     with run.job(), memory_advice(run, settings):
         request = settings.model_dump(mode="json", exclude={"run"})

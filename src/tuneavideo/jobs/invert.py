@@ -10,7 +10,7 @@ from tuneavideo.training.memory_plan import memory_advice
 
 
 def invert(settings: EditSettings) -> Events:
-    """See `api.Job.invert`."""
+    """Invert a tuned clip to the timestep that its edits start from."""
     run = RunFolder.open(settings.run)
     settings = settings.model_copy(update={"feature_reuse": 1})  # an inversion computes every step in full
     with run.job(), memory_advice(run, settings):

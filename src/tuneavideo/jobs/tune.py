@@ -45,7 +45,7 @@ PROCESS_TIMEOUT = timedelta(days=7)  # longer than any preview, which one proces
 
 
 def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Events:
-    """Tune a base on a clip and make the edits that `settings` name; see `api.Job.tune`."""
+    """Tune a base on a clip and make the edits that `settings` name (arguments as in `Job.tune`)."""
     done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
     accelerator = _accelerator(settings)
     with _claim_run_folder(settings, accelerator, out, resume) as run, memory_advice(run):
@@ -78,6 +78,7 @@ def _tune(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> G
     manager.resume()
     yield Progress("plan", ahead=_ahead(settings, tuning.number))
     _start_trackers(settings, accelerator, run)
+    # Previews and the adapter take the UNet without the wrapper for several processes.
     video = VideoUNet(accelerator.unwrap_model(tuning.video.unet), video.clip)
     session = EditSession(run, pipe, video, moments, clip, keep_inversions=False)
     yield from with_few_threads(_train(manager, session), session)
@@ -298,7 +299,7 @@ def _claim_run_folder(
 
     A mistake before tuning begins removes a new folder. A later error is written to `error.txt`, with how to resume.
     """
-    made: list[Any] = [None]
+    made: list[Any] = [None]  # broadcast from the first process to the others
     with ExitStack() as stack:
         if accelerator.is_main_process:
             made = [RunFolder.open(resume) if resume else RunFolder.create(settings.video, out)]

@@ -49,7 +49,7 @@ class VideoUNet:
 
     unet: UNet2DConditionModel
     clip: ClipLayout
-    control: Callable[..., dict[str, Any]] | None = None  # see `control.Control`
+    control: Callable[..., dict[str, Any]] | None = None  # see `Control` in models/controlnet.py
 
     def __call__(self, x_BCTHW: Tensor, t: Tensor, text: Conditions | Tensor) -> Tensor:
         """Predict noise or velocity, `B C T H W`.
