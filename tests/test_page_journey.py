@@ -137,6 +137,7 @@ def test_a_clip_is_uploaded_trimmed_tuned_edited_compared_and_downloaded(
     page.locator("#wipe").fill("25")
     assert page.locator(".wipe video").last.evaluate("video => video.style.clipPath") == "inset(0px 0px 0px 25%)"
     page.locator("#wipe-edit").select_option(index=1)
+    page.locator("h1").evaluate("heading => heading.scrollIntoView()")
     picture(page, "page-run")
 
     with page.expect_download() as download:
@@ -176,6 +177,7 @@ def test_the_page_works_at_a_phones_width_by_keyboard_alone(server: Server, brow
     press_until(page, "document.activeElement.id === 'num_inference_steps'")
     page.keyboard.press("Control+a")
     page.keyboard.type("3")
+    page.locator("#part").evaluate("heading => heading.scrollIntoView()")
     picture(page, "page-phone")
     press_until(page, "document.activeElement.textContent === 'Train'")
     page.keyboard.press("Enter")

@@ -447,6 +447,7 @@ def serve(
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # browsers may connect from here on
     except OSError as error:
         raise SettingsError(f"{host}:{port} cannot be used: {error.strerror}; give another --host or --port") from None
     shown = f"[{host}]" if ":" in host else socket.gethostname() if everywhere else host
