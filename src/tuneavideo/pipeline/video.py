@@ -73,7 +73,8 @@ class InvertedClip:
         """Motion of the clip: flow from every frame to its neighbours, see `Consistency`."""
         if self.video is None:
             raise SettingsError("temporal_consistency needs the frames of the clip: give the result of invert")
-        return neighbour_flows(self.video.images, *self.clean.shape[3:], consistency.RADIUS)
+        height, width = self.clean.shape[3:]
+        return neighbour_flows(self.video.images, height, width, consistency.RADIUS)
 
     @property
     def noise(self) -> Tensor:
