@@ -147,7 +147,7 @@ def _by_challenge(rows: Rows, names: Sequence[str]) -> str:
         own = [[edit for edit in edits if edit["clip"] in clips] for clips in challenges.values()]
         cells = [" / ".join(f"{np.mean([e[s] for e in each]):.0%}" for s in ("good", "clean") if each) for each in own]
         lines += [f"| {name} | {' | '.join(cells)} |"] if edits else []
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "Not run yet."
 
 
 def _compared(rows: Rows, about: Mapping[str, str], anchor: str, more: str = "hypothesis | decision") -> str:

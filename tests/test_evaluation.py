@@ -77,8 +77,8 @@ def scored(clip: dict, pipe: StableDiffusionPipeline) -> Callable[[Callable[[Vid
     settings = bench._settings(bench.CONTROL, clip, 0)
     stride, count = settings.stride or 1, int(settings.num_frames)
     frames = read(clip["path"], stride=stride, count=count, size=(64, 64))
-    truths = steadiness.true_edits(clip, slice(0, stride * count, stride))
-    return lambda change: bench.score_edits(clip, settings, frames, [change(truth) for truth in truths], pipe)
+    references = bench.references_of(clip, settings, frames, pipe)
+    return lambda change: bench.score_edits(references, frames, [change(truth) for truth in references.truths])
 
 
 def drawings(clip: dict, pipe: StableDiffusionPipeline) -> None:

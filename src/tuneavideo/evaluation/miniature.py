@@ -195,7 +195,7 @@ def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict
     pipe = pipelines.load_image_pipeline(settings.base, device="cpu")
     prompts = [edit["prompt"] for edit in clip["edits"]]
     source, videos_made, stages = _edit(pipe, settings, prompts, tuned=variant.tuned)
-    edits = score_edits(clip, settings, source, videos_made, pipe)
+    edits = score_edits(references_of(clip, settings, source, pipe), source, videos_made)
     return {
         "key": key, "version": VERSION, "variant": variant.name, "settings": dict(variant.settings),
         "tuned": variant.tuned, "clip": clip["name"], "set": clip["set"], "seed": seed, "edits": edits,
@@ -203,14 +203,16 @@ def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict
     }  # fmt: skip
 
 
-def score_edits(
-    clip: Mapping[str, Any], settings: TuneSettings, source: Video, edited: Sequence[Video], pipe: Any
-) -> list[dict[str, Any]]:
-    """Return the scores of both versions of all edits of a bundled clip; `pipe` has the autoencoder."""
+def references_of(clip: Mapping[str, Any], settings: TuneSettings, source: Video, pipe: Any) -> References:
+    """Return what edits of a bundled clip are compared with; `pipe` has the autoencoder."""
     stride = settings.stride or 1
     chosen = slice(settings.start, settings.start + stride * source.frames, stride)
-    references = References.of(clip, source, chosen, pipe, Judge.open())
-    before, edits = references.read(source), []
+    return References.of(clip, source, chosen, pipe, Judge.open())
+
+
+def score_edits(references: References, source: Video, edited: Sequence[Video]) -> list[dict[str, Any]]:
+    """Return the scores of both versions of all edits of a bundled clip."""
+    clip, before, edits = references.clip, references.read(source), []
     for number, (edit, video) in enumerate(zip(clip["edits"], edited, strict=True)):
         after = references.read(video)
         scores = score_edit(edit, clip, before, after, source, video, references.track_TD)
