@@ -20,7 +20,7 @@ from tuneavideo.cli.options import COMMON, GROUPS
 from tuneavideo.errors import SettingsError
 from tuneavideo.evaluation.metrics import NAMES
 from tuneavideo.evaluation.metrics.table import METRICS
-from tuneavideo.settings import EditSettings, TuneSettings
+from tuneavideo.settings import ClipEditSettings, TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 
 
@@ -265,14 +265,14 @@ def test_short_help_is_one_screen_and_long_help_is_complete(
     monkeypatch.setenv("COLUMNS", "100")
     short, long = (shown(f"{command} {option}", capsys) for option in ("--help", "--help-all"))
     assert len(short.splitlines()) <= 45 and "--help-all" in short.splitlines()[-1]
-    settings = {"tune": TuneSettings, "edit": EditSettings}[command]
+    settings = {"tune": TuneSettings, "edit": ClipEditSettings}[command]
     for flag in {f"--{name.replace('_', '-')}" for name in settings.model_fields} - {"--video", "--run"}:
         assert re.search(rf"{flag}\b", long)
 
 
 def test_every_option_is_in_one_group() -> None:
     grouped = [name for names in GROUPS.values() for name in names]
-    settings = {*TuneSettings.model_fields, *EditSettings.model_fields}
+    settings = {*TuneSettings.model_fields, *ClipEditSettings.model_fields}
     assert len(grouped) == len({*grouped})
     assert {*grouped} == settings | {"out", "resume", "checkpoint", "config", "json", "debug"}
     assert {*grouped} >= {name for names in COMMON.values() for name in names}

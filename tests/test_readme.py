@@ -10,7 +10,7 @@ import pytest
 from benchmarks import tables
 
 from tuneavideo.cli import main
-from tuneavideo.settings import EditSettings, TuneSettings
+from tuneavideo.settings import ClipEditSettings, TuneSettings
 from tuneavideo.video import read
 
 ROOT = Path(__file__).parents[1]
@@ -92,5 +92,5 @@ def test_the_readme_is_short_and_its_tree_is_the_packages() -> None:
 def test_every_option_named_in_the_readme_exists() -> None:
     named = set(re.findall(r"--([a-z][a-z-]+)", text_of(README)))
     elsewhere = {"config", "resume", "help-all", "debug", "goldens"}  # of the commands and of benchmarks.parity
-    known = {name.replace("_", "-") for kind in (TuneSettings, EditSettings) for name in kind.model_fields}
+    known = {name.replace("_", "-") for kind in (TuneSettings, ClipEditSettings) for name in kind.model_fields}
     assert {name.removeprefix("no-") for name in named} - elsewhere <= known

@@ -6,7 +6,7 @@ The command line uses `Job` and the functions that merge settings. torch is impo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,9 @@ from tuneavideo.bases import BASES
 from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.job import Job as Job
 from tuneavideo.job import Listener
+from tuneavideo.job_settings import clip_edit_settings as clip_edit_settings
 from tuneavideo.job_settings import edit_settings as edit_settings
+from tuneavideo.job_settings import is_clip_edit as is_clip_edit
 from tuneavideo.job_settings import merge_settings as merge_settings
 from tuneavideo.job_settings import read_config as read_config
 from tuneavideo.job_settings import read_edit_config as read_edit_config
@@ -87,29 +89,52 @@ def edit(
     run: str | Path,
     prompts: str | Iterable[str],
     *,
+    source_prompt: str | None = None,
+    out: str | Path | None = None,
     config: str | Path | None = None,
     progress: Listener | bool = True,
     **settings: Any,
 ) -> list[Path]:
-    """Make new videos with the motion of a tuned clip, one per prompt and seed.
+    """Make new videos with the motion of a clip, one per prompt and seed.
 
     Args:
-        run: Run folder of the tuned clip.
+        run: Run folder of the tuned clip; or a clip (a video file, a GIF or a folder of images), which is edited
+            without tuning, in a new run folder that `resume` can tune afterwards.
         prompts: Prompts of the edits.
+        source_prompt: Caption of a clip.
+        out: Run folder to create for a clip. None: the next free `runs/<clip>-<n>`.
         config: YAML file of settings.
         progress: As in `tune`.
-        **settings: Fields of `EditSettings`, such as `guidance_scale` or `strength`; the others are the run's own.
+        **settings: Fields of `EditSettings`, such as `guidance_scale` or `strength`; the others are the run's own. Of a
+            clip also fields of `TuneSettings`, such as `base` or `num_frames`.
 
     Returns:
         The folder of each edit, with `edit.mp4`, `side-by-side.mp4` and `edit.json`.
 
     Raises:
-        RunError: There is no such run, it is in use, or it is not tuned to its end.
+        RunError: There is no such run, it is in use, or its tuning was stopped.
         TuneAVideoError: As in `tune`.
     """
-    values = {"run": str(run), "prompt": _as_tuple(prompts), **settings}
-    events = Job.edit(edit_settings(values, config)).run(progress)
+    own = {"source_prompt": source_prompt} if source_prompt is not None else {}
+    values = {"run": str(run), "prompt": _as_tuple(prompts), **own, **settings}
+    events = edit_job(values, config, out).run(progress)
     return [each.path for each in events if each.stage == "edit" and each.path]
+
+
+def edit_job(values: Mapping[str, Any], config: str | Path | None = None, out: str | Path | None = None) -> Job:
+    """Return the job of `edit`, on a run or on a clip.
+
+    Args:
+        values: Settings of the edits, with `run`.
+        config: YAML file of settings.
+        out: Run folder to create for a clip.
+
+    Raises:
+        TuneAVideoError: As in `edit`.
+    """
+    if is_clip_edit(values):
+        return Job.edit_clip(*clip_edit_settings(values, config), out=out)
+    return Job.edit(edit_settings({**values, **({"out": out} if out else {})}, config))
 
 
 def invert(run: str | Path, *, progress: Listener | bool = True, **settings: Any) -> Path:

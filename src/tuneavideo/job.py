@@ -96,6 +96,25 @@ class Job(Iterator[Progress]):
         return cls(_events("edit", plan.base_of(settings), settings))
 
     @classmethod
+    def edit_clip(cls, settings: TuneSettings, edits: EditSettings, *, out: str | Path | None = None) -> Job:
+        """Make a run folder of a clip, and edits of it without tuning. `tune` with `resume` tunes it afterwards.
+
+        Args:
+            settings: Settings of the run; those of training have an effect when it is tuned.
+            edits: Settings of the edits, whose `run` is replaced.
+            out: Run folder to create. None: the next free `runs/<clip>-<n>`.
+
+        Returns:
+            A job with the stages `plan`, `open`, `encode`, `invert` and `edit`.
+
+        Raises:
+            TuneAVideoError: As in `tune` and `edit`.
+        """
+        checks.check_tune_inputs(settings, out)
+        checks.check_edit_files(edits)
+        return cls(_events("edit_clip", settings.base, settings, edits, clip=settings, out=out))
+
+    @classmethod
     def invert(cls, settings: EditSettings) -> Job:
         """Invert a tuned clip to the timestep that its edits start from.
 

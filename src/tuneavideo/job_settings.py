@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 from tuneavideo.bases import BASES
 from tuneavideo.config import check_edits, check_windows, checked, layers, parse_values, parse_yaml, with_preset
 from tuneavideo.errors import SettingsError
-from tuneavideo.settings import EditSettings, Sampling, TuneSettings
+from tuneavideo.jobs.checks import is_clip
+from tuneavideo.settings import ClipEditSettings, ClipSettings, EditSettings, Sampling, Styling, TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from tuneavideo.interop.foreign_configs import Config
 
+# Options of `edit` that are for clips only, and what to do about them in a run; None: for all others.
+CLIP_OPTIONS = {
+    "base": "edits use the run's base; use edit_model (--edit-model) for another of the same architecture",
+    "out": "edits are written into RUN/edits",
+    None: "the caption, frames and size of a run cannot change; leave it out, or make a new run with 'tuneavideo tune'",
+}
 # Settings that save memory without an effect on the result.
 MEMORY_SAVING = {"gradient_checkpointing", "offload", "batch_guidance"}
 RESUMABLE = {"edit", "max_train_steps", "learning_rate", "mixed_precision", "memory"} | MEMORY_SAVING | {
@@ -77,6 +84,51 @@ def read_edit_config(path: str | Path) -> dict[str, Any]:
     return kept | ({"prompt": found["edit"]} if found.get("edit") else {})
 
 
+def is_clip_edit(values: Mapping[str, Any]) -> bool:
+    """Return whether values of `edit` are those of a clip, which is edited without tuning."""
+    place = str(values.get("run", ""))
+    return (
+        bool(place) and not RunFolder(Path(place)).settings.is_file() and ("source_prompt" in values or is_clip(place))
+    )
+
+
+def clip_edit_settings(
+    values: Mapping[str, Any], config: str | Path | None = None
+) -> tuple[TuneSettings, EditSettings]:
+    """Merge settings of the edits of a clip without tuning.
+
+    Args:
+        values: `run` (the clip), `prompt` (of the edits), `source_prompt`, fields of `TuneSettings` and `Styling`.
+        config: YAML file of `tune`, or of `edit`, for values that are not given.
+
+    Returns:
+        Settings of the run, with which it can be tuned; and those of the edits.
+
+    Raises:
+        SettingsError: A value is wrong, unknown or missing, or values contradict each other.
+    """
+    given = {**(_read_clip_config(config) if config else {}), **values}
+    clip, caption, prompts = given.pop("run"), given.pop("source_prompt", None), given.pop("prompt", ())
+    if not caption:
+        raise SettingsError(
+            f"{clip} is no run folder; to edit a clip without tuning, give its caption with --source-prompt"
+        )
+    styling = {name: given.pop(name) for name in Styling.model_fields if name in given}
+    settings = merge_settings({**given, "video": str(clip), "prompt": caption, "edit": prompts}, None)
+    sampling = settings.model_dump(include=set(Sampling.model_fields))
+    return settings, checked(EditSettings, {**sampling, **styling, "run": str(clip), "prompt": prompts})
+
+
+def _read_clip_config(path: str | Path) -> dict[str, Any]:
+    values = parse_yaml(path)
+    if values.keys() <= ClipEditSettings.model_fields.keys() - {"video", "edit"}:
+        return parse_values(ClipEditSettings, values, str(path))
+    found = dict(read_config(path).settings)
+    renamed = {"prompt": found.pop("edit", ()), "source_prompt": found.pop("prompt", None)}
+    found.pop("video", None)
+    return found | {name: value for name, value in renamed.items() if value}
+
+
 def edit_settings(values: Mapping[str, Any], config: str | Path | None = None) -> EditSettings:
     """Merge settings of an edit: `values`, then the YAML file and the settings of the run.
 
@@ -85,6 +137,9 @@ def edit_settings(values: Mapping[str, Any], config: str | Path | None = None) -
         SettingsError: A value is wrong, unknown or missing, or values contradict each other.
     """
     given = {**(read_edit_config(config) if config else {}), **values}
+    for name in given:
+        if name in {*ClipSettings.model_fields, "source_prompt", "out"}:
+            raise SettingsError(f"{name}: {CLIP_OPTIONS.get(name, CLIP_OPTIONS[None])}")
     own = with_preset(RunFolder.open(given["run"]).read_settings(), given.get("preset"))
     settings = checked(EditSettings, {**own, **given})
     check_edits(settings, settings.prompt)
@@ -98,6 +153,8 @@ def resumed_settings(run: str | Path, changes: Mapping[str, Any]) -> TuneSetting
     if os.path.abspath(new.video) == own["video"]:
         new = new.model_copy(update={"video": own["video"]})
     free = {*Sampling.model_fields, *RESUMABLE} - {"window"}  # tuning depends on the window
+    if RunFolder.open(run).is_untuned:
+        free = {*TuneSettings.model_fields} - {*ClipSettings.model_fields, "video", "prompt"}
     fixed = [name for name in changes if name not in free and own[name] != getattr(new, name)]
     if fixed:
         raise SettingsError(

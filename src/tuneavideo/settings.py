@@ -164,20 +164,11 @@ class Sampling(Settings):
         return self
 
 
-class TuneSettings(Sampling):
-    """Options of a tuning: the clip, its caption and the training."""
+class ClipSettings(Settings):
+    """Base model, and the frames that are taken of a clip."""
 
-    video: str
-    """Clip to learn from: a video file, a GIF or a folder of images."""
-    prompt: Annotated[str, Field(pattern=r"\S")]
-    """Caption of the clip."""
-    edit: tuple[str, ...] = ()
-    """Prompt of an edit to make after tuning. It is also used for previews."""
     base: str = "miniature"
     """Text-to-image model: a name from `tuneavideo models`, a hub id, a folder, or a .safetensors or .ckpt file."""
-    preset: Literal["default", "official", "fast"] = "default"
-    """Group of settings: `default` (recommended), `official` (the arithmetic of the published code, bugs included) or
-    `fast` (edits in 20 steps with DPM-Solver++ and feature reuse)."""
 
     start: NonNegativeInt = 0
     """Index of the first frame taken, from 0."""
@@ -199,6 +190,38 @@ class TuneSettings(Sampling):
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """Fit of the frames to the target size. `crop` keeps the aspect ratio and cuts the edges. `pad` adds black bars.
     `stretch` distorts; without a width and height, to a square."""
+
+    @model_validator(mode="after")
+    def _check_size(self) -> ClipSettings:
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width and height need each other: give both, or resolution instead")
+        return self
+
+    @model_validator(mode="after")
+    def _check_frame_selection(self) -> ClipSettings:
+        if self.start and self.start_time is not None:
+            raise ValueError(
+                f"start {self.start} and start_time {self.start_time:g} both set the first frame; give one"
+            )
+        if (self.stride or 1) > 1 and self.sample_fps is not None:
+            raise ValueError(
+                f"stride {self.stride} and sample_fps {self.sample_fps:g} both set the frame rate; give one"
+            )
+        return self
+
+
+class TuneSettings(ClipSettings, Sampling):
+    """Options of a tuning: the clip, its caption and the training."""
+
+    video: str
+    """Clip to learn from: a video file, a GIF or a folder of images."""
+    prompt: Annotated[str, Field(pattern=r"\S")]
+    """Caption of the clip."""
+    edit: tuple[str, ...] = ()
+    """Prompt of an edit to make after tuning. It is also used for previews."""
+    preset: Literal["default", "official", "fast"] = "default"
+    """Group of settings: `default` (recommended), `official` (the arithmetic of the published code, bugs included) or
+    `fast` (edits in 20 steps with DPM-Solver++ and feature reuse)."""
 
     references: tuple[Literal["first", "previous", "own"], ...] = ("first", "previous")
     """Frames whose keys and values each frame attends to in sparse-causal attention."""
@@ -272,24 +295,6 @@ class TuneSettings(Sampling):
     """Keep the text encoder and VAE in CPU memory while they are idle."""
 
     @model_validator(mode="after")
-    def _check_size(self) -> TuneSettings:
-        if (self.width is None) != (self.height is None):
-            raise ValueError("width and height need each other: give both, or resolution instead")
-        return self
-
-    @model_validator(mode="after")
-    def _check_frame_selection(self) -> TuneSettings:
-        if self.start and self.start_time is not None:
-            raise ValueError(
-                f"start {self.start} and start_time {self.start_time:g} both set the first frame; give one"
-            )
-        if (self.stride or 1) > 1 and self.sample_fps is not None:
-            raise ValueError(
-                f"stride {self.stride} and sample_fps {self.sample_fps:g} both set the frame rate; give one"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_lora_rank(self) -> TuneSettings:
         if self.lora_rank and self.temporal_init == "official":
             raise ValueError(
@@ -349,6 +354,15 @@ class EditSettings(Styling, Sampling):
     sets. Default: the run's preset."""
 
 
+class ClipEditSettings(ClipSettings, EditSettings):
+    """Options of the edits of a run, or of a clip without tuning."""
+
+    run: str
+    """Run folder of the tuned clip, or a clip to edit without tuning: a video file, a GIF or a folder of images."""
+    source_prompt: str | None = None
+    """Caption of a clip that is edited without tuning. Frames, size and base are options of such a clip only."""
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Values that differ from the defaults; `official` lists all that its arithmetic depends on (docs/decisions.md).
     "default": {},
@@ -386,8 +400,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Groups of the options in the help and on the page; every option is in one of them.
 GROUPS: dict[str, tuple[str, ...]] = {
     "clip": (
-        "video", "run", "prompt", "num_frames", "start", "start_time", "stride", "sample_fps", "resolution", "width",
-        "height", "fit",
+        "video", "run", "prompt", "source_prompt", "num_frames", "start", "start_time", "stride", "sample_fps",
+        "resolution", "width", "height", "fit",
     ),
     "model": (
         "base", "preset", "references", "clip_norm", "temporal_init", "trainable_modules", "frozen_modules",
@@ -418,8 +432,9 @@ COMMON = {
         "learning_rate", "edit", "guidance_scale", "attention_injection", "memory", "out", "resume",
     },
     "edit": {
-        "run", "prompt", "lora", "controlnet", "preset", "negative_prompt", "guidance_scale", "attention_injection",
-        "strength", "seeds", "fresh_noise", "num_inference_steps", "fps", "formats",
+        "run", "prompt", "source_prompt", "base", "num_frames", "resolution", "lora", "controlnet", "preset",
+        "negative_prompt", "guidance_scale", "attention_injection", "strength", "seeds", "fresh_noise",
+        "num_inference_steps", "fps", "formats", "out",
     },
 }  # fmt: skip
 

@@ -100,20 +100,28 @@ def tune(argv: Sequence[str]) -> None:
 
 
 def edit(argv: Sequence[str]) -> None:
-    """Make new videos with the motion of a tuned clip, one per prompt."""
+    """Make new videos with the motion of a clip, one per prompt: of a tuned clip, or without tuning."""
     from tuneavideo import api
+    from tuneavideo.settings import ClipEditSettings
 
-    example = "tuneavideo edit runs/skiing-1 --prompt 'a panda is skiing'"
-    settings, options = _edit_settings("edit", edit.__doc__, argv, example)
-    report_done(options.json, Show(options.json).run(api.Job.edit(settings)))
+    command = Command(
+        "edit", edit.__doc__, ClipEditSettings, "run", "prompt",
+        "tuneavideo edit runs/skiing-1 --prompt 'a panda is skiing'",
+        {"out": "Run folder to create for a clip that is edited without tuning. By default the next free runs/CLIP-N."},
+    )  # fmt: skip
+    given, options = _parse_edit(command, argv)
+    report_done(options.json, Show(options.json).run(api.edit_job(given, options.config, options.out)))
 
 
 def invert(argv: Sequence[str]) -> None:
     """Invert a tuned clip to noise, and keep the latents for later edits."""
     from tuneavideo import api
+    from tuneavideo.settings import EditSettings
 
     example = "tuneavideo invert runs/skiing-1"
-    settings, options = _edit_settings("invert", invert.__doc__, argv, example, prompt=("-",))
+    command = Command("invert", invert.__doc__, EditSettings, "run", "prompt", example, hidden="prompt")
+    given, options = _parse_edit(command, argv, prompt=("-",))
+    settings = api.edit_settings(given, options.config)
     report_done(options.json, Show(options.json).run(api.Job.invert(settings)))
 
 
@@ -356,24 +364,31 @@ def _tuning_defaults(given: Mapping[str, Any], options: Any) -> Mapping[str, Any
     return layers(chosen, api.read_config(options.config).settings if options.config else {})
 
 
-def _edit_settings(name: str, about: str | None, argv: Sequence[str], example: str, **hidden: Any) -> tuple[Any, Any]:
-    """Return the settings of an edit, and the options of its command."""
+def _parse_edit(command: Command, argv: Sequence[str], **hidden: Any) -> tuple[dict[str, Any], Any]:
+    """Return the given settings of an edit, and the other options of its command.
+
+    Raises:
+        SettingsError: A required setting is missing.
+    """
     from tuneavideo import api
-    from tuneavideo.config import with_preset
-    from tuneavideo.settings import EditSettings
+    from tuneavideo.config import layers, with_preset
     from tuneavideo.storage.run_folder import RunFolder
 
     def merged(given: Mapping[str, Any], options: Any) -> dict[str, Any]:
         return {**(api.read_edit_config(options.config) if options.config else {}), **given, **hidden}
 
     def defaults(given: Mapping[str, Any], options: Any) -> dict[str, Any]:
+        if api.is_clip_edit(given):
+            return layers({name: value for name, value in given.items() if name in ("base", "preset")}, {})
         values = merged(given, options)
         if "run" not in values:
             return values
         return with_preset(RunFolder.open(values["run"]).read_settings(), values.get("preset")) | values
 
-    command = Command(name, about, EditSettings, "run", "prompt", example, hidden=next(iter(hidden), ""))
     given, options = arguments.parse(command, argv, defaults)
-    values = merged(given, options)
-    arguments.check_required(command, values)
-    return api.edit_settings(values), options
+    given |= hidden
+    if not api.is_clip_edit(given):
+        arguments.check_required(command, merged(given, options))
+    elif not options.config:
+        arguments.check_required(command, given)
+    return given, options

@@ -81,7 +81,7 @@ def help_of(command: Command, values: Mapping[str, Any], *, is_complete: bool) -
         for name in shown:
             lines += _row(*_described(command, name, values, is_complete), width)
     lines += ["", f"example: {command.example}"]
-    if "base" in command.settings:
+    if command.positional == "video":
         lines.append("Defaults are those of this --base and --preset; add --base sd1.5 to see that model's.")
     if names != named:
         lines.append(f"'tuneavideo {command.name} --help-all' shows all {len(command.flags)} options.")

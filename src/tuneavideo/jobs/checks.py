@@ -40,8 +40,24 @@ def check_tune_inputs(
         atomic.check_writable(Path(out or "runs"), OTHER_PLACE)
 
 
+def is_clip(place: str | Path) -> bool:
+    """Return whether a place is a file, or a folder of images that is no run folder."""
+    path = Path(place)
+    if not path.is_dir():
+        return path.is_file()
+    from tuneavideo.video.sources import PICTURES
+
+    return not RunFolder(path).settings.is_file() and any(file.suffix.lower() in PICTURES for file in path.iterdir())
+
+
 def check_edit_inputs(settings: EditSettings) -> None:
     """Raise TuneAVideoError when a file that the edits need is missing, or the run cannot be written."""
+    check_edit_files(settings)
+    atomic.check_writable(RunFolder.open(settings.run).path, COPY)
+
+
+def check_edit_files(settings: EditSettings) -> None:
+    """Raise TuneAVideoError when a model or file that the edits need is missing."""
     if settings.edit_model is not None:
         bases.check_base(settings.edit_model)
     for each in settings.lora:
@@ -58,7 +74,6 @@ def check_edit_inputs(settings: EditSettings) -> None:
         _check_exists("IP-Adapter", settings.ip_adapter, hub=False)
     if settings.ip_image is not None:
         _check_exists("ip_image", settings.ip_image, hub=False)
-    atomic.check_writable(RunFolder.open(settings.run).path, COPY)
 
 
 def check_evaluate_inputs(places: Iterable[str | Path], metrics: Iterable[str], mask: Path | None) -> None:

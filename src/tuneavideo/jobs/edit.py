@@ -20,6 +20,7 @@ from tuneavideo.jobs.prepare import (
     warn_of_truncation,
 )
 from tuneavideo.jobs.session import EditSession
+from tuneavideo.method.inflate import inflate
 from tuneavideo.models import addons, devices, pipelines
 from tuneavideo.models.adapter import Adapter
 from tuneavideo.models.loading import Pipeline
@@ -33,32 +34,37 @@ from tuneavideo.training.memory_plan import memory_advice
 logger = logging.getLogger(__name__)
 
 
-def edit(settings: EditSettings) -> Events:
-    """Make the edits of a tuned clip, one per prompt and seed; those that a stopped request left are kept."""
+def edit(settings: EditSettings, pipe: Pipeline | None = None) -> Events:
+    """Make the edits of a clip, one per prompt and seed; those that a stopped request left are kept.
+
+    Args:
+        settings: Settings of the edits.
+        pipe: Base of a run without tuning, if it is loaded already.
+    """
     run = RunFolder.open(settings.run)
     with run.job(), memory_advice(run, settings):
         request = settings.model_dump(mode="json", exclude={"run"})
         done = run.edits_of(request)
         done = done if done < set(product(settings.prompt, settings.seeds)) else set()
         yield from announce(settings)
-        session = checked_session(settings, len(due_edits(settings, done)))
+        session = checked_session(settings, len(due_edits(settings, done)), pipe)
         run.begin_edits(request)
         yield from with_few_threads(make_edits(settings, session, done), session)
         run.end_edits()
 
 
-def checked_session(settings: EditSettings, count: int, tuned: Pipeline | None = None) -> EditSession:
+def checked_session(settings: EditSettings, count: int, pipe: Pipeline | None = None) -> EditSession:
     """Load the session of a run and check that the disk holds `count` edits.
 
     Args:
         settings: Settings of the edits.
         count: Number of edits to be made.
-        tuned: Pipeline whose UNet was just tuned in this run; by default the base is loaded.
+        pipe: Loaded base of the run, with its UNet as it was tuned; by default the base is loaded.
 
     Raises:
         TuneAVideoError: The run does not take these settings, or the disk is too small.
     """
-    session = load_session(settings, tuned)
+    session = load_session(settings, pipe)
     kept = session.inversion_file(settings).is_file()
     disk_space.check_edits(session.run, settings, session.source, session.moments, count, kept=kept)
     return session
@@ -113,25 +119,31 @@ def announce(settings: EditSettings) -> Events:
     yield Progress("open", path=RunFolder.open(settings.run).path, about=plan.base_of(settings))
 
 
-def load_session(settings: EditSettings, tuned: Pipeline | None = None) -> EditSession:
-    """Load the tuned model of a run and its clip; `tuned` is the pipeline if it is loaded already."""
+def load_session(settings: EditSettings, pipe: Pipeline | None = None) -> EditSession:
+    """Load the model of a run and its clip; `pipe` is the pipeline if it is loaded already."""
     run = RunFolder.open(settings.run)
     own = run.read_settings()
     dtype = devices.PRECISIONS[precision_of(own)]
-    pipe = tuned or pipelines.load_image_pipeline(settings.edit_model or own.base, dtype=dtype)
+    is_loaded, pipe = (
+        pipe is not None,
+        pipe or pipelines.load_image_pipeline(settings.edit_model or own.base, dtype=dtype),
+    )
     if not run.source.is_file():
         restore_source(run, own, pipe)
     kept = stored_clip(run)
     source, moments = kept or (videos.read_any(run.source, run.path), {})
     check_windows(settings, source.frames, controlnet=settings.controlnet is not None)
     extras = addons.load(pipe, settings, source)
-    adapter = Adapter.load(run.adapter)
-    video = adapter.assign(pipe.unet) if tuned else adapter.attach(pipe.unet, any_base=bool(settings.edit_model)).video
+    if run.is_untuned:
+        video = inflate(pipe.unet, own.inflation, seed=own.seed)
+    else:
+        adapter, any_base = Adapter.load(run.adapter), bool(settings.edit_model)
+        video = adapter.assign(pipe.unet) if is_loaded else adapter.attach(pipe.unet, any_base=any_base).video
     check_gif_rate(settings, source)
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
         moments = encode_clip(pipe, source)
         cache.write(run.latents, moments)
-    if own.offload and not tuned:
+    if own.offload and not is_loaded:
         devices.offload(pipe)
     return EditSession(run, pipe, extras.with_controlnet(video), moments, source, addons=extras)

@@ -48,16 +48,18 @@ def describe_base(base: str) -> str:
     return f"loading {base}{about}"
 
 
-def describe_tuning(settings: TuneSettings, span: Span, taken: int, size: tuple[int, int]) -> str:
-    """Describe a tuning on `taken` frames of `size` (width and height in pixels)."""
+def describe_tuning(
+    settings: TuneSettings, span: Span, taken: int, size: tuple[int, int], *, is_tuned: bool = True
+) -> str:
+    """Describe a tuning, or edits without one, on `taken` frames of `size` (width and height in pixels)."""
+    steps = f"{settings.max_train_steps} step{'s' * (settings.max_train_steps != 1)}" if is_tuned else "no tuning"
     pace = f"{settings.sample_fps:g} a second" if settings.sample_fps else f"every {_ordinal(span.stride or 1)}"
     end = span.begin + taken * span.step
     end = min(end, span.seconds) if span.seconds > span.begin else end
     fewer = not settings.num_frames and taken < default_frames(settings.base)
     return (
         f"{os.path.basename(settings.video)}: {taken} of {span.total} frames ({pace}{', no more are there' * fewer}), "
-        f"{_seconds(span.begin)} to {_seconds(end)} s of {_seconds(span.seconds)} s, at {size[0]} x {size[1]}; "
-        f"{settings.max_train_steps} step{'s' * (settings.max_train_steps != 1)}"
+        f"{_seconds(span.begin)} to {_seconds(end)} s of {_seconds(span.seconds)} s, at {size[0]} x {size[1]}; {steps}"
         + (f", then {_edits(settings, len(settings.edit))}" if settings.edit else "")
     )
 

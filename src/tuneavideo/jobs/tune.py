@@ -34,6 +34,7 @@ from tuneavideo.models.loading import Pipeline
 from tuneavideo.progress import Events, Progress, Step
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
 from tuneavideo.storage import atomic, cache
+from tuneavideo.storage.run_files import UNTUNED
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training.checkpoints import CheckpointManager
 from tuneavideo.training.memory_plan import memory_advice, plan_memory
@@ -47,8 +48,8 @@ PROCESS_TIMEOUT = timedelta(days=7)  # longer than any preview, which one proces
 def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Events:
     """Tune a base on a clip and make the edits that `settings` name (arguments as in `Job.tune`)."""
     done = _edits_done(settings, RunFolder.open(resume)) if resume else set()
-    accelerator = _accelerator(settings)
-    with _claim_run_folder(settings, accelerator, out, resume) as run, memory_advice(run):
+    accelerator = make_accelerator(settings)
+    with claim_run_folder(settings, accelerator, out, resume) as run, memory_advice(run):
         yield Progress("open", path=run.path, about=settings.base)
         pipe = None
         if not run.is_finished(settings):
@@ -64,8 +65,8 @@ def _tune(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> G
         The loaded base with the tuned UNet.
     """
     pipe = pipelines.load_image_pipeline(settings.base, dtype=devices.PRECISIONS[accelerator.mixed_precision])
-    settings, clip, moments = yield from _read_clip(settings, pipe, run)
-    settings = yield from _plan_memory(settings, accelerator, pipe, clip)
+    settings, clip, moments = yield from choose_clip(settings, pipe, run)
+    settings = yield from choose_memory(settings, accelerator, pipe, clip)
     yield Progress("encode", path=run.path)
     moments, text = _encode(settings, accelerator, pipe, run, clip, moments)
     base_fingerprint = fingerprint(pipe.unet)
@@ -74,7 +75,7 @@ def _tune(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> G
     manager = CheckpointManager(run, tuning, accelerator)
     if accelerator.is_main_process:
         manager.check_room(clip, moments)
-        _fill_run_folder(run, settings, base_fingerprint, clip, moments)
+        fill_run_folder(run, settings, base_fingerprint, clip, moments)
     manager.resume()
     yield Progress("plan", ahead=_ahead(settings, tuning.number))
     _start_trackers(settings, accelerator, run)
@@ -114,10 +115,16 @@ def _edits_done(settings: TuneSettings, run: RunFolder) -> set[tuple[str, int]]:
     return done
 
 
-def _read_clip(
-    settings: TuneSettings, pipe: Pipeline, run: RunFolder
+def choose_clip(
+    settings: TuneSettings, pipe: Pipeline, run: RunFolder, *, is_tuned: bool = True
 ) -> Generator[Progress, None, tuple[TuneSettings, AnyVideo, Moments | None]]:
-    """Read the frames to tune on, from the run folder if it has them.
+    """Read the frames of a run, from its folder if it has them.
+
+    Args:
+        settings: Settings of the run.
+        pipe: Its base.
+        run: Its folder.
+        is_tuned: Whether a tuning follows, which the plan then describes.
 
     Returns:
         Settings with the frames that were taken, the clip, and its latents if the run folder has them.
@@ -132,7 +139,7 @@ def _read_clip(
         clip = read_clip(settings, span, pipe, run.path)
         size, has_size = (clip.width, clip.height), bool(settings.resolution or settings.width)
         lines = [
-            plan.describe_tuning(settings, span, clip.frames, size),
+            plan.describe_tuning(settings, span, clip.frames, size, is_tuned=is_tuned),
             *plan.frame_warnings(span, clip.frames),
             *plan.size_warnings(settings.base, size, codec.default_size(pipe), is_set=has_size),
         ]
@@ -142,7 +149,7 @@ def _read_clip(
     return settings, clip, moments
 
 
-def _plan_memory(
+def choose_memory(
     settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: AnyVideo
 ) -> Generator[Progress, None, TuneSettings]:
     """Choose settings that fit into memory, and offload the VAE and the text encoder if `offload` is set."""
@@ -163,11 +170,12 @@ def _encode(
         return moments or encode_clip(pipe, clip), encode_text(pipe, settings.prompt)
 
 
-def _fill_run_folder(
-    run: RunFolder, settings: TuneSettings, base_fingerprint: dict[str, float], clip: AnyVideo, moments: Moments
-) -> None:
-    """Write settings, latents and clip, which resuming needs."""
-    run.write_settings(settings, versions() | {"base fingerprint": cache.key(base_fingerprint)})
+def fill_run_folder(
+    run: RunFolder, settings: TuneSettings, base_fingerprint: dict[str, float], clip: AnyVideo, moments: Moments,
+    **notes: str,
+) -> None:  # fmt: skip
+    """Write settings (with `notes` as comments), latents and clip, which resuming needs."""
+    run.write_settings(settings, versions() | {"base fingerprint": cache.key(base_fingerprint)} | notes)
     if cache.read(run.latents) is None:
         cache.write(run.latents, moments)
     if not run.source.is_file():
@@ -184,7 +192,8 @@ def _end_training(accelerator: Accelerator) -> None:
 def _save_adapter(
     run: RunFolder, tuning: Tuning, settings: TuneSettings, video: VideoUNet, base_fingerprint: dict[str, float]
 ) -> None:
-    """Write the model card, then the adapter, with which the run counts as finished; delete the checkpoints."""
+    """Write the model card, then the adapter, with which the run counts as finished; delete what it replaces."""
+    run.drop_inversions()
     atomic.write(run.card, model_card(settings, run))
     about = {"prompt": settings.prompt, "steps": tuning.number, "max_train_steps": settings.max_train_steps}
     Adapter.of(
@@ -278,7 +287,7 @@ def _relabelled(
             return done.value
 
 
-def _accelerator(settings: TuneSettings) -> Accelerator:
+def make_accelerator(settings: TuneSettings) -> Accelerator:
     AcceleratorState._reset_state()  # otherwise accelerate keeps the precision of the process's first job
     options: dict[str, Any] = {
         "cpu": not torch.accelerator.is_available()
@@ -292,7 +301,7 @@ def _accelerator(settings: TuneSettings) -> Accelerator:
 
 
 @contextmanager
-def _claim_run_folder(
+def claim_run_folder(
     settings: TuneSettings, accelerator: Accelerator, out: str | Path | None, resume: str | Path | None
 ) -> Generator[RunFolder, None, None]:
     """Create or open the run folder in the first process, which locks it, and yield it in all.
@@ -308,7 +317,7 @@ def _claim_run_folder(
         run: RunFolder = made[0]
         try:
             if accelerator.is_main_process:
-                run.write_settings(settings, versions())
+                run.write_settings(settings, versions() | (UNTUNED if run.is_untuned else {}))
             with run.present():
                 yield run
         except Exception as error:

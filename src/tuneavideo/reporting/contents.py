@@ -125,6 +125,7 @@ class Edit:
     seed: int
     changed: dict[str, Any]
     clip: Clip
+    is_tuned: bool = True
 
     @property
     def number(self) -> str:
@@ -133,8 +134,8 @@ class Edit:
 
     @property
     def about(self) -> str:
-        """Its seed, unless 0, and its changed settings."""
-        seed = [f"seed {self.seed}"] if self.seed else []
+        """Whether it is untuned, its seed, unless 0, and its changed settings."""
+        seed = ["without tuning"] * (not self.is_tuned) + ([f"seed {self.seed}"] if self.seed else [])
         return ", ".join(seed + [f"{name.replace('_', ' ')} {plain(value)}" for name, value in self.changed.items()])
 
 
@@ -152,6 +153,7 @@ class Run:
     scores: Scores | None = None
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+    is_untuned: bool = False
 
     @property
     def caption(self) -> str:
@@ -178,12 +180,14 @@ class Run:
             seconds, memory = sum(step.seconds for step in self.steps), max(step.memory for step in self.steps)
             facts.append(("tuned", f"{self.steps[-1].number} steps in {duration(seconds)}"))
             facts.append(("memory in tuning", f"at most {atomic.size(memory)}"))
+        elif self.is_untuned:
+            facts.append(("tuned", "no"))
         return facts
 
 
 def read_run(folder: RunFolder, name: str) -> Run:
     """Read a run folder; files that cannot be read are left out with a note."""
-    run = Run(name, folder.path)
+    run = Run(name, folder.path, is_untuned=folder.is_untuned)
     run.settings = _try_read(run, folder.read_settings)
     if run.settings:
         standard = layers({"base": run.settings.base, "preset": run.settings.preset, "video": "-", "prompt": "-"}, {})
@@ -209,7 +213,8 @@ def _add_edit(run: Run, folder: Path, source: Video | None) -> None:
         return
     own = run.settings.model_dump(mode="json", include=set(Sampling.model_fields)) if run.settings else {}
     changed = {key: value for key, value in (record.model_extra or {}).items() if own.get(key, value) != value}
-    run.edits.append(Edit(folder.name, record.prompt, record.seed, changed, _edit_clip(run, folder, source)))
+    clip, is_tuned = _edit_clip(run, folder, source), (record.model_extra or {}).get("tuned_steps") != 0
+    run.edits.append(Edit(folder.name, record.prompt, record.seed, changed, clip, is_tuned))
 
 
 def _edit_clip(run: Run, folder: Path, source: Video | None) -> Clip:
@@ -240,12 +245,15 @@ def _steps(lines: Iterable[Any]) -> list[Step]:
 
 def _add_notes(run: Run, folder: RunFolder) -> None:
     where = shlex.quote(str(folder.path))
+    command = f"tuneavideo tune --resume {where}"
     if folder.last_error:
         run.notes.append(Note(f"The last job failed: {folder.last_error}. Its traceback is in {folder.error.name}."))
-    if not folder.is_tuned:
+    if folder.is_untuned:
+        run.notes.append(Note("The clip is not tuned. Tune it, and make the edits again, with", command))
+    elif not folder.is_tuned:
         total = f" of {run.settings.max_train_steps}" if run.settings else ""
         done = f"Tuning is not finished: step {run.steps[-1].number if run.steps else 0}{total}."
-        run.notes.append(Note(f"{done} Go on with", f"tuneavideo tune --resume {where}"))
+        run.notes.append(Note(f"{done} Go on with", command))
     elif not run.edits:
         run.notes.append(Note("There are no edits yet. Make one with", f'tuneavideo edit {where} --prompt "…"'))
     if folder.scores.is_file():

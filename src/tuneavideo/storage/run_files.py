@@ -25,6 +25,9 @@ from tuneavideo.version import __version__
 EDIT = re.compile(r"(\d{3,})-.+")
 CHECKPOINT = re.compile(r"(\d{6,})\.pt")
 SAMPLE = re.compile(r"(\d{6,})-.+\.mp4")
+INVERSION = re.compile(r"[0-9a-f]{24}\.safetensors")
+UNTUNED = {"tuned": "no"}
+"""Note in the settings of a run that is edited without tuning."""
 
 
 def slug(text: str, limit: int = 60) -> str:
@@ -94,6 +97,16 @@ class RunFiles:
     def is_tuned(self) -> bool:
         """Whether there is a whole adapter; its config is written last."""
         return (self.adapter / "adapter_config.json").is_file()
+
+    @property
+    def is_untuned(self) -> bool:
+        """Whether the run is edited without tuning, until it is tuned."""
+        return not self.is_tuned and self.settings.is_file() and UNTUNED.items() <= self.written_with().items()
+
+    @property
+    def tuned_steps(self) -> int | None:
+        """Number of steps that the model of the edits was tuned for; None for an adapter of another program."""
+        return self.about.get("steps") if self.is_tuned else 0
 
     @property
     def about(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from tuneavideo.errors import DiskError, RunError, RunInUse
 from tuneavideo.storage import atomic
-from tuneavideo.storage.run_files import CHECKPOINT, EDIT, SAMPLE, RunFiles, number_in, parse_line, slug
+from tuneavideo.storage.run_files import CHECKPOINT, EDIT, INVERSION, SAMPLE, RunFiles, number_in, parse_line, slug
 
 LOCK = ".lock"
 # Advice for a run folder that cannot be created, and for one that cannot be written.
@@ -114,14 +114,14 @@ class RunFolder(RunFiles):
 
     @contextmanager
     def job(self) -> Generator[None, None, None]:
-        """Lock a tuned run for a job; write its error to `error.txt`, or remove that file when the job succeeds.
+        """Lock a run that can be edited for a job; write its error to `error.txt`, which a success removes.
 
         Raises:
             RunError: Another process has the lock, the run is not tuned, or its folder is deleted or moved meanwhile.
             DiskError: The place cannot be written.
         """
         with self.locked():
-            self.require_tuned()
+            self.require_model()
             try:
                 with self.present():
                     yield
@@ -186,11 +186,11 @@ class RunFolder(RunFiles):
         (self.path / REQUEST).unlink(missing_ok=True)
 
     def _recorded(self, request: dict[str, Any]) -> dict[str, Any]:
-        return json.loads(json.dumps(request | {"tuned_steps": self.about.get("steps")}))
+        return json.loads(json.dumps(request | {"tuned_steps": self.tuned_steps}))
 
-    def require_tuned(self) -> None:
-        """Raise RunError when there is no whole adapter."""
-        if not self.is_tuned:
+    def require_model(self) -> None:
+        """Raise RunError when there is no whole adapter, unless the run is edited without tuning."""
+        if not (self.is_tuned or self.is_untuned):
             failed = f" ({self.last_error})" if self.last_error else ""
             raise RunError(
                 f"{self.path} is not tuned to its end{failed}; go on with: tuneavideo tune --resume {self.quoted}"
@@ -203,6 +203,12 @@ class RunFolder(RunFiles):
             if (number_in(path, CHECKPOINT) or 0) <= done:
                 path.unlink()
         _remove_if_empty(self.path / "checkpoints")
+
+    def drop_inversions(self) -> None:
+        """Remove the inversions, which an earlier model made."""
+        for path in (self.path / "inversion").glob("*"):
+            if INVERSION.fullmatch(path.name):
+                path.unlink()
 
     def forget_steps_after(self, number: int) -> None:
         """Remove the log and previews of the steps after `number`, which a resumed tuning makes again."""

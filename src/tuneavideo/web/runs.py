@@ -38,6 +38,7 @@ class Listed:
         error: Why its last job failed.
         modified: Time of the last change, in seconds since the epoch.
         has_source: Whether its clip is there.
+        is_untuned: Whether it is edited without tuning.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Listed:
     error: str = ""
     modified: float = 0.0
     has_source: bool = False
+    is_untuned: bool = False
 
     @property
     def is_preview(self) -> bool:
@@ -101,6 +103,7 @@ class Runs:
         return Listed(
             name, own.prompt, own.base, count_steps(run), own.max_train_steps, run.is_tuned, edits, run.last_error,
             max(file.stat().st_mtime for file in changed), run.source.is_file(),
+            run.is_untuned,
         )  # fmt: skip
 
     def file(self, name: str, path: str) -> Path:
