@@ -85,7 +85,8 @@ class EditSession:
     def _flows(self) -> list[np.ndarray]:
         """Motion of the clip in the run folder, which is the same for the edits at once and later."""
         clip = videos.read_any(self.run.source, self.run.path)
-        return neighbour_flows(clip.images, *self.moments["mean"].shape[3:], consistency.RADIUS)
+        height, width = self.moments["mean"].shape[3:]
+        return neighbour_flows(clip.images, height, width, consistency.RADIUS)
 
     @cached_property
     def _recorded(self) -> VideoUNet:

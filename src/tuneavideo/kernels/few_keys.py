@@ -5,6 +5,8 @@ A program holds all keys, so it computes its part of the map at once, and again 
 
 # Triton is not installed everywhere.
 # pyright: reportMissingImports=false, reportIndexIssue=false
+# Where it is, pyright does not know its launch arguments, constants and ranges.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from typing import Any

@@ -6,6 +6,8 @@ map is computed once; and keys and values are read from the frames of an index, 
 
 # Triton is not installed everywhere.
 # pyright: reportMissingImports=false, reportIndexIssue=false
+# Where it is, pyright does not know its launch arguments, constants and ranges.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch
