@@ -111,8 +111,8 @@ class Sampling(Settings):
     feature_reuse: PositiveInt = 1
     """Recompute the inner UNet features every N denoising steps (DeepCache). 1 disables the reuse."""
     fps: PositiveFloat | None = None
-    """Frame rate of the edits, in frames per second. Another rate than the source's drops the sound. Default: that of
-    the frames taken."""
+    """Frames per second of the edits. Another rate than the source's drops the sound. Default: that of the frames
+    taken."""
     formats: tuple[Literal["mp4", "gif", "frames"], ...] = ("mp4",)
     """File formats of the edits. `frames` writes a folder of PNG files."""
 
@@ -182,7 +182,7 @@ class ClipSettings(Settings):
     """Number of frames to take, or `all`. Default: 24 (8 for the miniature and SDXL), or all frames of a shorter
     clip."""
     resolution: PositiveInt | None = None
-    """Target resolution N: frames are resized to about N x N pixels in area. Default: the base's native resolution."""
+    """Target resolution N: frames of about N x N pixels in area. Default: the base's native resolution."""
     width: PositiveInt | None = None
     """Exact frame width in pixels, with `height`, instead of `resolution`."""
     height: PositiveInt | None = None
