@@ -17,12 +17,12 @@ from tests.shared.metrics import SIDE, passing, still
 from tuneavideo import miniature
 from tuneavideo.errors import ModelError, VideoError
 from tuneavideo.evaluation.metrics import background, clip, flicker, judge_metrics, motion, warp
-from tuneavideo.evaluation.metrics.background import read_mask
 from tuneavideo.evaluation.metrics.edit_pair import CachedVideo, EditPair, NotMeasurable
 from tuneavideo.evaluation.metrics.flow import Dis, Raft, consistent_pixels, load_flow
 from tuneavideo.evaluation.metrics.judge import Judge
 from tuneavideo.evaluation.metrics.table import METRICS, load_model
 from tuneavideo.video import Video, read, write, write_image
+from tuneavideo.video.masks import read_mask
 
 
 def joined(left: Video, right: Video) -> Video:

@@ -137,6 +137,12 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+def half_mask(file: Path, side: int) -> Path:
+    """Write a mask whose left part is bright."""
+    Image.fromarray(np.repeat([[255] * 18 + [0] * (side - 18)], side, axis=0).astype(np.uint8)).save(file)
+    return file
+
+
 PROMPTS = ["a blue circle moves", "a red circle jumps"]
 
 
@@ -149,9 +155,13 @@ PROMPTS = ["a blue circle moves", "a red circle jumps"]
         {"window": 3, "batch_guidance": False},
         {"sampler": "dpm++"},
         {"sampler": "euler-ancestral", "attention_injection": 0.0, "num_inference_steps": 3, "temporal_consistency": 1},
+        {"mask": "MASK", "fresh_noise": 0.4, "temporal_consistency": 0.7},
+        {"mask": "MASK", "attention_injection": 0.0, "sampler": "euler", "strength": 0.5},
     ],
 )
-def test_it_makes_the_frames_that_the_command_makes(settings: dict, run: Path) -> None:
+def test_it_makes_the_frames_that_the_command_makes(settings: dict, run: Path, tmp_path: Path) -> None:
+    if "mask" in settings:
+        settings = settings | {"mask": str(half_mask(tmp_path / "mask.png", 32))}
     folders = api.edit(run, PROMPTS, formats=("frames",), batch_prompts=2, progress=False, **settings)
     pipe = TuneAVideoPipeline.from_pretrained(RunFolder(run).read_settings().base, adapter=run / "adapter")
     pipe.set_progress_bar_config(disable=True)

@@ -128,20 +128,28 @@ class Sampling(Settings):
         """Number of inversion steps."""
         return self.num_inv_steps or self.num_inference_steps
 
+    @property
+    def needs_trajectory(self) -> str:
+        """Name of a setting that needs the inverted latents of every step; empty if none does."""
+        return "attention_injection" if self.attention_injection else ""
+
     @model_validator(mode="after")
-    def _check_attention_injection(self) -> Sampling:
-        if self.attention_injection and self.inversion_steps != self.num_inference_steps:
+    def _check_trajectory(self) -> Sampling:
+        name = self.needs_trajectory
+        if not name:
+            return self
+        off = "0" if name == "attention_injection" else "None"
+        if self.inversion_steps != self.num_inference_steps:
             raise ValueError(
-                f"attention_injection needs one inversion step per denoising step: set num_inv_steps (now "
-                f"{self.inversion_steps}) to num_inference_steps ({self.num_inference_steps}), or attention_injection "
-                "to 0"
+                f"{name} needs one inversion step per denoising step: set num_inv_steps (now {self.inversion_steps}) "
+                f"to num_inference_steps ({self.num_inference_steps}), or {name} to {off}"
             )
-        if self.attention_injection and self.sampler in OWN_TIMESTEPS:
-            raise ValueError(f"attention_injection does not work with sampler {self.sampler}: use ddim, or set it to 0")
-        if self.attention_injection and self.sampler != "ddim" and self.timestep_spacing != "trailing":
+        if self.sampler in OWN_TIMESTEPS:
+            raise ValueError(f"{name} does not work with sampler {self.sampler}: use ddim, or set it to {off}")
+        if self.sampler != "ddim" and self.timestep_spacing != "trailing":
             raise ValueError(
-                f"attention_injection with sampler {self.sampler} needs timestep_spacing trailing (now "
-                f"{self.timestep_spacing}), or set it to 0"
+                f"{name} with sampler {self.sampler} needs timestep_spacing trailing (now {self.timestep_spacing}), "
+                f"or set it to {off}"
             )
         return self
 
@@ -309,7 +317,11 @@ class TuneSettings(ClipSettings, Sampling):
 
 
 class Styling(Settings):
-    """Additional models of an edit, and their conditioning inputs."""
+    """Mask of an edit, additional models, and their conditioning inputs."""
+
+    mask: str | None = None
+    """Picture, clip or folder of pictures, bright where the edits may change the clip. The rest stays as it is.
+    Default: everything may change."""
 
     edit_model: str | None = None
     """Base of the same architecture to edit with, such as a DreamBooth model. Default: the base that was tuned."""
@@ -352,6 +364,10 @@ class EditSettings(Styling, Sampling):
     preset: Literal["default", "official", "fast"] | None = None
     """Preset to use instead of the run's. Values that were set for the run itself stay, except those that the preset
     sets. Default: the run's preset."""
+
+    @property
+    def needs_trajectory(self) -> str:
+        return super().needs_trajectory or ("mask" if self.mask else "")
 
 
 class ClipEditSettings(ClipSettings, EditSettings):
@@ -400,7 +416,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Groups of the options in the help and on the page; every option is in one of them.
 GROUPS: dict[str, tuple[str, ...]] = {
     "clip": (
-        "video", "run", "prompt", "source_prompt", "num_frames", "start", "start_time", "stride", "sample_fps",
+        "video", "run", "prompt", "source_prompt", "mask", "num_frames", "start", "start_time", "stride", "sample_fps",
         "resolution", "width", "height", "fit",
     ),
     "model": (
@@ -432,9 +448,9 @@ COMMON = {
         "learning_rate", "edit", "guidance_scale", "attention_injection", "memory", "out", "resume",
     },
     "edit": {
-        "run", "prompt", "source_prompt", "base", "num_frames", "resolution", "lora", "controlnet", "preset",
+        "run", "prompt", "source_prompt", "mask", "base", "num_frames", "lora", "controlnet", "preset",
         "negative_prompt", "guidance_scale", "attention_injection", "strength", "seeds", "fresh_noise",
-        "num_inference_steps", "fps", "formats", "out",
+        "num_inference_steps", "formats", "out",
     },
 }  # fmt: skip
 

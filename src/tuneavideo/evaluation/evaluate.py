@@ -15,7 +15,6 @@ from tuneavideo import video as videos
 from tuneavideo.bases import BASES
 from tuneavideo.errors import DiskError, ModelError, RunError, SettingsError, TuneAVideoError, VideoError
 from tuneavideo.evaluation.metrics import check_metric
-from tuneavideo.evaluation.metrics.background import read_mask
 from tuneavideo.evaluation.metrics.edit_pair import CachedVideo, EditPair, NotMeasurable
 from tuneavideo.evaluation.metrics.judge_metrics import subject_mask
 from tuneavideo.evaluation.metrics.table import CLIP, METRICS, PICK, LoadedModel, Requirement, load_model
@@ -24,6 +23,7 @@ from tuneavideo.progress import Events, Progress
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import atomic, cache
 from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.video.masks import read_mask
 
 logger = logging.getLogger(__name__)
 

@@ -70,6 +70,7 @@ def check_edit_files(settings: EditSettings) -> None:
         raise SettingsError(
             f"control {settings.control!r} does not exist; give canny, depth, a video or a folder of maps"
         )
+    _check_mask(settings.mask)
     if settings.ip_adapter is not None and len(Path(settings.ip_adapter).parts) < 2:
         _check_exists("IP-Adapter", settings.ip_adapter, hub=False)
     if settings.ip_image is not None:
@@ -85,14 +86,18 @@ def check_evaluate_inputs(places: Iterable[str | Path], metrics: Iterable[str], 
         Path(place, "edit.json").is_file() or RunFolder(Path(place)).settings.is_file() for place in places
     ):
         RunFolder.open(places[0])
-    if mask is not None and not mask.exists():
-        raise VideoError(f"mask {mask} does not exist; give a picture, a clip or a folder of pictures")
+    _check_mask(mask)
 
 
 def check_weights(path: str | Path) -> None:
     """Raise CheckpointError when there is no such file or folder of weights."""
     if not os.path.exists(path):
         raise CheckpointError(f"{path} does not exist; give a file or folder of weights")
+
+
+def _check_mask(mask: str | Path | None) -> None:
+    if mask is not None and not os.path.exists(mask):
+        raise VideoError(f"mask {mask} does not exist; give a picture, a clip or a folder of pictures")
 
 
 def _check_exists(what: str, place: str, *, hub: bool = True) -> None:

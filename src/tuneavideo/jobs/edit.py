@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator, Sequence, Set
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from tuneavideo import video as videos
@@ -30,6 +31,7 @@ from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import disk_space
 from tuneavideo.training.memory_plan import memory_advice
+from tuneavideo.video.masks import Mask
 
 logger = logging.getLogger(__name__)
 
@@ -140,10 +142,11 @@ def load_session(settings: EditSettings, pipe: Pipeline | None = None) -> EditSe
         adapter, any_base = Adapter.load(run.adapter), bool(settings.edit_model)
         video = adapter.assign(pipe.unet) if is_loaded else adapter.attach(pipe.unet, any_base=any_base).video
     check_gif_rate(settings, source)
+    mask = Mask.read(Path(settings.mask), source, own.fit) if settings.mask else None
     if not moments:
         logger.warning("%s is missing or damaged; made again from %s", run.latents, run.source.name)
         moments = encode_clip(pipe, source)
         cache.write(run.latents, moments)
     if own.offload and not is_loaded:
         devices.offload(pipe)
-    return EditSession(run, pipe, extras.with_controlnet(video), moments, source, addons=extras)
+    return EditSession(run, pipe, extras.with_controlnet(video), moments, source, addons=extras, mask=mask)

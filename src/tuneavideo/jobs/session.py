@@ -29,6 +29,7 @@ from tuneavideo.storage import cache, tensors
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import AnyVideo, Video
 from tuneavideo.video.flow import neighbour_flows
+from tuneavideo.video.masks import Mask
 
 Moments = Mapping[str, Tensor]
 
@@ -46,6 +47,7 @@ class EditSession:
         keep_inversions: Whether inversions are written to the run folder.
         recent: Inversions of this session, by file.
         addons: LoRAs, ControlNet and the like that are loaded.
+        mask: Where edits may change the clip; everywhere if None.
     """
 
     run: RunFolder
@@ -56,6 +58,7 @@ class EditSession:
     keep_inversions: bool = True
     recent: dict[Path, Trajectory] = dataclasses.field(default_factory=dict)
     addons: AddOns = dataclasses.field(default_factory=AddOns)
+    mask: Mask | None = None
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -74,7 +77,7 @@ class EditSession:
             self._prepared(settings, settings.feature_reuse), self.noise_schedule,
             editing.sampler_of(self.noise_schedule, settings), settings, trajectory, clean, caption, text, negative,
             [torch.Generator().manual_seed(seed) for _, seed in requests],
-            flows=self._flows if settings.temporal_consistency else (),
+            flows=self._flows if settings.temporal_consistency else (), mask=codec.latent_mask(self.mask, clean),
         )  # fmt: skip
         for step in steps:
             latents = step.latents
@@ -101,7 +104,7 @@ class EditSession:
     def _decoded(self, latents: Tensor, settings: Sampling) -> AnyVideo:
         """Decode an edit; it has the source's sound if it has the source's frame rate."""
         fps = settings.fps or self.source.fps
-        edit = videos.collect(codec.decode_frames(self.pipe, latents), fps, self.run.path)
+        edit = videos.collect(codec.decode_frames(self.pipe, latents, self.mask), fps, self.run.path)
         same = math.isclose(fps, self.source.fps, rel_tol=1e-4)
         return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 
@@ -109,9 +112,9 @@ class EditSession:
         """Invert the clip up to the timestep where sampling starts, or read the inversion from the run folder.
 
         Returns:
-            Latents at that timestep; with attention injection at every timestep.
+            Latents at that timestep; with attention injection or a mask at every timestep.
         """
-        timesteps, whole, clean = self._path(settings), bool(settings.attention_injection), self._clean()
+        timesteps, whole, clean = self._path(settings), bool(settings.needs_trajectory), self._clean()
         file, is_long = self.inversion_file(settings), not isinstance(self.source, Video)
         if file in self.recent:
             return self.recent[file]
@@ -132,7 +135,7 @@ class EditSession:
 
     def inversion_file(self, settings: Sampling) -> Path:
         """Return the file of the inversion for these settings."""
-        whole = ["whole"] if settings.attention_injection else []
+        whole = ["whole"] if settings.needs_trajectory else []
         windows = Windows.of(settings, self.source.frames)
         cut = [] if windows.holds(self.source.frames) else [dataclasses.astuple(windows)]
         weights = str(self.pipe.unet.dtype)

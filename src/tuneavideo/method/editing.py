@@ -18,7 +18,7 @@ from tuneavideo.method.consistency import Consistency
 from tuneavideo.method.deepcache import reusing
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import NoiseSchedule, Sampler
-from tuneavideo.method.sampling import EditStep, Source
+from tuneavideo.method.sampling import Background, EditStep, Source
 from tuneavideo.method.windows import WindowedUNet, Windows
 from tuneavideo.settings import Sampling
 
@@ -35,8 +35,16 @@ class Trajectory:
     latents: Tensor
     timesteps: tuple[int, ...]
 
-    def start(self, sampler: Sampler, noise_schedule: NoiseSchedule, injected: float = 0.0) -> int:
-        """Return the index in `timesteps` where sampling starts, with injection in a fraction of its steps.
+    def start(
+        self, sampler: Sampler, noise_schedule: NoiseSchedule, fraction: float = 0.0, name: str = "attention_injection"
+    ) -> int:
+        """Return the index in `timesteps` where sampling starts.
+
+        Args:
+            sampler: The sampler.
+            noise_schedule: Noise schedule of the base model.
+            fraction: Fraction of its steps, from the first, whose timesteps are needed.
+            name: Setting that needs them.
 
         Raises:
             SettingsError: Sampling needs latents at a timestep that is not in the trajectory.
@@ -51,12 +59,12 @@ class Trajectory:
                 f"sampling starts at timestep {float(sampler.timesteps[0]):g}; {known}. Invert and sample with the "
                 "same num_inference_steps and timestep_spacing, or take another strength"
             )
-        count = math.ceil(injected * len(needed))
+        count = math.ceil(fraction * len(needed))
         if tuple(needed[:count]) != self.timesteps[first : first + count]:
             raise SettingsError(
-                f"attention_injection needs inverted latents at every timestep of the sampling, {_listed(needed)}; "
-                f"{known}. Invert and sample with the same num_inference_steps and timestep_spacing, take sampler "
-                "ddim, or set attention_injection to 0"
+                f"{name} needs inverted latents at every timestep of the sampling, {_listed(needed)}; {known}. Invert "
+                "and sample with the same num_inference_steps and timestep_spacing, take sampler ddim, or "
+                + ("leave mask out" if name == "mask" else "set attention_injection to 0")
             )
         return first
 
@@ -150,6 +158,7 @@ def edit(
     generator: torch.Generator | list[torch.Generator] | None = None,
     *,
     flows: Sequence[np.ndarray] = (),
+    mask: Tensor | None = None,
 ) -> Iterator[EditStep]:
     """Denoise an inverted clip towards B prompts; yields after every step.
 
@@ -165,12 +174,15 @@ def edit(
         negative: Conditions of the negative prompt of each edit, or of one for all.
         generator: For fresh noise and samplers that add noise; a list has one per edit.
         flows: Motion of the clip, for temporal consistency (see `Consistency`).
+        mask: `1 1 T H W` in 0..1 (T may be 1), 1 where the edits may change; elsewhere the latents are the clip's at
+            every step, without fresh noise. It needs a whole trajectory.
 
     Raises:
         SettingsError: The trajectory lacks timesteps of the sampler.
     """
     fraction, count = settings.attention_injection, len(text)
-    latents = trajectory.latents.split(1)[trajectory.start(sampler, noise_schedule, fraction) :]
+    needed = (fraction,) if mask is None else (1.0, "mask")
+    latents = trajectory.latents.split(1)[trajectory.start(sampler, noise_schedule, *needed) :]
     generators: list[Any] = generator if isinstance(generator, list) else [generator] * count
     options: dict[str, Any] = {
         "batch_guidance": settings.batch_guidance,
@@ -179,7 +191,11 @@ def edit(
     }
     if settings.temporal_consistency:
         options["consistency"] = Consistency(clean, flows, settings.temporal_consistency), noise_schedule
-    inverted, fresh, alpha = latents[0].to(clean.device), settings.fresh_noise, sampler.start_alpha
+    fresh: float | Tensor = settings.fresh_noise
+    if mask is not None:
+        alphas = [*(float(noise_schedule.alphas[round(float(t))]) for t in sampler.timesteps), 1.0]
+        options["background"], fresh = Background(mask, latents, alphas), fresh * mask
+    inverted, alpha = latents[0].to(clean.device), sampler.start_alpha
     start = torch.cat([sampling.mix_noise(inverted, clean, alpha, fresh, each) for each in generators])
     negative = negative if len(negative) == count else negative.expand(count)
     options |= {"generator": generators[0] if count == 1 else generator}

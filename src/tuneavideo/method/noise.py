@@ -123,10 +123,10 @@ class Sampler:
         clone.scheduler = scheduler
         return clone
 
-    def scale_start(self, x: Tensor) -> Tensor:
-        """Scale latents at `start_alpha` for the scheduler: Euler and related ones do not scale the signal down."""
+    def scale(self, x: Tensor, alpha: float) -> Tensor:
+        """Scale latents at `alpha` for the scheduler: Euler and related ones do not scale the signal down."""
         unscaled = float(self.scheduler.init_noise_sigma) != 1.0
-        return x / self.start_alpha**0.5 if unscaled else x
+        return x / alpha**0.5 if unscaled else x
 
     def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
         """Scale the model's input `x` for timestep `t`."""

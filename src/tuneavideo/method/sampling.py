@@ -33,7 +33,7 @@ class EditStep:
 
 
 def mix_noise(
-    inverted: Tensor, clean: Tensor, alpha: float, fraction: float, generator: torch.Generator | None
+    inverted: Tensor, clean: Tensor, alpha: float, fraction: float | Tensor, generator: torch.Generator | None
 ) -> Tensor:
     """Replace a fraction of the noise in inverted latents by fresh noise of the same variance.
 
@@ -41,10 +41,10 @@ def mix_noise(
         inverted: Latents `1 C T H W` at `alpha`.
         clean: Latents of the clip.
         alpha: alpha_bar in 0..1.
-        fraction: In 0..1; 0 changes nothing, 1 gives the start of SDEdit.
+        fraction: In 0..1, of all latents or of each; 0 changes nothing, 1 gives the start of SDEdit.
         generator: Source of fresh noise.
     """
-    if not fraction:
+    if isinstance(fraction, float) and not fraction:
         return inverted
     alpha_bar = torch.tensor(alpha, device=clean.device)
     noise = (inverted - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
@@ -76,6 +76,25 @@ class Source:
         return (self.latents[number], Conditions.of(self.text)) if number < self.fraction * total else None
 
 
+@dataclass(frozen=True)
+class Background:
+    """The source clip outside a mask (blended latents, Avrahami et al. 2023).
+
+    Attributes:
+        mask: `1 1 T H W` in 0..1, 1 where edits may change; T may be 1.
+        latents: `1 C T H W` of the source before each step of the sampler, and after the last.
+        alphas: Their alpha_bars.
+    """
+
+    mask: Tensor
+    latents: Sequence[Tensor]
+    alphas: Sequence[float]
+
+    def restore(self, x: Tensor, sampler: Sampler, number: int) -> Tensor:
+        """Replace the background of latents `B C T H W` after step `number` of `sampler` by the source's."""
+        return sampler.scale(self.latents[number].to(x), self.alphas[number]).lerp(x, self.mask.to(x))
+
+
 @torch.no_grad()
 def generate(
     video: VideoUNet,
@@ -89,6 +108,7 @@ def generate(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     source: Source | None = None,
     consistency: tuple[Consistency, NoiseSchedule] | None = None,
+    background: Background | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Iterator[EditStep]:
     """Denoise latents towards a text; yields after every step.
@@ -105,9 +125,10 @@ def generate(
         guidance_interval: Fractions of the steps between which there is guidance (Kynkaanniemi et al. 2024).
         source: Source clip of attention injection.
         consistency: Correspondences of the source clip, and the base's noise schedule.
+        background: The source clip, where it must not change.
         generator: For samplers that add noise; a list has one per clip.
     """
-    x, timesteps = sampler.scale_start(start_BCTHW), sampler.timesteps.to(start_BCTHW.device)
+    x, timesteps = sampler.scale(start_BCTHW, sampler.start_alpha), sampler.timesteps.to(start_BCTHW.device)
     step = EditStep(0, len(timesteps), x, Conditions.of(text), Conditions.of(negative), guidance_scale)
     for number, t in enumerate(timesteps):
         x, guided = step.latents, Guided(video, step.text, step.negative, batch_guidance)
@@ -118,6 +139,8 @@ def generate(
         if consistency:
             output = consistency[0].corrected(output, scaled, t, consistency[1])
         x = sampler.step(output, t, x, generator)
+        if background:
+            x = background.restore(x, sampler, number + 1)
         step = replace(step, number=number + 1, latents=x)
         yield step
         if step.stop:

@@ -16,6 +16,7 @@ from tuneavideo.method.conditioning import Conditions
 from tuneavideo.models.devices import free_and_total, unload
 from tuneavideo.models.loading import Pipeline
 from tuneavideo.video import AnyVideo, Video
+from tuneavideo.video.masks import Mask
 
 # Frames that a VAE takes at a time on a GPU, and free memory for each: four times what one of 768 x 768 needs.
 MOST_AT_ONCE, FREE_A_FRAME = 6, 6 * 2**30
@@ -59,6 +60,11 @@ def at_once(device: torch.device) -> int:
     return max(1, min(MOST_AT_ONCE, free_and_total(device)[0] // FREE_A_FRAME)) if device.type == "cuda" else 1
 
 
+def latent_mask(mask: Mask | None, latents: Tensor) -> Tensor | None:
+    """Return the fraction of a mask in each of the `latents` `1 C T H W`, as `1 1 T H W` on their device."""
+    return None if mask is None else torch.from_numpy(mask.fractions(*latents.shape[3:]))[None, None].to(latents.device)
+
+
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     left = iter(items)
     while batch := list(islice(left, size)):
@@ -70,15 +76,28 @@ def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
     return [Video(np.stack(list(decode_frames(pipe, latents[None]))), fps) for latents in latents_BCTHW]
 
 
-def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor) -> Iterator[np.ndarray]:
-    """Decode a clip; yields frames, uint8 `H W C`."""
-    for pixels_CHW in decode_pixels(pipe, latents_1CTHW):
+def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor, mask: Mask | None = None) -> Iterator[np.ndarray]:
+    """Decode a clip; yields frames, uint8 `H W C`. Outside a mask they are those of its source."""
+    for pixels_CHW in decode_pixels(pipe, latents_1CTHW, mask):
         yield rearrange((pixels_CHW * 255).round().to(torch.uint8), "c h w -> h w c").numpy()
 
 
+def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor, mask: Mask | None = None) -> Iterator[Tensor]:
+    """Decode a clip; yields frames `C H W` in 0..1, float32 on the CPU.
+
+    Outside a mask they are those of its source, which fade into the edit over the width of a latent inside.
+    """
+    frames = _decode(pipe, latents_1CTHW)
+    if mask is None:
+        yield from frames
+        return
+    for pixels_CHW, image_HWC, weight_HW in zip(frames, mask.source.images, mask.weights(stride(pipe)), strict=True):
+        source_CHW = rearrange(torch.tensor(image_HWC, dtype=torch.float32) / 255, "h w c -> c h w")
+        yield source_CHW.lerp(pixels_CHW, torch.from_numpy(weight_HW))
+
+
 @torch.no_grad()
-def decode_pixels(pipe: Pipeline, latents_1CTHW: Tensor) -> Iterator[Tensor]:
-    """Decode a clip; yields frames `C H W` in 0..1, float32 on the CPU."""
+def _decode(pipe: Pipeline, latents_1CTHW: Tensor) -> Iterator[Tensor]:
     vae, device = pipe.vae, pipe._execution_device
     for numbers in _batched(range(latents_1CTHW.shape[2]), at_once(device)):
         frames = [latents_1CTHW[:, :, [number]][:, :, 0] for number in numbers]

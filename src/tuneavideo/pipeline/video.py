@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from tuneavideo.settings import Sampling
 from tuneavideo.storage import cache
 from tuneavideo.video import Video, read
 from tuneavideo.video.flow import neighbour_flows
+from tuneavideo.video.masks import Mask
 
 OUTPUT_TYPES = ("pil", "video", "np", "pt", "latent")
 # Settings that need an inverted clip, with the values at which they have no effect.
@@ -154,6 +156,7 @@ class VideoMixin(AdapterMixin):
         negative_prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
+        mask: np.ndarray | str | Path | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -178,6 +181,8 @@ class VideoMixin(AdapterMixin):
             negative_prompt_embeds: Text embeddings `B L D` or `1 L D`, instead of `negative_prompt`.
             pooled_prompt_embeds: Pooled text embeddings `B D` of an XL base, with `prompt_embeds`.
             negative_pooled_prompt_embeds: The same, with `negative_prompt_embeds`.
+            mask: Where an inverted clip may change: a file as in `tuneavideo edit`, or booleans `H W` or `T H W` at its
+                size. Elsewhere frames are the clip's. None: everywhere.
             output_type: `pil`, `video`, `np`, `pt` or `latent`; see `TuneAVideoPipelineOutput`.
             return_dict: Return a `TuneAVideoPipelineOutput`, otherwise a tuple of its fields.
             callback_on_step_end: Function of pipeline, step index, timestep and the tensors named below; tensors that
@@ -198,9 +203,11 @@ class VideoMixin(AdapterMixin):
         negative_prompt = chosen.negative_prompt if negative_prompt is None else negative_prompt
         conditions = self._conditions(prompt, negative_prompt, *embeds, copies=num_videos_per_prompt)
         sampler, size = self._sampler(given, chosen), (num_frames, height, width)
-        steps = self._steps(latents, size, chosen, sampler, *conditions, generator)
+        source = latents if isinstance(latents, InvertedClip) else None
+        kept = self._mask(mask, source)
+        steps = self._steps(latents, size, chosen, sampler, *conditions, generator, kept)
         result = self._denoised(steps, sampler, chosen, callback)
-        frames = self._decoded(result, output_type, chosen, latents if isinstance(latents, InvertedClip) else None)
+        frames = self._decoded(result, output_type, chosen, source, kept)
         return TuneAVideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _steps(
@@ -212,6 +219,7 @@ class VideoMixin(AdapterMixin):
         text: Conditions,
         negative: Conditions,
         generator: Any,
+        mask: Mask | None,
     ) -> Iterator[EditStep]:
         """Return the denoising steps of an inverted clip, or of given or random noise of a size (frames, pixels)."""
         if isinstance(generator, list) and len(generator) != len(text):
@@ -230,7 +238,21 @@ class VideoMixin(AdapterMixin):
             unet, NoiseSchedule.of(self.scheduler), sampler, chosen, trajectory, trajectory.latents[-1:],
             latents.caption.to(device), text, negative, generator,
             flows=latents.flows if chosen.temporal_consistency else (),
+            mask=codec.latent_mask(mask, trajectory.latents),
         )  # fmt: skip
+
+    def _mask(self, mask: np.ndarray | str | Path | None, source: InvertedClip | None) -> Mask | None:
+        """Return the mask of a call. Raises SettingsError without a clip, ValueError for another shape."""
+        if mask is None:
+            return None
+        if source is None or source.video is None:
+            raise SettingsError("mask needs an inverted clip: give what invert returns as latents")
+        if not isinstance(mask, np.ndarray):
+            return Mask.read(Path(mask), source.video, self._run.read_settings().fit if self._run else "crop")
+        inside_THW, shape = np.atleast_3d(mask.T).T.astype(bool), source.video.frames_THWC.shape[:3]
+        if inside_THW.shape not in (shape, (1, *shape[1:])):
+            raise ValueError(f"mask: expected {shape[1:]} or {shape}, as the clip has, found {mask.shape}")
+        return Mask(source.video, inside_THW)
 
     def _denoised(
         self, steps: Iterator[EditStep], sampler: Sampler, chosen: Sampling, callback: StepCallback
@@ -301,10 +323,14 @@ class VideoMixin(AdapterMixin):
         shape = (batch, self.unet.config.in_channels, frames, height // stride, width // stride)
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-    def _decoded(self, latents: Tensor, output_type: str, chosen: Sampling, source: InvertedClip | None) -> Any:
+    def _decoded(
+        self, latents: Tensor, output_type: str, chosen: Sampling, source: InvertedClip | None, mask: Mask | None
+    ) -> Any:
         """Return the frames of clips in the form of `TuneAVideoPipelineOutput`, with the sound of their source."""
         is_latent = output_type == "latent"
-        clips_TCHW = [torch.stack([*codec.decode_pixels(self, each)]) for each in latents.split(1) if not is_latent]
+        clips_TCHW = [
+            torch.stack([*codec.decode_pixels(self, each, mask)]) for each in latents.split(1) if not is_latent
+        ]
         self.maybe_free_model_hooks()
         if is_latent:
             return latents

@@ -37,11 +37,11 @@ def edits(clip: AnyVideo, settings: Sampling, count: int) -> float:
 
 
 def inversion(moments: Mapping[str, Any], settings: Sampling) -> float:
-    """Return an upper bound of the bytes of an inversion: with attention injection, latents of every step.
+    """Return an upper bound of the bytes of an inversion: with attention injection or a mask, latents of every step.
 
     With `strength` below 1 it has fewer steps.
     """
-    steps = settings.inversion_steps + 1 if settings.attention_injection else 1
+    steps = settings.inversion_steps + 1 if settings.needs_trajectory else 1
     return steps * _bytes(moments["mean"]) + TENSOR
 
 
@@ -52,7 +52,7 @@ def temporary(clip: AnyVideo, moments: Mapping[str, Any], settings: Sampling, *,
     """
     if not isinstance(clip, DiskVideo):
         return 0
-    own = 0 if kept or not settings.attention_injection else inversion(moments, settings)
+    own = 0 if kept or not settings.needs_trajectory else inversion(moments, settings)
     return own + settings.batch_prompts * _raw(clip)
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import binary_erosion
 from skimage.metrics import structural_similarity
 
-from tuneavideo import video as videos
-from tuneavideo.errors import VideoError
 from tuneavideo.evaluation.metrics.edit_pair import EditPair, NotMeasurable
-from tuneavideo.video import Fit, Video
+from tuneavideo.video import Video
 
 MIN_ERROR = 1e-10
 """Smallest squared error of PSNR, at which it is 148 dB."""
@@ -21,29 +18,6 @@ SSIM_RADIUS = 5
 
 Mask = Callable[[EditPair], np.ndarray]
 """From an edit to where it may change the picture: booleans, T H W or 1 H W."""
-
-
-def read_mask(path: Path, video: Video, fit: Fit) -> np.ndarray:
-    """Read a mask from an image, a video or a folder of images; bright pixels are inside.
-
-    Args:
-        path: One image, or as many frames as the video has.
-        video: The clip that the mask belongs to. The mask is resized to its size.
-        fit: How the clip was resized, see `video.resize`.
-
-    Returns:
-        True where an edit may change the picture, T H W or 1 H W.
-
-    Raises:
-        VideoError: It cannot be read, has other than one or the video's number of frames, or leaves no background.
-    """
-    pictures = videos.read(path, size=(video.width, video.height), fit=fit)
-    if pictures.frames not in (1, video.frames):
-        raise VideoError(f"{path}: expected 1 frame or {video.frames}, as the clip has; found {pictures.frames}")
-    inside = pictures.frames_THWC.mean(axis=3) >= 128
-    if inside.all():
-        raise VideoError(f"{path}: all of it is bright, so nothing is background; make dark what should stay")
-    return inside
 
 
 def background_psnr(pair: EditPair, mask: Mask) -> float:
