@@ -3,8 +3,9 @@
     python -m benchmarks [ROW ...] [--all] [--rounds 3] [--tiny] [--list] [--device cuda] [--name h100]
     python -m benchmarks --commands man-skiing.mp4 [NAME ...]      whole commands, as the README names them
 
-Each row runs in its own process. Rows that are not measured now keep their figures; ratios to the previous figures are
-printed. Of several rounds, in each of which every row is run, the median is kept.
+Each row runs in its own process, with --one-process all in one, which saves time. Rows that are not measured now keep
+their figures; ratios to the previous figures are printed. Of several rounds, in each of which every row is run, the
+median is kept.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every row (hours)")
     parser.add_argument("--list", action="store_true", help="print the rows' names")
     parser.add_argument("--rounds", type=int, default=1, help="how often the rows are run, in turn")
+    parser.add_argument("--one-process", action="store_true", help="run all rows in this process")
     parser.add_argument("--tiny", action="store_true", help="every base at a tiny size, to see that it runs")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--set", default="cpu", choices=("cpu", "gpu"), help="which registry of rows")
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument("--here", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        _in_this_process(options.here, options.device, options.tiny)
+        print(json.dumps(_in_this_process(options.here, options.device, options.tiny)))
         return
     if options.commands:
         from benchmarks import commands
@@ -51,12 +53,13 @@ def main() -> None:
     if options.list:
         print("\n".join(rows))
         return
-    path = RESULTS / f"{options.name or _machine_name(options.device)}{'-tiny' if options.tiny else ''}.json"
+    path = RESULTS / f"{options.name or machine_name(options.device)}{'-tiny' if options.tiny else ''}.json"
     before = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
-    result: dict[str, Any] = {"machine": _machine(options.device), "rows": dict(before["rows"])}
+    result: dict[str, Any] = {"machine": machine(options.device), "rows": dict(before["rows"])}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
     for name in rows * options.rounds:
-        row = _in_own_process(name, options.device, options.tiny)
+        run = _caught if options.one_process else _in_own_process
+        row = run(name, options.device, options.tiny)
         found[name].append(row)
         result["rows"][name] = _median(found[name])
         print(f"{name:48} {_summary(row)}{_ratio_to(row, before['rows'].get(name))}", flush=True)
@@ -83,7 +86,15 @@ def _rows(which: str) -> dict[str, Any]:
     return GPU_ROWS if which == "gpu" else ROWS
 
 
-def _in_this_process(name: str, device: str, tiny: bool) -> None:
+def _caught(name: str, device: str, tiny: bool) -> dict[str, Any]:
+    """Run a row in this process; an error is its result."""
+    try:
+        return _in_this_process(name, device, tiny)
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def _in_this_process(name: str, device: str, tiny: bool) -> dict[str, Any]:
     from benchmarks.rows import GPU_ROWS, ROWS, described, matmul_rate, measured
 
     row = (ROWS | GPU_ROWS)[name]
@@ -93,9 +104,7 @@ def _in_this_process(name: str, device: str, tiny: bool) -> None:
     figures = measured(row, device=device)
     rate = max(rate, matmul_rate(device, row.precision))
     share = figures["gflop_per_second"] * 1e9 / rate
-    print(
-        json.dumps(described(row) | figures | {"matmul_gflop_per_second": round(rate / 1e9), "share": round(share, 3)})
-    )
+    return described(row) | figures | {"matmul_gflop_per_second": round(rate / 1e9), "share": round(share, 3)}
 
 
 def _in_own_process(name: str, device: str, tiny: bool) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def comparisons(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _machine(device: str) -> str:
+def machine(device: str) -> str:
     import torch
 
     cores = f"{os.cpu_count()} cores, {platform.machine()}{_bf16() and f' with {_bf16()}'}"
@@ -151,7 +160,7 @@ def _machine(device: str) -> str:
     return f"{what}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def _machine_name(device: str) -> str:
+def machine_name(device: str) -> str:
     import torch
 
     name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores {_bf16()}"

@@ -22,8 +22,10 @@ from tuneavideo.kernels import channels_last
 from tuneavideo.method import editing, inversion
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.deepcache import reusing
+from tuneavideo.method.graphs import recording
 from tuneavideo.method.inflate import VideoUNet, inflate, low_rank_parameters, trainable_parameters
 from tuneavideo.method.tuning import Tuning
+from tuneavideo.models.codec import at_once
 from tuneavideo.settings import PRESETS, Sampling, TuneSettings
 from tuneavideo.training.optimizers import make_optimizer
 
@@ -34,7 +36,9 @@ Task = Literal[
     "reference-invert",
     "edit",
     "reference-edit",
+    "inject",
     "decode",
+    "reference-decode",
     "edits",
     "reference-edits",
 ]
@@ -48,8 +52,9 @@ class Row:
     """One measurement.
 
     Attributes:
-        task: A step of tuning, a step of inversion, a guided step of sampling, the decoding of a clip, or four edits,
-            from the clip's latents to those of the edits, in a tenth of the steps.
+        task: A step of tuning, a step of inversion, a guided step of sampling, without and with attention injection,
+            the decoding of a clip, or four edits, from the clip's latents to those of the edits, in a tenth of the
+            steps.
         base: A name of `benchmarks.sized`.
         frames: Of the clip.
         pixels: Side of the clip.
@@ -190,8 +195,10 @@ class Steps(Tuning):
     """Tuning with single steps as calls."""
 
     def step(self) -> None:
-        self._update(float(self.accumulate(0)[0]))
+        loss, _ = self.accumulate(0)
+        self.update(*torch.stack([loss, self.clip()]).tolist())
         self.number += 1
+        self.recorder.finish_step()
 
 
 def tune(row: Row, network: Parts, device: str) -> Bench:
@@ -244,10 +251,16 @@ def edit(row: Row, network: Parts, device: str) -> Bench:
     return _called(row, network, device, clips=2 * row.prompts)
 
 
-def _called(row: Row, network: Parts, device: str, clips: int) -> Bench:
+def inject(row: Row, network: Parts, device: str) -> Bench:
+    """Make a guided step with the source's clip beside all prompts."""
+    return _called(row, network, device, clips=2 * row.prompts + 1, injects=True)
+
+
+def _called(row: Row, network: Parts, device: str, clips: int, injects: bool = False) -> Bench:
     video = _prepared(row, inflate(network.unet.requires_grad_(False)))
+    video.clip.inject = injects
     x, t, text = _inputs(row, network, device, clips)
-    video = reusing(video, 1_000_000 if row.reused else 1)
+    video = reusing(recording(video), 1_000_000 if row.reused else 1)
     call = torch.no_grad()(lambda: video(x, t[0], text))
     if row.reused:
         call()
@@ -328,23 +341,33 @@ def reference_edits(row: Row, network: Parts, device: str) -> Bench:
 
 
 def decode(row: Row, network: Parts, device: str) -> Bench:
-    """Decode a clip frame by frame."""
+    """Decode a clip, on a GPU a few frames at a time."""
     channels_last.optimise(network.vae)
-    latents = _latents(row, network, device).to(DTYPES[row.precision])
+    return _decoded(row, network, device, at_once(torch.device(device)))
 
+
+def reference_decode(row: Row, network: Parts, device: str) -> Bench:
+    """Decode a clip frame by frame."""
+    return _decoded(row, network, device, 1)
+
+
+def _decoded(row: Row, network: Parts, device: str, size: int) -> Bench:
+    channels = network.vae.config.latent_channels
+    latents_NCHW = _latents(row, network, device)[0, :channels].movedim(1, 0).to(DTYPES[row.precision])
+
+    @torch.no_grad()
     def run() -> None:
-        with torch.no_grad():
-            for frame in latents[0].unbind(1):
-                network.vae.decode(frame[None, : network.vae.config.latent_channels]).sample.float().cpu()
+        for frames_NCHW in latents_NCHW.split(size):
+            network.vae.decode(frames_NCHW).sample.float().cpu()
 
-    count = torch.no_grad()(lambda: [network.vae.decode(frame[None]).sample for frame in latents[0].unbind(1)])
+    count = torch.no_grad()(lambda: [network.vae.decode(frame_NCHW).sample for frame_NCHW in latents_NCHW.split(1)])
     return Bench(run, count)
 
 
 TASKS: dict[str, Callable[[Row, Parts, str], Bench]] = {
     "tune": tune, "reference-tune": reference_tune, "invert": invert, "reference-invert": reference_invert,
-    "edit": edit, "reference-edit": reference_edit, "edits": edits, "reference-edits": reference_edits,
-    "decode": decode,
+    "edit": edit, "reference-edit": reference_edit, "inject": inject, "edits": edits,
+    "reference-edits": reference_edits, "decode": decode, "reference-decode": reference_decode,
 }  # fmt: skip
 LONG = ("edits", "reference-edits")
 
@@ -393,16 +416,10 @@ _CARD = {"precision": "bf16", "frames": 12, "pixels": 512}
 GPU_ROWS = {
     row.name: row
     for row in (
-        Row("reference-tune", **_CARD),
-        Row("tune", **_CARD),
+        *(Row(task, **_CARD) for task in ("tune", "edit", "inject", "invert", "decode")),
+        *(Row(task, **_CARD) for task in ("reference-tune", "reference-edit", "reference-decode")),
         Row("tune", **_CARD, checkpointing=True),
         Row("tune", precision="bf16", frames=24, pixels=512, checkpointing=True),
-        Row("reference-edit", **_CARD),
-        Row("invert", **_CARD),
-        Row("edit", **_CARD),
-        Row("edit", **_CARD, channels_last=True),
-        Row("decode", **_CARD),
-        Row("tune", **_CARD, compiled=True),
     )
 }
 

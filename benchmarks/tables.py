@@ -28,6 +28,7 @@ TASKS = {
     "tune": "tuning step",
     "invert": "inversion step",
     "edit": "guided denoising step",
+    "inject": "guided denoising step with attention injection",
     "edits": "four edits in a tenth of the steps",
     "decode": "decoding the clip",
 }
@@ -146,18 +147,37 @@ def _overview() -> Iterator[str]:
     }.items():
         row = commands[name]
         yield _line([what, "2 CPU cores", _seconds(row["seconds"]), _gib(row["peak_mb"] * 2**20), ""])
-    for file, machine, names in (
-        ("2-cores-amx", "2 CPU cores (AMX)", ["tune-sd15-8x256-bf16"]),
-        ("nvidia-h200", "H200", [
-            "tune-sd15-12x512-bf16", "tune-sd15-12x512-checkpointing-bf16", "tune-sd15-24x512-checkpointing-bf16",
-            "edit-sd15-12x512-bf16"]),
-    ):  # fmt: skip
-        rows = _read(file)["rows"]
-        for name in names:
-            row, theirs = rows[name], rows.get(f"reference-{name.replace('-checkpointing', '')}")
-            baseline = f"{_seconds(theirs['seconds'])}, {_gib(theirs['peak_mb'] * 1e6)}" if theirs else ""
-            memory = f"{_gib(row['peak_mb'] * 1e6)} *"
-            yield _line([description(row), machine, _seconds(row["seconds"]), memory, baseline])
+    cpu, gpu = _read("2-cores-amx")["rows"], _read("nvidia-h200")["rows"]
+    name = "tune-sd15-8x256-bf16"
+    yield _line([description(cpu[name]), "2 CPU cores (AMX)", *_time_and_memory(cpu[name]),
+                 ", ".join(_time_and_memory(cpu[f"reference-{name}"])).removesuffix(" *")])  # fmt: skip
+    for name, row in _with_kernels().items():
+        what = description(gpu[name] if name in gpu else gpu["edit-sd15-12x512-bf16"] | {"task": "inject"})
+        theirs = gpu.get(f"reference-{name}")
+        baseline = ", ".join(_time_and_memory(theirs)).removesuffix(" *") if theirs else ""
+        yield _line([what, "H200", *_time_and_memory(row), baseline])
+
+
+def _time_and_memory(row: Row) -> tuple[str, str]:
+    return _seconds(row["seconds"]), f"{_gib(row['peak_mb'] * 1e6)} *" if "peak_mb" in row else ""
+
+
+def _with_kernels() -> dict[str, Row]:
+    """Return the rows of nvidia-h200-levers.json with all kernels, in the form of benchmark rows."""
+    measured = _read("nvidia-h200-levers")["rows"]
+
+    def row(**fields: Any) -> Row:
+        found = next(each for each in measured if fields.items() <= each.items())
+        held = found.get("held_gb", found["peak_gb"] if "step_memory" in found else None)
+        peak = found.get("step_memory", 0) / 1e9 or found.get("peak_gb")
+        return {"seconds": found["ms"] / 1e3} | ({} if held is None else {"peak_mb": round(1e3 * (peak - held))})
+
+    return {
+        "tune-sd15-12x512-bf16": row(session=3, task="tune"),
+        "tune-sd15-24x512-checkpointing-bf16": row(session=2, task="tune", frames=24),
+        "edit-sd15-12x512-bf16": row(session=2, task="edit", lever="+ text"),
+        "inject-sd15-12x512-bf16": row(session=2, task="injected", lever="+ shared"),
+    }
 
 
 def _commands() -> Iterator[str]:
@@ -171,9 +191,11 @@ def _commands() -> Iterator[str]:
 
 
 def _estimates() -> Iterator[str]:
-    yield from _heading(["frames", "with gradient checkpointing", "without"])
+    kinds = {"checkpointing_gb": "gradient checkpointing", "plain_gb": "none"}
+    kinds |= {f"kernels_{name}": f"{words}, Triton kernels" for name, words in kinds.items()}
+    yield from _heading(["frames", *kinds.values()])
     for frames, row in _read("memory")["frames"].items():
-        yield _line([frames, f"{row['checkpointing_gb']} GB", f"{row['plain_gb']} GB"])
+        yield _line([frames, *(f"{row[name]} GB" for name in kinds)])
 
 
 def _startup() -> Iterator[str]:

@@ -71,3 +71,8 @@ def test_edits_of_the_reference_equal_ours_without_attention_injection() -> None
 def test_rows_have_names_of_their_own() -> None:
     assert all(row.name == name for name, row in (ROWS | GPU_ROWS).items())
     assert len(GPU_ROWS) == 10
+
+
+def test_attention_injection_needs_about_half_more_work() -> None:
+    size: dict[str, Any] = {"base": "sd15", "frames": 4, "pixels": 512}
+    assert counted(Row("inject", **size)) <= 1.55 * counted(Row("edit", **size))

@@ -158,6 +158,14 @@ def test_an_optimizer_is_named_shortly_or_by_its_path(name: str) -> None:
     assert type(tuning(optimizer=name).optimizer.optimizer).__name__.lower() == name.rpartition(".")[2].lower()
 
 
+def test_steps_of_adafactor_have_the_size_of_the_learning_rate() -> None:
+    made = tuning(optimizer="adafactor", learning_rate=1e-3)
+    before = [parameter.detach().clone() for parameter in made.parameters.values()]
+    next(iter(made))
+    after = [parameter.detach() for parameter in made.parameters.values()]
+    assert max(float((x - y).square().mean().sqrt()) for x, y in zip(after, before, strict=True)) > 3e-4
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [

@@ -7,22 +7,40 @@ Below `models` only this package depends on the device of a tensor. Modules of T
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+_traces_meta = False
 MIN_CAPABILITY = (8, 0)  # compute capability: Triton's matrix products need bf16
 
 
 def supports(x: Tensor, *, half_only: bool = False) -> bool:
     """Return whether Triton kernels take a tensor; matrix products (`half_only`) are slow in float32."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling():
-        return False
     dtypes = (torch.float16, torch.bfloat16) if half_only else (torch.float16, torch.bfloat16, torch.float32)
-    return x.dtype in dtypes and works_on(x.device)
+    if x.dtype not in dtypes or torch.compiler.is_compiling():
+        return False
+    return works_on(x.device) if x.device.type == "cuda" else x.is_meta and _traces_meta
+
+
+@contextmanager
+def traced_on_meta() -> Iterator[None]:
+    """Let kernels take tensors of the meta device, without launching anything; needs Triton."""
+    global _traces_meta
+    from triton.runtime.jit import KernelInterface  # pyright: ignore[reportMissingImports]
+
+    with patch.object(KernelInterface, "__getitem__", lambda *_: lambda *_, **__: None):
+        _traces_meta = True
+        try:
+            yield
+        finally:
+            _traces_meta = False
 
 
 @cache

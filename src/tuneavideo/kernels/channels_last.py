@@ -21,8 +21,12 @@ from tuneavideo.kernels.normalisation import add, normalise_groups, to_map, to_t
 
 def optimise(network: nn.Module) -> None:
     """Change memory format and layers of a network in place, if it is on a GPU; weights keep names and values."""
-    if next(network.parameters()).device.type != "cuda":
-        return
+    if next(network.parameters()).device.type == "cuda":
+        replace_layers(network)
+
+
+def replace_layers(network: nn.Module) -> None:
+    """Change memory format and layers of a network in place, on any device."""
     nn.Module.to(network, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     classes: dict[type, Any] = {ResnetBlock2D: Residual, Transformer2DModel: Transformer, GEGLU: Gate}
     for layer in network.modules():
@@ -41,8 +45,8 @@ class Residual(ResnetBlock2D):
         h = _without_bias(self.conv1, h)
         shift = _bias(self.conv1)
         if self.time_emb_proj is not None and temb is not None:
-            embedding = self.time_emb_proj(temb if self.skip_time_act else silu(temb)).float()
-            shift = embedding if shift is None else embedding + shift.float()
+            embedding = self.time_emb_proj(temb if self.skip_time_act else silu(temb))
+            shift = embedding if shift is None else embedding + shift
         elif shift is not None:
             shift = shift.expand(len(h), -1)
         h = to_map(normalise_groups(self.norm2, h, silu=True, shift_NC=shift), h)

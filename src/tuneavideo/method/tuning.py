@@ -97,9 +97,10 @@ class Tuning:
             batch_losses, timesteps = zip(
                 *map(self.accumulate, range(self.settings.gradient_accumulation_steps)), strict=True
             )
+            norm = self.clip()
             self._draw_ahead()
-            loss, relative = self._losses(torch.stack(batch_losses), torch.cat(timesteps))
-            self._update(loss)
+            loss, relative, norm = self._transferred(torch.stack(batch_losses), torch.cat(timesteps), norm)
+            self.update(loss, norm)
             self.number += 1
             rate = float(self.schedule.get_last_lr()[0])
             self.recorder.finish_step()
@@ -238,10 +239,13 @@ class Tuning:
             self.ahead[self.number, batch] = self.draw(batch)
         self.number -= 1
 
-    def _update(self, loss: float) -> None:
-        """Update the weights, unless loss or gradient are not finite."""
-        clipped: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-        norm = float(clipped)
+    def clip(self) -> Tensor:
+        """Clip the gradients to `max_grad_norm`; returns their norm before."""
+        norm: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        return norm
+
+    def update(self, loss: float, norm: float) -> None:
+        """Update the weights with clipped gradients, unless loss or norm are not finite."""
         skipped = self.accelerator.scaler is not None  # the scaler of fp16 leaves out steps that overflow
         if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
             raise RunError(
@@ -264,21 +268,17 @@ class Tuning:
         place = (self.settings.seed, self.accelerator.process_index, self.number, batch)
         return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
-    def _over_processes(self, values: Tensor) -> float:
-        return float(torch.as_tensor(self.accelerator.gather(values)).mean())
+    def _transferred(self, loss_A: Tensor, t_N: Tensor, norm: Tensor) -> tuple[float, float | None, float]:
+        """Return the mean loss over batches and processes, its ratio to the untuned model's, if known, and `norm`.
 
-    def _losses(self, loss_A: Tensor, t_N: Tensor) -> tuple[float, float | None]:
-        """Return the mean loss over batches and processes, and its ratio to that of the untuned model, if known.
-
-        Both are transferred at once: each transfer waits for the device.
+        All are transferred at once: each transfer waits for the device.
         """
-        if self.untuned is None:
-            return self._over_processes(loss_A), None
-        expected = self.untuned[t_N].mean().expand_as(loss_A)
-        gathered = torch.as_tensor(self.accelerator.gather(torch.stack([loss_A, expected])[None]))
-        loss, untuned = gathered[:, 0].flatten().mean(), gathered[:, 1].mean()
-        mean, ratio = torch.stack([loss, loss / untuned]).tolist()
-        return mean, ratio
+        expected = [] if self.untuned is None else [self.untuned[t_N].mean().expand_as(loss_A)]
+        gathered = torch.as_tensor(self.accelerator.gather(torch.stack([loss_A, *expected])[None]))
+        mean = gathered[:, 0].flatten().mean()
+        ratios = [mean / gathered[:, 1].mean()] if expected else []
+        loss, *ratio, length = torch.stack([mean, *ratios, norm.to(mean)]).tolist()
+        return loss, ratio[0] if ratio else None, length
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draw latents from the posterior, noise, and a timestep per clip; of a long clip for a random window."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tuneavideo.errors import MemoryShort
+from tuneavideo.kernels import traced_on_meta
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import cache
 from tuneavideo.training import memory_trace
@@ -96,14 +98,20 @@ class Model:
     width: int = 2
 
     @classmethod
-    def of(cls, pipe: Any, settings: TuneSettings, width: int, *, casts: bool) -> Model:
+    def of(cls, pipe: Any, settings: TuneSettings, width: int, *, casts: bool, by_kernels: bool = False) -> Model:
         """Measure an image pipeline that is not inflated yet; the numbers are cached on disk.
 
-        With `casts` activations are those of autocast on a GPU (see `memory_trace.saved`).
+        Args:
+            pipe: The image pipeline.
+            settings: Settings of the tuning.
+            width: Bytes of a frozen weight.
+            casts: Whether activations are those of autocast on a GPU (see `memory_trace.saved`).
+            by_kernels: Whether the Triton kernels of `kernels` compute.
         """
         own = (settings.trainable_modules, settings.frozen_modules, settings.inflation, settings.lora_rank, casts)
+        own += ("kernels",) * by_kernels
         name = cache.key("memory estimate", __version__, dict(pipe.unet.config), dict(pipe.vae.config), *own)
-        measured = cache.cached(name, lambda: measure(pipe, settings, casts))
+        measured = cache.cached(name, lambda: measure(pipe, settings, casts, by_kernels))
         (frozen, trainable), rows = measured["parameters"].tolist(), measured["activations"].tolist()
         modules = (pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
         others = sum(each.numel() for module in modules if module is not None for each in module.parameters())
@@ -135,16 +143,17 @@ class Model:
         return 0 if plan.offload else self.others * self.width
 
 
-def measure(pipe: Any, settings: TuneSettings, casts: bool) -> dict[str, Tensor]:
+def measure(pipe: Any, settings: TuneSettings, casts: bool, by_kernels: bool = False) -> dict[str, Tensor]:
     """Count parameters, and fit `Activations` of tuning with and without checkpointing and of a prediction."""
-    video = memory_trace.blank_unet(pipe.unet.config, settings)
+    video = memory_trace.blank_unet(pipe.unet.config, settings, by_kernels)
     trainable = sum(each.numel() for each in video.unet.parameters() if each.requires_grad)
     frozen = sum(each.numel() for each in video.unet.parameters()) - trainable
-    fits = (
-        Activations.of(lambda frames, side: memory_trace.saved(video, frames, side, side, True, casts)),
-        Activations.of(lambda frames, side: memory_trace.saved(video, frames, side, side, False, casts)),
-        Activations.of(lambda frames, side: memory_trace.predicted(video, frames, side, side)),
-    )
+    with traced_on_meta() if by_kernels else nullcontext():
+        fits = (
+            Activations.of(lambda frames, side: memory_trace.saved(video, frames, side, side, True, casts)),
+            Activations.of(lambda frames, side: memory_trace.saved(video, frames, side, side, False, casts)),
+            Activations.of(lambda frames, side: memory_trace.predicted(video, frames, side, side)),
+        )
     return {
         "parameters": torch.tensor([frozen, trainable]),
         "activations": torch.tensor(fits, dtype=torch.float64),
@@ -201,18 +210,20 @@ def _plans(settings: TuneSettings, frames: int) -> Iterator[TuneSettings]:
     free = TuneSettings.model_fields.keys() - settings.model_fields_set
     shortest = max(SHORTEST, (settings.window_overlap or 0) + 2)
     shorter = range(frames - 1, shortest - 1, -1) if "window" in free else ()
-    has_8bit = "optimizer" in free and importlib.util.find_spec("bitsandbytes") is not None
+    small = "adamw8bit" if importlib.util.find_spec("bitsandbytes") else "adafactor"
+    saving = [(*each, "adamw") for each in product((False, True), (False, True), (True, False))]
+    if "optimizer" in free:  # it changes the result: after what does not
+        saving += [(True, True, batched, small) for batched in (True, False)]
     for window in (settings.window, *shorter):
-        for checkpointing, offload, batched in product((False, True), (False, True), (True, False)):
+        for checkpointing, offload, batched, optimizer in saving:
             if window != settings.window and not (checkpointing and offload):
                 continue
-            for optimizer in ("adamw", "adamw8bit") if has_8bit and checkpointing else ("adamw",):
-                values = {
-                    "gradient_checkpointing": checkpointing, "offload": offload, "batch_guidance": batched,
-                    "optimizer": optimizer,
-                }  # fmt: skip
-                changes = {name: value for name, value in values.items() if name in free}
-                yield settings.model_copy(update=changes | {"window": window})
+            values = {
+                "gradient_checkpointing": checkpointing, "offload": offload, "batch_guidance": batched,
+                "optimizer": optimizer,
+            }  # fmt: skip
+            changes = {name: value for name, value in values.items() if name in free}
+            yield settings.model_copy(update=changes | {"window": window})
 
 
 def _shortage(plan: TuneSettings, model: Model, room: float, size: Size) -> str:

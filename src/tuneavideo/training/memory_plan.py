@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from tuneavideo import kernels
 from tuneavideo.config import check_windows
 from tuneavideo.errors import MemoryShort, TuneAVideoError
 from tuneavideo.models import codec, devices
@@ -68,7 +69,8 @@ def _plan(
     chooses_all = bool(settings.memory) or device.type == "cuda"
     if not chooses_all and (device.type != "cpu" or "gradient_checkpointing" in settings.model_fields_set):
         return settings, ""
-    model = memory.Model.of(pipe, settings, width, casts=device.type != "cpu" and width < 4)
+    by_kernels = width < 4 and kernels.supports(torch.empty(1, device=device))
+    model = memory.Model.of(pipe, settings, width, casts=device.type != "cpu" and width < 4, by_kernels=by_kernels)
     size = memory.Size(clip.frames, clip.height, clip.width, codec.stride(pipe))
     if chooses_all:
         plan = memory.choose(settings, model, room, size)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tuneavideo.kernels import channels_last
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import VideoUNet, inflate, low_rank_parameters, trainable_parameters
 from tuneavideo.settings import TuneSettings
@@ -98,8 +99,8 @@ def weights(model: torch.nn.Module) -> set[int]:
     return {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
 
-def blank_unet(config: Any, settings: TuneSettings) -> VideoUNet:
-    """Make a UNet without values, inflated and ready to be tuned."""
+def blank_unet(config: Any, settings: TuneSettings, by_kernels: bool = False) -> VideoUNet:
+    """Make a UNet without values, inflated and ready to be tuned, on a GPU `by_kernels`."""
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(config)
     video = inflate(unet.to(torch.bfloat16).train(), settings.inflation)
@@ -111,6 +112,8 @@ def blank_unet(config: Any, settings: TuneSettings) -> VideoUNet:
         chosen = trainable_parameters(unet, *names)
     for parameter in chosen.values():
         parameter.requires_grad_(True)
+    if by_kernels:
+        channels_last.replace_layers(unet)
     return video
 
 

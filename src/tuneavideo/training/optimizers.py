@@ -47,6 +47,7 @@ def make_optimizer(settings: TuneSettings, parameters: list[Any]) -> torch.optim
         "weight_decay": settings.adam_weight_decay,
         "eps": settings.adam_epsilon,
         "relative_step": False,
+        "scale_parameter": False,  # Adafactor: steps of the learning rate, as Adam's, not a fraction of the weights
         "fused": True,
     }
     taken = inspect.signature(kind).parameters
