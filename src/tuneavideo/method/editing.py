@@ -181,8 +181,8 @@ def edit(
         SettingsError: The trajectory lacks timesteps of the sampler.
     """
     fraction, count = settings.attention_injection, len(text)
-    needed = (fraction,) if mask is None else (1.0, "mask")
-    latents = trajectory.latents.split(1)[trajectory.start(sampler, noise_schedule, *needed) :]
+    needed, name = (fraction, "attention_injection") if mask is None else (1.0, "mask")
+    latents = trajectory.latents.split(1)[trajectory.start(sampler, noise_schedule, needed, name) :]
     generators: list[Any] = generator if isinstance(generator, list) else [generator] * count
     options: dict[str, Any] = {
         "batch_guidance": settings.batch_guidance,
