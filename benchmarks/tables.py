@@ -201,7 +201,17 @@ def _estimates() -> Iterator[str]:
 def _startup() -> Iterator[str]:
     yield from _heading(["base", "imports", "loading the base", "rest, up to the first step"])
     for name, row in _read("startup").items():
-        yield _line([name, *(_seconds(row[part]) for part in ("imports", "loading", "rest"))])
+        if name != "packages":
+            yield _line([name, *(_seconds(row[part]) for part in ("imports", "loading", "rest"))])
+
+
+def _packages() -> Iterator[str]:
+    """Yield the fraction of each package in the time of the imports."""
+    times = _read("startup")["packages"]
+    whole = times.pop("tuneavideo.jobs.tune")
+    yield from _heading(["package, with what it imports first", "fraction of the imports"])
+    for name, seconds in times.items():
+        yield _line([f"`{name}`", f"{seconds / whole:.0%}"])
 
 
 def _windows() -> Iterator[str]:
@@ -244,6 +254,7 @@ TABLES: dict[str, Callable[..., Iterable[str]]] = {
     "commands": _commands,
     "estimates": _estimates,
     "startup": _startup,
+    "packages": _packages,
     "windows": _windows,
     "rows": _rows,
 }
