@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import IO, Any
@@ -194,7 +195,7 @@ def import_torch() -> None:
 
 def main(root: str, device: str) -> None:
     """Run the worker of a device, after an older one of the same device has ended."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
+    with suppress(BrokenPipeError), os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
         os.dup2(2, 1)  # libraries may print
         worker = Worker(Path(root), output)
         threading.Thread(target=worker.listen, args=(sys.stdin,), daemon=True).start()
