@@ -30,7 +30,7 @@ from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.web import estimate, forms
 from tuneavideo.web.clips import Clip, Clips
 from tuneavideo.web.events import Events, encoded
-from tuneavideo.web.queue import CANCELLED, Queue
+from tuneavideo.web.queue import Queue
 from tuneavideo.web.runs import Runs, is_untrained, last_step
 from tuneavideo.web.security import LOOPBACK, Guard
 from tuneavideo.web.workers import Workers
@@ -111,7 +111,8 @@ class Page:
         )  # fmt: skip
 
     async def stream(self, _: Request) -> Response:
-        first = "".join(encoded("job", job) for job in reversed(self.jobs()) if job["state"] not in ("done", CANCELLED))
+        # with those that are done: they may have ended since the browser got its page
+        first = "".join(encoded("job", job) for job in reversed(self.jobs()))
         return StreamingResponse(self.events.stream(first), media_type="text/event-stream")
 
     async def state(self, _: Request) -> Response:

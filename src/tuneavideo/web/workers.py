@@ -128,8 +128,9 @@ class Workers:
     def _note(self, message: dict[str, Any]) -> None:
         number = message["job"]
         if message["state"] == "running":
+            once = {name: message.pop(name) for name in ("steps", "made") if name in message}
             self.running[number] = {**self.running.get(number, {}), **message}
-            self.events.publish("job", self.running[number] | {"steps": message.get("steps", [])})
+            self.events.publish("job", self.running[number] | once)
         else:
             self.running.pop(number, None)
             self.publish(self.queue.get(number))

@@ -4,7 +4,7 @@ const one = (selector, within = document) => within.querySelector(selector);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 const own = document.body.dataset.run, title = document.title;
 const OVER = ["done", "failed", "cancelled", "paused"];
-const known = new Map();
+const known = new Map(all("[data-job]").map(item => [Number(item.dataset.job), {state: one(".state", item).dataset.state, run: item.dataset.of}]));
 let dirty = false;
 
 function clock(seconds) {
