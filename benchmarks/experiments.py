@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ideas import ANCHOR, COMBINATIONS, IDEAS, OFFICIAL, RANKS, REPORTED, STEADY, SWEEP
+from benchmarks.ideas import ANCHOR, BEFORE, COMBINATIONS, IDEAS, OFFICIAL, RANKS, REPORTED, STEADY, SWEEP
 from tuneavideo import miniature
 from tuneavideo.evaluation.compare import Estimate, difference, estimate
 from tuneavideo.evaluation.miniature import CONTROL, PARTS, VERSION, Variant, benchmark, edits_of, read_rows
@@ -32,6 +32,7 @@ VARIANTS = {
         Variant("default"),
         Variant("official", OFFICIAL),
         Variant("official, not tuned", OFFICIAL, tuned=False),
+        Variant("untuned, not consistent", BEFORE, tuned=False),
         Variant("anchor", ANCHOR),
         *(Variant(name, settings) for name, settings in SWEEP.items()),
         *(Variant(name, ANCHOR | idea.change) for name, idea in IDEAS.items()),
@@ -43,6 +44,7 @@ SCORES = (
     "good", "clean", "success", "shown", "preserved", "track", "flicker_ratio", "subject_ratio", "consistency",
     "background_db", "true_psnr", "true_motion_psnr", "true_features",
 )  # fmt: skip
+STEADINESS = (*REPORTED, *STEADY, "untuned, not consistent")
 KINDS = ("subject", "background", "style", "two")
 Rows = Sequence[Mapping[str, Any]]
 
@@ -80,13 +82,14 @@ def page(rows: Rows) -> str:
         sweep=_table(development, list(SWEEP)),
         ideas=_compared(development, ideas, "anchor"),
         combinations=_table(development, list(COMBINATIONS)),
-        ranks=_compared(development, RANKS_OF_SD, "default", "adapter of SD 1.5"),
-        ranks_reported=_compared(report, RANKS_OF_SD, "default", "adapter of SD 1.5"),
-        steadiness=_steadiness(development, [*REPORTED, *STEADY]),
-        harder=_by_challenge([row for row in rows if row["set"] == "harder"], [*REPORTED, *STEADY]),
-        reported=_table(report, REPORTED),
-        by_kind=_by_kind(report, REPORTED),
-        differences="\n".join(_difference(report, name) for name in REPORTED if name != "official"),
+        ranks=_compared(development, RANKS_OF_SD, "default, not consistent", "adapter of SD 1.5"),
+        ranks_reported=_compared(report, RANKS_OF_SD, "default, not consistent", "adapter of SD 1.5"),
+        steadiness=_steadiness(development, STEADINESS),
+        steadiness_reported=_steadiness(report, STEADINESS),
+        harder=_by_challenge([row for row in rows if row["set"] == "harder"], STEADINESS),
+        reported=_table(report, STEADINESS),
+        by_kind=_by_kind(report, STEADINESS),
+        differences="\n".join(_difference(report, name) for name in STEADINESS if name != "official"),
     )
 
 

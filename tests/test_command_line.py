@@ -64,7 +64,7 @@ def test_a_preset_of_an_edit_keeps_what_was_set_for_the_run(asked: Any, clip: Pa
     assert (settings.sampler, settings.timestep_spacing, settings.attention_injection) == ("ddim", "leading", 0)
     settings, _ = asked(["edit", run, "--prompt", "a circle", "--preset", "Fast", "--feature-reuse", "3"])
     assert (settings.sampler, settings.num_inference_steps, settings.feature_reuse) == ("dpm++", 20, 3)
-    assert (settings.timestep_spacing, settings.attention_injection) == ("trailing", 0.75)  # no longer `official`
+    assert (settings.timestep_spacing, settings.attention_injection) == ("trailing", 0.6)  # no longer `official`
     assert (settings.guidance_scale, settings.strength) == (3, 0.5)
     assert api.edit_settings({"run": run, "prompt": ("a circle",), "preset": "fast"}).num_inference_steps == 20
 

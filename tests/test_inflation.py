@@ -24,7 +24,8 @@ from tuneavideo.method.attention import (
 )
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.inflate import added_parameters, deflate, inflate, trainable_parameters, video_unet
-from tuneavideo.settings import Inflation, TuneSettings, choices
+from tuneavideo.setting_types import choices
+from tuneavideo.settings import Inflation, TuneSettings
 
 
 def conditions(unet: UNet2DConditionModel, clips: int) -> Conditions:

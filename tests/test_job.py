@@ -182,14 +182,14 @@ def test_memory_stated_when_a_run_is_resumed_chooses_only_what_leaves_the_result
 def test_memory_that_runs_out_is_told_with_the_command_that_goes_on(
     base: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Said
 ) -> None:
-    learn = Tuning.learn
+    learn = Tuning.accumulate
 
     def short(work: Tuning, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         if work.number == 2 and not work.settings.gradient_checkpointing:
             raise torch.OutOfMemoryError("out of memory")
         return learn(work, batch)
 
-    monkeypatch.setattr(Tuning, "learn", short)
+    monkeypatch.setattr(Tuning, "accumulate", short)
     words = ["tune", str(clip), "--prompt", "a square", "--base", str(base), "--out", str(tmp_path / "run"), *FLAGS]
     line = refused([*words, "--checkpointing-steps", "1", "--no-gradient-checkpointing"])
     *_, command = line.partition("; go on with: tuneavideo ")

@@ -46,7 +46,7 @@ _MINIATURE = {
     "learning_rate": 1e-3,
     "num_inference_steps": 25,
     "guidance_scale": 5.0,
-    "attention_injection": 0.75,
+    "temporal_consistency": 1.0,
     "gradient_checkpointing": False,
     "mixed_precision": "no",  # half precision is slower at this size
 }

@@ -23,7 +23,8 @@ from pydantic import (
 
 from tuneavideo.bases import BASES, canonical_name
 from tuneavideo.errors import SettingsError
-from tuneavideo.settings import PRESETS, Sampling, Settings, TuneSettings, _as_chosen, choices
+from tuneavideo.setting_types import Settings, as_chosen, choices
+from tuneavideo.settings import PRESETS, Sampling, TuneSettings
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def layers(flags: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> dict[str
     if "base" in values:
         values["base"] = canonical_name(str(values["base"]))
     base = BASES.get(values.get("base", "miniature"))
-    preset = _as_chosen(TuneSettings.model_fields["preset"].annotation, values.get("preset", "default"))
+    preset = as_chosen(TuneSettings.model_fields["preset"].annotation, values.get("preset", "default"))
     if preset not in PRESETS:
         raise SettingsError(f"unknown preset {preset!r}{_suggestion(str(preset), PRESETS)}")
     if "preset" in values:
@@ -185,7 +186,7 @@ def _read_value(kind: type[Settings], name: str, value: Any, where: str) -> Any:
     if get_origin(field.annotation) is tuple:
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
     if choices(field.annotation):
-        value = _as_chosen(field.annotation, value)
+        value = as_chosen(field.annotation, value)
     try:
         kind_of_value: Any = Annotated[field.annotation, Field(), *field.metadata]
         return TypeAdapter(kind_of_value).validate_python(value)

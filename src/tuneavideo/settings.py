@@ -2,54 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import types
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tuneavideo.samplers import OWN_TIMESTEPS, STOCHASTIC_SAMPLERS
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-def _split(seeds: Any) -> Any:
-    """Split words such as `1,2,3`."""
-    seeds = (seeds,) if isinstance(seeds, str) else seeds
-    if not isinstance(seeds, list | tuple):
-        return seeds
-    parts = [each.split(",") if isinstance(each, str) else [each] for each in seeds]
-    return tuple(part for each in parts for part in each if part != "")
-
-
-def _seconds(time: Any) -> Any:
-    """Turn a time such as `19:50` or `1:02:03.5` into seconds."""
-    if not isinstance(time, str) or not re.fullmatch(r"(\d+:){1,2}\d+(\.\d*)?", time):
-        return time
-    total = 0.0
-    for part in time.split(":"):
-        total = 60 * total + float(part)
-    return total
-
-
-# Repeated seeds are dropped: they would make the same edit.
-Seeds = Annotated[
-    tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(lambda seeds: tuple(dict.fromkeys(seeds)))
-]
-Seconds = Annotated[NonNegativeFloat | None, BeforeValidator(_seconds)]
+from tuneavideo.setting_types import Fraction, Seconds, Seeds, Settings
 
 
 class Inflation(NamedTuple):
@@ -58,17 +16,6 @@ class Inflation(NamedTuple):
     references: tuple[str, ...] = ("first", "previous")
     clip_norm: bool = True
     temporal_init: str = "zero"  # or "official"; or "copy", from the block's self-attention
-
-
-class Settings(BaseModel):
-    """Base of the settings: frozen, with unknown names refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _ignore_case(cls, value: Any, info: ValidationInfo) -> Any:
-        return _as_chosen(cls.model_fields[str(info.field_name)].annotation, value)
 
 
 class Sampling(Settings):
@@ -412,63 +359,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feature_reuse": 2,
     },
 }
-
-# Groups of the options in the help and on the page; every option is in one of them.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "clip": (
-        "video", "run", "prompt", "source_prompt", "mask", "num_frames", "start", "start_time", "stride", "sample_fps",
-        "resolution", "width", "height", "fit",
-    ),
-    "model": (
-        "base", "preset", "references", "clip_norm", "temporal_init", "trainable_modules", "frozen_modules",
-        "edit_model", "lora", "embedding", "controlnet", "control", "control_scale", "ip_adapter", "ip_image",
-        "ip_scale",
-    ),
-    "training": (
-        "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "train_batch_size",
-        "gradient_accumulation_steps", "max_grad_norm", "snr_gamma", "lora_rank", "optimizer", "adam_beta1",
-        "adam_beta2", "adam_weight_decay", "adam_epsilon", "use_ema", "ema_decay", "seed", "checkpointing_steps",
-        "checkpoints_total_limit", "report_to",
-    ),
-    "editing": (
-        "edit", "negative_prompt", "guidance_scale", "guidance_interval", "attention_injection", "temporal_consistency",
-        "strength", "seeds", "fresh_noise", "num_inference_steps", "num_inv_steps", "sampler", "timestep_spacing",
-        "feature_reuse", "validation_steps",
-    ),
-    "memory": (
-        "memory", "mixed_precision", "gradient_checkpointing", "offload", "batch_guidance", "batch_prompts", "window",
-        "window_overlap",
-    ),
-    "output": ("out", "resume", "checkpoint", "formats", "fps", "config", "json", "debug"),
-}  # fmt: skip
-# Options that `--help` shows; `--help-all` shows all.
-COMMON = {
-    "tune": {
-        "video", "prompt", "num_frames", "start_time", "resolution", "base", "preset", "max_train_steps",
-        "learning_rate", "edit", "guidance_scale", "attention_injection", "memory", "out", "resume",
-    },
-    "edit": {
-        "run", "prompt", "source_prompt", "mask", "base", "num_frames", "lora", "controlnet", "preset",
-        "negative_prompt", "guidance_scale", "attention_injection", "strength", "seeds", "fresh_noise",
-        "num_inference_steps", "formats", "out",
-    },
-}  # fmt: skip
-
-
-def choices(annotation: Any) -> tuple[str, ...]:
-    """Return the words that a setting accepts, alone or in a list; empty for a setting of another type."""
-    if get_origin(annotation) is Literal:
-        return tuple(word for word in get_args(annotation) if isinstance(word, str))
-    if get_origin(annotation) in (tuple, Union, types.UnionType):
-        found = [choices(each) for each in get_args(annotation) if each not in (type(None), ...)]
-        return tuple(word for words in found for word in words) if all(found) else ()
-    return ()
-
-
-def _as_chosen(annotation: Any, value: Any) -> Any:
-    """Replace choices in any case by their spelling in the settings."""
-    if isinstance(value, list | tuple):
-        return tuple(_as_chosen(annotation, each) for each in value)
-    if not isinstance(value, str):
-        return value
-    return next((word for word in choices(annotation) if word.lower() == value.lower()), value)

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
-from tuneavideo.settings import COMMON, GROUPS, Sampling, Settings
+from tuneavideo.option_groups import COMMON, GROUPS
+from tuneavideo.setting_types import Settings
+from tuneavideo.settings import Sampling
 
 ALIASES = {"base": ("--model",)}
 METAVARS = {"video": "CLIP", "run": "RUN", "prompt": "TEXT", "edit": "TEXT", "start_time": "SECONDS"}

@@ -18,7 +18,8 @@ from typing import Any
 from tuneavideo.bases import BASES
 from tuneavideo.config import parse_values, parse_yaml
 from tuneavideo.errors import SettingsError
-from tuneavideo.settings import Settings, TuneSettings
+from tuneavideo.setting_types import Settings
+from tuneavideo.settings import TuneSettings
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from tuneavideo.video.flow import neighbours
 
 RADIUS = 8
 """Largest distance of two frames that are averaged."""
-SOURCE_SCALE = 0.3
+SOURCE_SCALE = 0.5
 """Squared difference of the source's latents at which a weight falls to 1/e."""
-EDIT_SCALE = 1.0
+EDIT_SCALE = 2.0
 """The same of the edit's predictions."""
 
 

@@ -10,7 +10,9 @@ from typing import Any, get_origin
 
 from tuneavideo.config import checked, layers, parse_values
 from tuneavideo.errors import SettingsError
-from tuneavideo.settings import GROUPS, EditSettings, Sampling, Settings, Styling, TuneSettings
+from tuneavideo.option_groups import GROUPS
+from tuneavideo.setting_types import Settings
+from tuneavideo.settings import EditSettings, Sampling, Styling, TuneSettings
 
 # Settings that have controls of their own on the page, or that the page does not offer since they name files or code.
 ELSEWHERE = {
