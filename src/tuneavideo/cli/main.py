@@ -248,9 +248,9 @@ def web(argv: Sequence[str]) -> None:
     options = arguments.read(arguments.of_web(web.__doc__), argv)
     if missing := [each for each in ("starlette", "uvicorn") if not importlib.util.find_spec(each)]:
         raise MissingExtra(f"the page ({missing[0]})", "web")
-    from tuneavideo.web import app
+    from tuneavideo.web import server
 
-    app.serve(options.root, options.host, options.port, options.allow_host, options.models)
+    server.serve(options.root, options.host, options.port, options.allow_host, options.models)
 
 
 def models(argv: Sequence[str]) -> None:

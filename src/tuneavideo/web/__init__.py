@@ -1,6 +1,7 @@
 """The page in the browser: clips, tunings, edits and their queue. Imports no torch.
 
-app.py       addresses of the page, and the server
+app.py       addresses of the page
+server.py    the server
 security.py  hosts, origins, token, sizes of requests, headers of answers
 forms.py     form fields, from the settings' descriptions and bounds
 clips.py     uploaded and bundled clips

@@ -1,4 +1,4 @@
-"""The application: addresses of the page, and the server."""
+"""Addresses of the page and their answers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import asyncio
 import contextlib
 import json
 import secrets
-import socket
-import sys
-from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
@@ -32,7 +28,6 @@ from tuneavideo.web.clips import Clip, Clips
 from tuneavideo.web.events import Events, encoded
 from tuneavideo.web.queue import Queue
 from tuneavideo.web.runs import Runs, is_untrained, last_step
-from tuneavideo.web.security import LOOPBACK, Guard
 from tuneavideo.web.workers import Workers
 
 HERE, REPORT = Path(__file__).parent, Path(reporting.__file__).parent
@@ -392,72 +387,3 @@ async def read_form(request: Request) -> dict[str, str]:
     except ValueError:
         raise HTTPException(400, "the form cannot be read") from None
     return {name: value.replace("\0", "") for name, value in pairs}
-
-
-def application(
-    page: Page, token: str = "", hosts: Sequence[str] = (), *, any_address: bool = False, with_workers: bool = True
-) -> Guard:
-    """Return the ASGI application of a page."""
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(page.watch_others())]
-        if with_workers:
-            page.workers.start()
-        yield
-        for task in tasks:
-            task.cancel()
-        await page.workers.stop()
-
-    def answer(request: Request, text: str, status: int) -> Response:
-        if "application/json" in request.headers.get("accept", ""):
-            return JSONResponse({"error": text}, status)
-        return page.render("error.html", status, error=text)
-
-    async def on_error(request: Request, error: Exception) -> Response:
-        missing = isinstance(error, RunError) and str(error).startswith("there is no")
-        return answer(request, error_line(error), 404 if missing else 400)
-
-    async def on_status(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException), "registered for it"
-        return answer(request, error.detail, error.status_code)
-
-    async def on_fault(request: Request, error: Exception) -> Response:
-        return answer(request, error_line(error), 500)
-
-    inner = Starlette(
-        routes=page.routes(), lifespan=lifespan,
-        exception_handlers={TuneAVideoError: on_error, HTTPException: on_status, Exception: on_fault},
-    )  # fmt: skip
-    return Guard(inner, token, {*LOOPBACK, *hosts}, any_address)
-
-
-def serve(
-    root: Path, host: str = "127.0.0.1", port: int = 7860, hosts: Sequence[str] = (), models: Path | None = None
-) -> None:
-    """Serve the page until Ctrl-C; the address is printed. Raises SettingsError when the port is in use."""
-    import uvicorn
-
-    is_open = host not in LOOPBACK
-    token = secrets.token_urlsafe(24) if is_open or hosts else ""
-    everywhere = host in ("0.0.0.0", "::")
-    names = [host, *hosts, *([socket.gethostname()] if everywhere else [])]
-    app = application(Page(root, models), token, names, any_address=everywhere)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)  # browsers may connect from here on
-    except OSError as error:
-        raise SettingsError(f"{host}:{port} cannot be used: {error.strerror}; give another --host or --port") from None
-    shown = f"[{host}]" if ":" in host else socket.gethostname() if everywhere else host
-    address = f"http://{shown}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
-    print(f"{address}\nCtrl-C ends the page; jobs that run stop after the current step and continue at the next start.")
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, http="h11", ws="none",
-        h11_max_incomplete_event_size=2**15, limit_concurrency=1000, timeout_keep_alive=10,
-        timeout_graceful_shutdown=1,
-    )  # fmt: skip
-    sys.stdout.flush()
-    uvicorn.Server(config).run(sockets=[listener])
