@@ -18,7 +18,7 @@ FRAMES, SIDE = 5, 12
 def still(clean: torch.Tensor, strength: float = 1.0) -> Consistency:
     """Correspondences of a clip at rest."""
     frames, height, width = clean.shape[2:]
-    flows = [np.zeros((len(neighbours(t, frames, RADIUS)), height, width, 2), np.float16) for t in range(frames)]
+    flows = [torch.zeros(len(neighbours(t, frames, RADIUS)), height, width, 2) for t in range(frames)]
     return Consistency(clean, flows, strength)
 
 
@@ -29,7 +29,7 @@ def moving(clean: torch.Tensor) -> Consistency:
         np.stack([np.broadcast_to((other - t, 0), (height, width, 2)) for other in neighbours(t, frames, RADIUS)])
         for t in range(frames)
     ]
-    return Consistency(clean, [flow.astype(np.float16) for flow in flows], 1.0)
+    return Consistency(clean, [torch.from_numpy(flow) for flow in flows], 1.0)
 
 
 def panned(picture_CHW: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample, max_pool2d
@@ -32,12 +31,13 @@ class Consistency:
 
     Attributes:
         clean: Latents of the clip, `1 C T H W`.
-        flows: For every frame, flow to its neighbours within `RADIUS` frames: `K H W 2`, x and y in sites.
+        flows: For every frame, flow to its neighbours within `RADIUS` frames: `K H W 2`, x and y in sites, on the
+            device of `clean`.
         strength: Fraction of the average in the result, 0..1.
     """
 
     clean: Tensor
-    flows: Sequence[np.ndarray]
+    flows: Sequence[Tensor]
     strength: float
 
     def corrected(self, output: Tensor, x: Tensor, t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
@@ -64,7 +64,7 @@ class Consistency:
         own_BCHW = predicted_BCTHW[:, :, t]
         if not others:
             return own_BCHW
-        flow = torch.from_numpy(self.flows[t]).to(own_BCHW)
+        flow = self.flows[t].to(own_BCHW.dtype)
         source_1KHW = _distance(_warped(self.clean[:, :, others], flow), self.clean[:, :, t])
         alike_1KHW = (max_pool2d(source_1KHW, 3, 1, 1) / -SOURCE_SCALE).exp()
         moved_BCKHW = _warped(predicted_BCTHW[:, :, others], flow)

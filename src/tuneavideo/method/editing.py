@@ -190,7 +190,8 @@ def edit(
         "source": Source(latents, caption, fraction) if fraction else None,
     }
     if settings.temporal_consistency:
-        options["consistency"] = Consistency(clean, flows, settings.temporal_consistency), noise_schedule
+        motion = [torch.from_numpy(flow).to(clean.device) for flow in flows]
+        options["consistency"] = Consistency(clean, motion, settings.temporal_consistency), noise_schedule
     fresh: float | Tensor = settings.fresh_noise
     if mask is not None:
         alphas = [*(float(noise_schedule.alphas[round(float(t))]) for t in sampler.timesteps), 1.0]
