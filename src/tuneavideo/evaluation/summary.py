@@ -79,4 +79,4 @@ def summary(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, A
 
 
 def _has(edits: Sequence[dict[str, Any]], score: str) -> bool:
-    return any(edit[score] is not None for edit in edits)
+    return any(edit.get(score) is not None for edit in edits)
