@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tuneavideo import miniature
 from tuneavideo.errors import DiskError, VideoError
 from tuneavideo.video import Fit, Video, VideoStream, area_size, read, resize, write, write_frames, write_image
 from tuneavideo.video.montage import contact_sheet, side_by_side
@@ -489,3 +490,11 @@ def test_labels_do_not_touch_the_edge():
     clip = Video(np.full((1, 192, 192, 3), 255, np.uint8), 8)
     (frame,) = side_by_side([clip], labels=["WWWWWWWW " * 20]).images
     assert (frame[192:] < 128).any() and (frame[192:, :4] == 255).all() and (frame[192:, -4:] == 255).all()
+
+
+def test_the_same_frames_are_encoded_alike_every_time(tmp_path: Path) -> None:
+    clip = read(next(clip["path"] for clip in miniature.clips() if clip["name"] == "dog-jumping"), count=4, stride=4,
+                size=(64, 64))  # fmt: skip
+    for number in range(60):
+        write(clip, tmp_path / f"{number}.mp4")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
