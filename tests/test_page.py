@@ -24,8 +24,8 @@ from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.settings import EditSettings, TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import Video, read, write
-from tuneavideo.web import forms
 from tuneavideo.web.app import Page
+from tuneavideo.web.pages import forms
 from tuneavideo.web.queue import CANCELLED, DONE, FAILED, WAITING, Queue
 from tuneavideo.web.server import application
 from tuneavideo.web.worker import begin

@@ -115,6 +115,19 @@ class Job(Iterator[Progress]):
         return cls(_events("edit_clip", settings.base, settings, edits, clip=settings, out=out))
 
     @classmethod
+    def measure(cls, settings: TuneSettings, place: str | Path) -> Job:
+        """Measure time and memory of a tuning by its first steps, in a folder in `place` that is removed afterwards.
+
+        Returns:
+            A job with the stages of `tune`, then `measure`, whose `scores` are what was measured.
+
+        Raises:
+            TuneAVideoError: As in `tune`.
+        """
+        checks.check_tune_inputs(settings, Path(place) / "measured")
+        return cls(_events("measure", settings.base, settings, Path(place), clip=settings))
+
+    @classmethod
     def invert(cls, settings: EditSettings) -> Job:
         """Invert a tuned clip to the timestep that its edits start from.
 

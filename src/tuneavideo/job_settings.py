@@ -27,7 +27,7 @@ CLIP_OPTIONS = {
 # Settings that save memory without an effect on the result.
 MEMORY_SAVING = {"gradient_checkpointing", "offload", "batch_guidance"}
 RESUMABLE = {"edit", "max_train_steps", "learning_rate", "mixed_precision", "memory"} | MEMORY_SAVING | {
-    "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "report_to",
+    "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "keep_weights", "report_to",
 }  # fmt: skip
 
 logger = logging.getLogger(__name__)

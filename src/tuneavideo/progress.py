@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,9 @@ class Progress:
         path: The file or folder that was finished.
         about: The line, the prompt of the edit, or the base.
         ahead: Number of steps of each stage to come, with a `plan`.
-        scores: Scores of the edits of a run, in the form of `scores.json`.
+        scores: Scores of the edits of a run, in the form of `scores.json`; or what was measured.
+        picture: Function that decodes a few frames of the edits as they are after this step, uint8 `H W 3`; to be
+            called before the next step.
     """
 
     stage: str
@@ -56,6 +58,7 @@ class Progress:
     about: str = ""
     scores: Mapping[str, Any] | None = None
     ahead: Mapping[str, int] = field(default_factory=dict)
+    picture: Callable[[], Any] | None = None
 
 
 Events = Generator[Progress, None, None]

@@ -241,6 +241,8 @@ class TuneSettings(ClipSettings, Sampling):
     """Maximum number of checkpoints to keep. The oldest are deleted."""
     validation_steps: PositiveInt | None = None
     """Preview the edits before tuning and every N optimiser steps. Default: no previews."""
+    keep_weights: bool = False
+    """Keep the trained weights of every preview, from which edits can be made (`edit --step`)."""
     report_to: Literal["tensorboard", "trackio"] | None = None
     """Experiment tracker that receives the loss and learning rate. Default: no tracker."""
 
@@ -308,6 +310,9 @@ class EditSettings(Styling, Sampling):
     """Run folder of the tuned clip."""
     prompt: Annotated[tuple[str, ...], Field(min_length=1)]
     """Prompts of the edits. One edit is made per prompt and seed."""
+    step: PositiveInt | None = None
+    """Step of the tuning whose weights edits are made with: of a preview with `keep_weights`, or of a checkpoint.
+    Default: the last."""
     preset: Literal["default", "official", "fast"] | None = None
     """Preset to use instead of the run's. Values that were set for the run itself stay, except those that the preset
     sets. Default: the run's preset."""

@@ -250,7 +250,7 @@ def web(argv: Sequence[str]) -> None:
         raise MissingExtra(f"the page ({missing[0]})", "web")
     from tuneavideo.web import server
 
-    server.serve(options.root, options.host, options.port, options.allow_host, options.models)
+    server.serve(options.root, options.host, options.port, options.allow_host, options.models, options.captions)
 
 
 def models(argv: Sequence[str]) -> None:

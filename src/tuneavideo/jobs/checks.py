@@ -53,7 +53,10 @@ def is_clip(place: str | Path) -> bool:
 def check_edit_inputs(settings: EditSettings) -> None:
     """Raise TuneAVideoError when a file that the edits need is missing, or the run cannot be written."""
     check_edit_files(settings)
-    atomic.check_writable(RunFolder.open(settings.run).path, COPY)
+    run = RunFolder.open(settings.run)
+    if settings.step is not None:
+        run.require_model(settings.step)
+    atomic.check_writable(run.path, COPY)
 
 
 def check_edit_files(settings: EditSettings) -> None:

@@ -23,13 +23,14 @@ from tuneavideo.jobs.prepare import (
 from tuneavideo.jobs.session import EditSession
 from tuneavideo.method.inflate import inflate
 from tuneavideo.models import addons, devices, pipelines
-from tuneavideo.models.adapter import Adapter
+from tuneavideo.models.adapter import Adapter, assign
 from tuneavideo.models.loading import Pipeline
 from tuneavideo.progress import Events, Progress
 from tuneavideo.settings import EditSettings
 from tuneavideo.storage import cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import disk_space
+from tuneavideo.training.checkpoints import read_weights
 from tuneavideo.training.memory_plan import memory_advice
 from tuneavideo.video.masks import Mask
 
@@ -44,7 +45,7 @@ def edit(settings: EditSettings, pipe: Pipeline | None = None) -> Events:
         pipe: Base of a run without tuning, if it is loaded already.
     """
     run = RunFolder.open(settings.run)
-    with run.job(), memory_advice(run, settings):
+    with run.job(settings.step), memory_advice(run, settings):
         request = settings.model_dump(mode="json", exclude={"run"})
         done = run.edits_of(request)
         done = done if done < set(product(settings.prompt, settings.seeds)) else set()
@@ -136,8 +137,10 @@ def load_session(settings: EditSettings, pipe: Pipeline | None = None) -> EditSe
     source, moments = kept or (videos.read_any(run.source, run.path), {})
     check_windows(settings, source.frames, controlnet=settings.controlnet is not None)
     extras = addons.load(pipe, settings, source)
-    if run.is_untuned:
+    if run.is_untuned or settings.step is not None:
         video = inflate(pipe.unet, own.inflation, seed=own.seed)
+        if settings.step is not None:
+            video = assign(pipe.unet, read_weights(run, settings.step))
     else:
         adapter, any_base = Adapter.load(run.adapter), bool(settings.edit_model)
         video = adapter.assign(pipe.unet) if is_loaded else adapter.attach(pipe.unet, any_base=any_base).video
@@ -149,4 +152,6 @@ def load_session(settings: EditSettings, pipe: Pipeline | None = None) -> EditSe
         cache.write(run.latents, moments)
     if own.offload and not is_loaded:
         devices.offload(pipe)
-    return EditSession(run, pipe, extras.with_controlnet(video), moments, source, addons=extras, mask=mask)
+    return EditSession(
+        run, pipe, extras.with_controlnet(video), moments, source, addons=extras, mask=mask, step=settings.step
+    )

@@ -28,7 +28,7 @@ def write_edit(session: EditSession, settings: EditSettings, prompt: str, seed: 
         labels = [session.run.read_settings().prompt, prompt]
         videos.write(side_by_side([source, video], labels=labels), draft / "side-by-side.mp4")
         made = settings.model_dump(mode="json", exclude={"prompt", "seeds", "run"})
-        made |= {"tuned_steps": session.run.tuned_steps}
+        made |= {"tuned_steps": session.step or session.run.tuned_steps}
         atomic.write(draft / "edit.json", json.dumps({"prompt": prompt, "seed": seed} | made, indent=1))
     return folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Generator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.editing import Trajectory
 from tuneavideo.method.inflate import VideoUNet
 from tuneavideo.method.noise import NoiseSchedule
+from tuneavideo.method.sampling import EditStep
 from tuneavideo.method.windows import Windows
 from tuneavideo.models import codec
 from tuneavideo.models.addons import AddOns
@@ -32,6 +33,7 @@ from tuneavideo.video.flow import neighbour_flows
 from tuneavideo.video.masks import Mask
 
 Moments = Mapping[str, Tensor]
+PICTURED = 4  # frames of a picture while sampling
 
 
 @dataclasses.dataclass
@@ -48,6 +50,7 @@ class EditSession:
         recent: Inversions of this session, by file.
         addons: LoRAs, ControlNet and the like that are loaded.
         mask: Where edits may change the clip; everywhere if None.
+        step: Step of the tuning that the weights are of; the last if None.
     """
 
     run: RunFolder
@@ -59,6 +62,7 @@ class EditSession:
     recent: dict[Path, Trajectory] = dataclasses.field(default_factory=dict)
     addons: AddOns = dataclasses.field(default_factory=AddOns)
     mask: Mask | None = None
+    step: int | None = None
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -81,8 +85,17 @@ class EditSession:
         )  # fmt: skip
         for step in steps:
             latents = step.latents
-            yield Progress("edit", step.number, step.total, about=" | ".join(prompts))
+            words = " | ".join(prompts)
+            yield Progress("edit", step.number, step.total, about=words, picture=partial(self._picture, step))
         return [self._decoded(each, settings) for each in latents.split(1)]
+
+    def _picture(self, step: EditStep) -> np.ndarray:
+        """Decode a few frames of the clean latents that a step predicts: edits below each other, `H W 3`."""
+        predicted = step.clean(self.noise_schedule)
+        frames = predicted.shape[2]
+        chosen = sorted({round(at * (frames - 1) / max(1, PICTURED - 1)) for at in range(PICTURED)})
+        rows = [codec.decode_frames(self.pipe, each, None) for each in predicted[:, :, chosen].split(1)]
+        return np.concatenate([np.concatenate([*row], axis=1) for row in rows])
 
     @cached_property
     def _flows(self) -> list[np.ndarray]:
@@ -139,7 +152,8 @@ class EditSession:
         windows = Windows.of(settings, self.source.frames)
         cut = [] if windows.holds(self.source.frames) else [dataclasses.astuple(windows)]
         weights = str(self.pipe.unet.dtype)
-        parts = (self._path(settings), self.moments["mean"], weights, *whole, *self.addons.fingerprint, *cut)
+        at = [] if self.step is None else [f"step {self.step}"]
+        parts = (self._path(settings), self.moments["mean"], weights, *whole, *self.addons.fingerprint, *cut, *at)
         return self.run.inversion(cache.key(*parts))
 
     def _path(self, settings: Sampling) -> list[int]:

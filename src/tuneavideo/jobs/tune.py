@@ -53,12 +53,12 @@ def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str |
         yield Progress("open", path=run.path, about=settings.base)
         pipe = None
         if not run.is_finished(settings):
-            pipe = yield from _tune(settings, accelerator, run)
+            pipe = yield from train(settings, accelerator, run)
         if settings.edit and accelerator.is_main_process:
             yield from _edit(settings, run, done, pipe)
 
 
-def _tune(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> Generator[Progress, None, Pipeline]:
+def train(settings: TuneSettings, accelerator: Accelerator, run: RunFolder) -> Generator[Progress, None, Pipeline]:
     """Train the adapter of a run and save it.
 
     Returns:
@@ -266,6 +266,8 @@ def _previewed(manager: CheckpointManager, session: EditSession) -> Events:
     tuning, settings = manager.tuning, manager.tuning.settings
     due = settings.validation_steps and tuning.number % settings.validation_steps == 0
     session.recent.clear()  # of earlier weights
+    if due and settings.keep_weights and tuning.number:
+        manager.keep_weights()
     for index, prompt in enumerate(settings.edit if due and manager.accelerator.is_main_process else ()):
         path = manager.run.sample(tuning.number, index, prompt)
         if path.is_file():

@@ -12,7 +12,7 @@ from torch import Tensor
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.consistency import Consistency
 from tuneavideo.method.inflate import VideoUNet
-from tuneavideo.method.noise import NoiseSchedule, Sampler, ddim_move
+from tuneavideo.method.noise import NoiseSchedule, Sampler, ddim_move, split
 
 
 @dataclass
@@ -20,7 +20,7 @@ class EditStep:
     """Latents `B C T H W` after step `number` of `total`; the last ones are the edit.
 
     The caller may change `latents`, `text`, `negative` and `guidance_scale` for the next step, or set `stop` to make
-    this step the last one.
+    this step the last one. `prediction` is the model's input, its output and the timestep.
     """
 
     number: int
@@ -30,6 +30,13 @@ class EditStep:
     negative: Conditions
     guidance_scale: float
     stop: bool = False
+    prediction: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def clean(self, noise_schedule: NoiseSchedule) -> Tensor:
+        """Return the clean latents `B C T H W` that the model predicted in this step."""
+        assert self.prediction, "the first step was made"
+        x, output, t = self.prediction
+        return split(x, output, noise_schedule.alphas[round(float(t))].to(x), noise_schedule.prediction_type)[0]
 
 
 def mix_noise(
@@ -141,7 +148,7 @@ def generate(
         x = sampler.step(output, t, x, generator)
         if background:
             x = background.restore(x, sampler, number + 1)
-        step = replace(step, number=number + 1, latents=x)
+        step = replace(step, number=number + 1, latents=x, prediction=(scaled, output, t))
         yield step
         if step.stop:
             return

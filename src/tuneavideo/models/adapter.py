@@ -138,9 +138,7 @@ class Adapter:
 
     def assign(self, unet: UNet2DConditionModel) -> VideoUNet:
         """Copy the tensors, once, into the UNet they were tuned in, which is inflated and keeps its precision."""
-        parameters = _parameters(unet)
-        _assign(parameters, merged(self.tensors, parameters))
-        return video_unet(unet)
+        return assign(unet, self.tensors)
 
     def _check(self, unet: UNet2DConditionModel, any_base: bool) -> None:
         shapes = {name: tuple(p.shape) for name, p in _parameters(unet).items()}
@@ -176,6 +174,13 @@ class Attached:
         unet = deflate(self.video.unet)
         _assign(_parameters(unet), self.replaced)
         return unet
+
+
+def assign(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> VideoUNet:
+    """Copy trained tensors, once, into an inflated UNet, which keeps its precision."""
+    parameters = _parameters(unet)
+    _assign(parameters, merged(tensors, parameters))
+    return video_unet(unet)
 
 
 def kept_tensors(unet: UNet2DConditionModel, tuned: Mapping[str, T]) -> dict[str, Tensor | T]:

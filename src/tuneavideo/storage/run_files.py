@@ -25,6 +25,7 @@ from tuneavideo.version import __version__
 EDIT = re.compile(r"(\d{3,})-.+")
 CHECKPOINT = re.compile(r"(\d{6,})\.pt")
 SAMPLE = re.compile(r"(\d{6,})-.+\.mp4")
+WEIGHTS = re.compile(r"(\d{6,})\.safetensors")
 INVERSION = re.compile(r"[0-9a-f]{24}\.safetensors")
 UNTUNED = {"tuned": "no"}
 """Note in the settings of a run that is edited without tuning."""
@@ -185,6 +186,16 @@ class RunFiles:
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"{step:06d}.pt"
+
+    def weights(self, step: int) -> Path:
+        """Return the path of the trained weights that are kept after a step."""
+        return self.path / "weights" / f"{step:06d}.safetensors"
+
+    def weight_steps(self) -> list[int]:
+        """Return the steps whose weights exist, in kept weights or in a checkpoint, in order."""
+        kept = [number_in(path, WEIGHTS) for path in self._numbered("weights", WEIGHTS)]
+        stored = [number_in(path, CHECKPOINT) for path in self.checkpoints()]
+        return sorted({step for step in (*kept, *stored) if step})
 
     @property
     def next_edit(self) -> int:

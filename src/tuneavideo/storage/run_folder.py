@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from filelock import FileLock, Timeout
 
 from tuneavideo.errors import DiskError, RunError, RunInUse
 from tuneavideo.storage import atomic
-from tuneavideo.storage.run_files import CHECKPOINT, EDIT, INVERSION, SAMPLE, RunFiles, number_in, parse_line, slug
+from tuneavideo.storage.run_files import (
+    CHECKPOINT,
+    EDIT,
+    INVERSION,
+    SAMPLE,
+    WEIGHTS,
+    RunFiles,
+    number_in,
+    parse_line,
+    slug,
+)
 
 LOCK = ".lock"
 # Advice for a run folder that cannot be created, and for one that cannot be written.
@@ -113,15 +124,19 @@ class RunFolder(RunFiles):
         return False
 
     @contextmanager
-    def job(self) -> Generator[None, None, None]:
+    def job(self, step: int | None = None) -> Generator[None, None, None]:
         """Lock a run that can be edited for a job; write its error to `error.txt`, which a success removes.
 
+        Args:
+            step: Step of the tuning whose weights the job needs. None: the adapter.
+
         Raises:
-            RunError: Another process has the lock, the run is not tuned, or its folder is deleted or moved meanwhile.
+            RunError: Another process has the lock, the weights are missing, or the folder is deleted or moved
+                meanwhile.
             DiskError: The place cannot be written.
         """
         with self.locked():
-            self.require_model()
+            self.require_model(step)
             try:
                 with self.present():
                     yield
@@ -188,8 +203,17 @@ class RunFolder(RunFiles):
     def _recorded(self, request: dict[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(request | {"tuned_steps": self.tuned_steps}))
 
-    def require_model(self) -> None:
-        """Raise RunError when there is no whole adapter, unless the run is edited without tuning."""
+    def require_model(self, step: int | None = None) -> None:
+        """Raise RunError when the weights of a step are missing; without `step` when there is no whole adapter.
+
+        A run that is edited without tuning needs none.
+        """
+        if step is not None:
+            if step not in (known := self.weight_steps()):
+                found = f"those of {', '.join(map(str, known))} are there" if known else "none are kept"
+                advice = "tune with --keep-weights and --validation-steps"
+                raise RunError(f"{self.path} has no weights of step {step}: {found}; {advice}")
+            return
         if not (self.is_tuned or self.is_untuned):
             failed = f" ({self.last_error})" if self.last_error else ""
             raise RunError(
@@ -211,12 +235,12 @@ class RunFolder(RunFiles):
                 path.unlink()
 
     def forget_steps_after(self, number: int) -> None:
-        """Remove the log and previews of the steps after `number`, which a resumed tuning makes again."""
+        """Remove the log, previews and weights of the steps after `number`, which a resumed tuning makes again."""
         kept = [json.dumps(step) + "\n" for step in self.steps() if step["number"] <= number]
         atomic.write(self._steps, "".join(kept))
-        for sample in self.samples():
-            if (number_in(sample, SAMPLE) or 0) > number:
-                sample.unlink()
+        for made, name in (*product(self.samples(), [SAMPLE]), *product(self._numbered("weights", WEIGHTS), [WEIGHTS])):
+            if (number_in(made, name) or 0) > number:
+                made.unlink()
 
     def prune_checkpoints(self, keep: int) -> None:
         for path in self.checkpoints()[:-keep]:

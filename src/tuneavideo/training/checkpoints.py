@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from tuneavideo.errors import DiskError, RunError
 from tuneavideo.method.tuning import Tuning
 from tuneavideo.models.adapter import Adapter, kept_tensors
 from tuneavideo.progress import Step
-from tuneavideo.storage import atomic
+from tuneavideo.storage import atomic, cache
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import disk_space
 from tuneavideo.training.memory import OPTIMIZER_STATE
@@ -71,6 +72,12 @@ class CheckpointManager:
             self.run.prune_checkpoints(self.tuning.settings.checkpoints_total_limit)
             self.saved = self.tuning.number
 
+    def keep_weights(self) -> None:
+        """Write the trained weights of the current step in half precision, unless they are there."""
+        path = self.run.weights(self.tuning.number)
+        if self.accelerator.is_main_process and cache.read(path) is None:
+            cache.write(path, {name: each.half() for name, each in self.tuning.learned().items()})
+
     def forget(self) -> None:
         """Delete the checkpoint of the current step, whose loss is not finite."""
         if self.accelerator.is_main_process:
@@ -90,7 +97,9 @@ class CheckpointManager:
         lasting = (
             disk_space.latents(moments) + disk_space.video(clip) + shown * disk_space.video(clip, columns=2) + adapter
         )
-        lasting += disk_space.TEXT * 3 + LINE * settings.max_train_steps
+        lasting += (
+            disk_space.TEXT * 3 + LINE * settings.max_train_steps + (previews * adapter if settings.keep_weights else 0)
+        )
         tuning, editing = states * state + (temporary if shown else 0), inversion + edits + (temporary if count else 0)
         present = (run.latents, run.source, *run.checkpoints(), *run.samples())
         present = sum(path.stat().st_size for path in present if path.is_file())
@@ -117,6 +126,17 @@ class CheckpointManager:
         """Estimate the bytes of the adapter in half precision, with its config."""
         tensors = kept_tensors(self.tuning.video.unet, self.tuning.parameters)
         return 2 * sum(each.numel() for each in tensors.values()) + disk_space.TENSOR * len(tensors) + disk_space.TEXT
+
+
+def read_weights(run: RunFolder, step: int) -> dict[str, Tensor]:
+    """Return the trained weights of a step, averaged ones if EMA is on. Raises RunError when they are damaged."""
+    if kept := cache.read(run.weights(step)):
+        return kept
+    state = _read(run.checkpoint(step))
+    if state is None:
+        raise RunError(f"{run.path}: the weights of step {step} are damaged; take another step")
+    names, ema = state["parameters"], state["ema"]
+    return dict(zip(names, ema["shadow_params"], strict=True)) if ema else names
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -65,12 +65,11 @@ def _room(settings: TuneSettings, accelerator: Accelerator) -> float:
 def _plan(
     settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: AnyVideo, room: float
 ) -> tuple[TuneSettings, str]:
-    device, width = accelerator.device, devices.PRECISIONS[accelerator.mixed_precision].itemsize
+    device = accelerator.device
     chooses_all = bool(settings.memory) or device.type == "cuda"
     if not chooses_all and (device.type != "cpu" or "gradient_checkpointing" in settings.model_fields_set):
         return settings, ""
-    by_kernels = width < 4 and kernels.supports(torch.empty(1, device=device))
-    model = memory.Model.of(pipe, settings, width, casts=device.type != "cpu" and width < 4, by_kernels=by_kernels)
+    model = _model(settings, accelerator, pipe)
     size = memory.Size(clip.frames, clip.height, clip.width, codec.stride(pipe))
     if chooses_all:
         plan = memory.choose(settings, model, room, size)
@@ -81,6 +80,20 @@ def _plan(
         if model.tuning(plan, size) > room:
             return settings, ""
     return plan, memory.describe_plan(settings, plan, model, room, size)
+
+
+def _model(settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline) -> memory.Model:
+    device, width = accelerator.device, devices.PRECISIONS[accelerator.mixed_precision].itemsize
+    by_kernels = width < 4 and kernels.supports(torch.empty(1, device=device))
+    return memory.Model.of(pipe, settings, width, casts=device.type != "cpu" and width < 4, by_kernels=by_kernels)
+
+
+def bytes_for_more(settings: TuneSettings, accelerator: Accelerator, pipe: Pipeline, clip: AnyVideo) -> float:
+    """Estimate the bytes that a tuning step needs for each further pixel of the clip, all frames together."""
+    model, stride = _model(settings, accelerator, pipe), codec.stride(pipe)
+    sizes = [memory.Size(frames, clip.height, clip.width, stride) for frames in (clip.frames, 2 * clip.frames)]
+    one, two = (model.tuning(settings, size) for size in sizes)
+    return (two - one) / (clip.frames * clip.height * clip.width)
 
 
 def _without_reuse_in_windows(

@@ -7,19 +7,20 @@ import json
 import re
 import secrets
 import shutil
-import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tuneavideo import miniature
-from tuneavideo import video as videos
 from tuneavideo.errors import DiskError, RunError, VideoError
 from tuneavideo.storage import atomic
 from tuneavideo.storage.run_files import slug
+from tuneavideo.storage.run_folder import RunFolder
+from tuneavideo.web.requests import answer_of
 
 KINDS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".webp"}
+MASKS = KINDS | {".png", ".jpg", ".jpeg"}
 UPLOADED = re.compile(r"[0-9a-f]{16}")
 LONGEST = 150.0  # seconds of a decoding process
 AT_ONCE = 2  # decoding processes
@@ -85,36 +86,64 @@ class Clips:
             VideoError: It is no video, or too large; nothing is kept.
             DiskError: The disk is full.
         """
-        suffix = Path(name.replace("\\", "/")).suffix.lower()
-        if suffix not in KINDS:
-            raise VideoError("the file's name has no ending of a video; give mp4, mov, webm, mkv, avi, gif or webp")
-        folder = self.folder / secrets.token_hex(8)
-        path = folder / f"clip-{slug(Path(name.replace(chr(92), '/')).stem)}{suffix}"
+        path = self._place(name, KINDS, "a video; give mp4, mov, webm, mkv, avi, gif or webp")
         async with self._uploads:
             try:
-                with atomic.disk_errors(path):
-                    folder.mkdir()
-                    await self._write(path, body)
+                await self._write(path, body)
                 facts = await self.decode("measure", path=str(path))
-                atomic.write(folder / "facts.json", json.dumps(facts))
+                atomic.write(path.parent / "facts.json", json.dumps(facts))
             except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(path.parent, ignore_errors=True)
                 raise
-        return self.get(folder.name)
+        return self.get(path.parent.name)
+
+    async def store_mask(self, name: str, body: AsyncIterator[bytes], run: RunFolder) -> str:
+        """Write an uploaded mask as PNG files into `masks` of a run, at the size of its clip, and return its name.
+
+        Raises:
+            VideoError: It is no picture or video, or does not fit the clip; nothing is kept.
+            DiskError: The disk is full.
+        """
+        path, fit = self._place(name, MASKS, "a picture or a video"), run.read_settings().fit
+        folder = run.path / "masks"
+        async with self._uploads:
+            try:
+                await self._write(path, body)
+                draft = path.parent / "mask"
+                await self.decode("mask", path=str(path), clip=str(run.source), fit=fit, out=str(draft))
+                stem, number = slug(Path(name.replace(chr(92), "/")).stem), 1
+                with atomic.disk_errors(folder):
+                    folder.mkdir(exist_ok=True)
+                    while (made := folder / f"{stem}-{number}").exists():
+                        number += 1
+                    draft.rename(made)
+            finally:
+                shutil.rmtree(path.parent, ignore_errors=True)
+        return made.name
+
+    def _place(self, name: str, kinds: Set[str], expected: str) -> Path:
+        """Return a file in a new folder. Raises VideoError when the name of an upload has another ending."""
+        plain = Path(name.replace("\\", "/"))
+        if plain.suffix.lower() not in kinds:
+            raise VideoError(f"the file's name has no ending of {expected}")
+        return self.folder / secrets.token_hex(8) / f"clip-{slug(plain.stem)}{plain.suffix.lower()}"
 
     async def _write(self, path: Path, body: AsyncIterator[bytes]) -> None:
-        with path.open("wb") as file:
-            async for chunk in body:
-                if atomic.free(path.parent) < ROOM:
-                    raise DiskError("the disk of the page is full; delete runs or clips")
-                await asyncio.to_thread(file.write, chunk)
+        """Write a file into its new folder. Raises DiskError when the disk is full."""
+        with atomic.disk_errors(path):
+            path.parent.mkdir()
+            with path.open("wb") as file:
+                async for chunk in body:
+                    if atomic.free(path.parent) < ROOM:
+                        raise DiskError("the disk of the page is full; delete runs or clips")
+                    await asyncio.to_thread(file.write, chunk)
 
     async def facts(self, clip: Clip) -> dict[str, Any]:
         """Return width, height, seconds, frames per second and comment of a clip."""
         if clip.id not in self._facts:
             file = clip.path.parent / "facts.json"
             if clip.is_bundled:
-                self._facts[clip.id] = await asyncio.to_thread(lambda: videos.probe(clip.path)._asdict())
+                self._facts[clip.id] = await asyncio.to_thread(_probed, clip.path)
             else:
                 self._facts[clip.id] = json.loads(file.read_bytes())
         return self._facts[clip.id]
@@ -141,22 +170,12 @@ class Clips:
     async def decode(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Run an operation of `decode` in a process of its own. Raises VideoError when it fails."""
         async with self._decoding:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tuneavideo.web.decode", operation,
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            )  # fmt: skip
-            try:
-                sent = json.dumps(arguments).encode()
-                answer, _ = await asyncio.wait_for(process.communicate(sent), LONGEST)
-            except TimeoutError:
-                raise VideoError("decoding took too long; give a shorter clip, or a smaller one") from None
-            finally:
-                if process.returncode is None:
-                    process.kill()
-        try:
-            result = json.loads(answer)
-        except ValueError:
-            raise VideoError("the clip cannot be decoded: it is damaged, or needs too much memory or time") from None
-        if "error" in result:
-            raise VideoError(result["error"])
-        return result
+            return await answer_of(
+                "tuneavideo.web.decode", arguments, operation, seconds=LONGEST, kind=VideoError, what="decoding"
+            )
+
+
+def _probed(path: Path) -> dict[str, Any]:
+    from tuneavideo import video as videos  # slow to import: the first page goes before
+
+    return videos.probe(path)._asdict()

@@ -34,23 +34,27 @@ MAX_FRAMES = 20_000
 PREVIEW = 360  # pixels of a preview's longer side
 STRIP = 96  # pixels of the height of a frame in a strip
 MOST_SHOWN = 64  # frames of a strip
+STILL = 512  # pixels of the longer side of a frame that is described
+PICTURES = (b"\x89PNG", b"\xff\xd8\xff")
 BEGINNINGS = {0: (b"\x1aE\xdf\xa3", b"RIFF", b"GIF8"), 4: (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")}
 
 
-def check_kind(path: Path) -> None:
-    """Raise VideoError for a file that is no mp4, mov, webm, mkv, avi, gif or webp by its first bytes.
+def check_kind(path: Path, more: tuple[bytes, ...] = ()) -> None:
+    """Raise VideoError for a file that is no mp4, mov, webm, mkv, avi, gif or webp by its first bytes, nor `more`.
 
     FFmpeg would also read playlists, which name other files.
     """
     with path.open("rb") as file:
         head = file.read(16)
-    if not any(head[at:].startswith(words) for at, words in BEGINNINGS.items()):
-        raise VideoError("the file is no video; give mp4, mov, webm, mkv, avi, gif or webp")
+    if not any(head[at:].startswith(words) for at, words in BEGINNINGS.items()) and not head.startswith(
+        more or b"\0\0"
+    ):
+        pictures = ", png or jpg" if more else ""
+        raise VideoError(f"the file is no video; give mp4, mov, webm, mkv, avi, gif or webp{pictures}")
 
 
-def measure(path: str) -> dict[str, Any]:
-    """Return facts on a clip. Raises VideoError when it is no video, or too large."""
-    check_kind(Path(path))
+def check_size(path: str) -> Any:
+    """Return facts on a clip. Raises VideoError when its frames or their number are too large."""
     found = videos.probe(Path(path))
     if found.width * found.height > MAX_PIXELS:
         raise VideoError(f"frames of {found.width} x {found.height}; at most 4096 x 2560: scale the clip down first")
@@ -58,6 +62,13 @@ def measure(path: str) -> dict[str, Any]:
         raise VideoError(
             f"the clip lasts {found.seconds:.0f} s; at most {MAX_SECONDS} s and {MAX_FRAMES:,} frames: cut out a part"
         )
+    return found
+
+
+def measure(path: str) -> dict[str, Any]:
+    """Return facts on a clip. Raises VideoError when it is no video, or too large."""
+    check_kind(Path(path))
+    found = check_size(path)
     videos.read(path, count=1)  # its first frame can be decoded
     return found._asdict()
 
@@ -120,6 +131,31 @@ def _jpeg(images: list[Any]) -> str:
         return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def still(path: str, time: float) -> dict[str, Any]:
+    """Return the frame at a time in seconds as PNG, base64."""
+    from PIL import Image
+
+    image = videos.read(path, start_time=time, count=1, size=_bounded(STILL), fewer=True).images
+    with io.BytesIO() as file:
+        Image.fromarray(next(iter(image))).save(file, format="PNG")
+        return {"picture": base64.b64encode(file.getvalue()).decode()}
+
+
+def mask(path: str, clip: str, fit: Any, out: str) -> dict[str, Any]:
+    """Write a mask of a clip as PNG files into a new folder. Raises VideoError when it does not fit the clip."""
+    from PIL import Image
+
+    from tuneavideo.video.masks import Mask
+
+    check_kind(Path(path), PICTURES)
+    check_size(path)
+    inside_THW = Mask.read(Path(path), videos.read_any(clip, Path(path).parent), fit).inside_THW
+    Path(out).mkdir()
+    for number, inside_HW in enumerate(inside_THW):
+        Image.fromarray(inside_HW.astype("uint8") * 255).save(Path(out) / f"{number:05d}.png")
+    return {"frames": len(inside_THW)}
+
+
 def comment(path: str) -> dict[str, Any]:
     """Return the comment of a video."""
     check_kind(Path(path))
@@ -146,7 +182,8 @@ def download(path: str, out: str, form: str, comment: str) -> dict[str, Any]:
 
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "measure": measure, "preview": preview, "strip": strip, "comment": comment, "download": download,
+    "measure": measure, "preview": preview, "strip": strip, "comment": comment, "download": download, "still": still,
+    "mask": mask,
 }  # fmt: skip
 
 

@@ -4,44 +4,71 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-HEARTBEAT = 15.0  # seconds after which a silent stream sends a comment, so that proxies keep it open
-BACKLOG = 64  # events that a slow browser may be behind; older ones are dropped
+HEARTBEAT = 15.0  # seconds after which silent streams send a comment, so that proxies keep them open
+BACKLOG = 64  # parts that a slow browser may be behind; older ones are dropped
+# Seconds of which events are sent together; more with many listeners, since each costs time.
+PERIOD, PER_LISTENER, MOST = 0.25, 0.003, 0.7
 
 
 class Events:
-    """Streams of events; each browser that listens gets every event."""
+    """Streams of events; each browser that listens gets every event.
+
+    Events are encoded once, and those of a short time are sent as one part, for which all streams wait together.
+    """
 
     def __init__(self) -> None:
-        self._listeners = set[asyncio.Queue[str]]()
+        self._parts = deque[bytes](maxlen=BACKLOG)
+        self._count, self._listeners = 0, 0
+        self._pending = list[str]()
+        self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def has_listeners(self) -> bool:
-        return bool(self._listeners)
+        return self._listeners > 0
 
     def publish(self, name: str, data: Mapping[str, Any]) -> None:
         """Send an event to all listeners."""
-        text = encoded(name, data)
-        for listener in self._listeners:
-            if listener.full():
-                listener.get_nowait()
-            listener.put_nowait(text)
+        if self._listeners:
+            self._pending.append(encoded(name, data))
+            if len(self._pending) == 1:
+                self._send_in(min(MOST, max(PERIOD, PER_LISTENER * self._listeners)))
 
-    async def stream(self, first: str = "") -> AsyncGenerator[str, None]:
+    def _send_in(self, seconds: float) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._send)
+
+    def _send(self) -> None:
+        """Let all streams send what is pending, or a comment."""
+        self._parts.append(("".join(self._pending) or ": \n\n").encode())
+        self._pending.clear()
+        self._count += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._timer = None
+        if self._listeners:
+            self._send_in(HEARTBEAT)
+
+    async def stream(self, first: str = "") -> AsyncGenerator[bytes, None]:
         """Yield `first`, then every event from now on."""
-        listener = asyncio.Queue[str](BACKLOG)
-        self._listeners.add(listener)
+        seen, self._listeners = self._count, self._listeners + 1
+        if not self._timer:
+            self._send_in(HEARTBEAT)
         try:
-            yield f"retry: 1000\n\n{first}"
+            yield f"retry: 1000\n\n{first}".encode()
             while True:
-                try:
-                    yield await asyncio.wait_for(listener.get(), HEARTBEAT)
-                except TimeoutError:
-                    yield ": \n\n"
+                while seen == self._count:
+                    await self._changed.wait()
+                new = min(self._count - seen, len(self._parts))
+                seen = self._count
+                yield b"".join([*self._parts][-new:])
         finally:
-            self._listeners.discard(listener)
+            self._listeners -= 1
 
 
 def encoded(name: str, data: Mapping[str, Any]) -> str:

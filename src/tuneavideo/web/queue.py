@@ -35,8 +35,8 @@ class Request:
 
     Attributes:
         id: Its number.
-        kind: `tune`, `edit`, `evaluate` or `export`.
-        run: Name of the run folder in the root.
+        kind: `tune`, `preview` (edits without tuning), `edit`, `evaluate`, `export` or `measure`.
+        run: Name of the run folder in the root; empty for a measurement.
         settings: Values of its settings that are set.
         created: Time of the request, in seconds since the epoch.
         state: `waiting` (also while it runs), `paused`, `done`, `failed` or `cancelled`.
@@ -61,7 +61,8 @@ class Queue:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / ".web"
-        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        for name in ("locks", "pictures"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         with self._connected() as database:
             database.execute("pragma journal_mode = wal")
             database.execute(TABLE)
@@ -134,6 +135,10 @@ class Queue:
     def lock_file(self, number: int) -> Path:
         return self.folder / "locks" / f"job-{number}.lock"
 
+    def picture(self, number: int) -> Path:
+        """Return the file of the picture that a job shows while it samples."""
+        return self.folder / "pictures" / f"{number}.jpg"
+
     def started(self, request: Request) -> None:
         """Count a start, until `settled` or `set_state` is called."""
         self._update("starts = starts + 1", request.id)
@@ -163,7 +168,10 @@ class Queue:
 
     def _free_name(self, stem: str, database: sqlite3.Connection) -> str:
         """Return the first `<stem>-<n>` that is neither a folder nor requested."""
-        names, number = {name for (name,) in database.execute("select run from jobs where kind = 'tune'")}, 1
+        names, number = (
+            {name for (name,) in database.execute("select run from jobs where kind in ('tune', 'preview')")},
+            1,
+        )
         while (name := f"{slug(stem)}-{number}") in names or (self.root / name).exists():
             number += 1
         return name

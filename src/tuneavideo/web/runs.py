@@ -19,7 +19,7 @@ from tuneavideo.storage.run_folder import RunFolder
 # Files of a run that a browser may read.
 READABLE = re.compile(
     r"source\.mp4|edits\.png|samples/\d{6,}-[^/\\]+\.mp4|edits/\d{3,}-[^/\\]+/(edit\.mp4|edit\.gif|side-by-side\.mp4)"
-    r"|adapter/adapter\.safetensors|exports/(lora|ldm)\.safetensors|exports/mindone\.ckpt"
+    r"|adapter/adapter\.safetensors|masks/[^/\\]+/00000\.png|exports/(lora|ldm)\.safetensors|exports/mindone\.ckpt"
 )
 
 
@@ -55,17 +55,13 @@ class Listed:
 
     @property
     def is_preview(self) -> bool:
-        """Whether it was made as a preview, without training."""
-        return is_untrained(self.total)
+        """Whether it shows edits without training; earlier versions made such runs by one step of no length."""
+        return self.is_untuned or self.total == 1
 
     def matches(self, words: str) -> bool:
         """Return whether all words are in its name, caption, base or prompts."""
         text = " ".join([self.name, self.caption, self.base, *self.edits]).lower()
         return all(word in text for word in words.lower().split())
-
-
-def is_untrained(steps: int) -> bool:
-    return steps == 1
 
 
 class Runs:
@@ -156,6 +152,19 @@ class Runs:
         for sample in run.samples():
             found.setdefault(number_in(sample, SAMPLE) or 0, []).append(sample.name)
         return found
+
+    def masks(self, run: RunFolder) -> list[str]:
+        """Return the names of the masks that were uploaded for a run; each is a folder of PNG files."""
+        folder = run.path / "masks"
+        if not folder.is_dir() or folder.is_symlink():
+            return []
+        return sorted(path.name for path in folder.glob("[!.]*") if path.is_dir() and not path.is_symlink())
+
+    def mask(self, run: RunFolder, name: str) -> Path:
+        """Return the folder of a mask by its exact name. Raises RunError when there is none."""
+        if name not in self.masks(run):
+            raise RunError("there is no such mask")
+        return run.path / "masks" / name
 
     def delete(self, run: RunFolder) -> None:
         """Delete a run folder. Raises RunInUse when a job works in it."""

@@ -122,7 +122,12 @@ class Guard:
 
 def largest(scope: Scope) -> int:
     """Return how many bytes the body of a request may have."""
-    return LARGEST_CLIP if scope["path"] == "/clips" else LARGEST_FORM
+    return LARGEST_CLIP if takes_file(scope) else LARGEST_FORM
+
+
+def takes_file(scope: Scope) -> bool:
+    """Return whether the body of a request is a file."""
+    return scope["path"] == "/clips" or (scope["path"].startswith("/runs/") and scope["path"].endswith("/masks"))
 
 
 def cookie_name(scope: Scope) -> str:
@@ -136,7 +141,7 @@ def cookie_value(token: str) -> str:
 
 def _limited(receive: Receive, scope: Scope) -> Receive:
     """Return `receive` with limits on the size of the body and on the time that it takes."""
-    count, most, is_form = 0, largest(scope), scope["path"] != "/clips"
+    count, most, is_form = 0, largest(scope), not takes_file(scope)
     end = time.monotonic() + SLOWEST_FORM
     done = scope["method"] in SAFE
 

@@ -33,6 +33,7 @@ def application(
         yield
         for task in tasks:
             task.cancel()
+        await page.pushes.stop()
         await page.workers.stop()
 
     def answer(request: Request, text: str, status: int) -> Response:
@@ -59,8 +60,9 @@ def application(
 
 
 def serve(
-    root: Path, host: str = "127.0.0.1", port: int = 7860, hosts: Sequence[str] = (), models: Path | None = None
-) -> None:
+    root: Path, host: str = "127.0.0.1", port: int = 7860, hosts: Sequence[str] = (), models: Path | None = None,
+    captions: str | None = None,
+) -> None:  # fmt: skip
     """Serve the page until Ctrl-C; the address is printed. Raises SettingsError when the port is in use."""
     import uvicorn
 
@@ -68,7 +70,7 @@ def serve(
     token = secrets.token_urlsafe(24) if is_open or hosts else ""
     everywhere = host in ("0.0.0.0", "::")
     names = [host, *hosts, *([socket.gethostname()] if everywhere else [])]
-    app = application(Page(root, models), token, names, any_address=everywhere)
+    app = application(Page(root, models, captions), token, names, any_address=everywhere)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

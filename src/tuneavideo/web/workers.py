@@ -15,6 +15,7 @@ from tuneavideo.web.events import Events
 from tuneavideo.web.queue import CANCELLED, DONE, FAILED, PAUSED, WAITING, Queue, Request
 
 GRACE = 1.5  # seconds in which a cancelled job may end by itself
+FIRST = 1.0  # seconds before workers start: the first page goes before
 LONGEST_WAIT = 10.0  # seconds between two starts of a worker that ends at once
 
 
@@ -55,7 +56,10 @@ class Workers:
             _send(process, {})
 
     def request(self, kind: str, run: str, settings: dict[str, Any], *, is_new: bool = False) -> Request:
-        """Add a job to the queue, see `Queue.add`."""
+        """Add a job to the queue, see `Queue.add`; measurements give way to it."""
+        for other in self.queue.waiting() if kind != "measure" else ():
+            if other.kind == "measure":
+                self._stop(other.id, CANCELLED)
         made = self.queue.add(kind, run, settings, is_new=is_new)
         self.publish(made)
         self.wake()
@@ -107,6 +111,7 @@ class Workers:
 
     async def _supervise(self, device: str) -> None:
         wait = 0.2
+        await asyncio.sleep(FIRST)
         while True:
             began = time.monotonic()
             own = {} if device in ("default", "cpu") else {"CUDA_VISIBLE_DEVICES": device}

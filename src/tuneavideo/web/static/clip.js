@@ -19,11 +19,68 @@ async function ask(name, query) {
   return found;
 }
 
+// Time and memory; if nothing is known, a measurement of a few steps tells them.
+let measuring = 0, asked = false;
+async function estimate(query) {
+  const note = field("estimate");
+  try {
+    const found = await ask("estimate", query);
+    note.textContent = measuring ? "Measuring time and memory …" : found.estimate;
+    field("measure").hidden = !found.measure || measuring > 0;
+    if (found.auto && !asked) measure();
+  } catch (error) {
+    note.textContent = error.message;
+  }
+}
+
+async function post(name, values) {
+  const got = await fetch(`/clips/${form.dataset.clip}/${name}`, {method: "POST", headers: {accept: "application/json"}, body: new URLSearchParams(values)});
+  const found = await got.json();
+  if (!got.ok) throw new Error(found.error);
+  return found;
+}
+
+async function measure() {
+  asked = true;
+  field("measure").hidden = true;
+  field("estimate").textContent = "Measuring time and memory …";
+  try {
+    measuring = (await post("measure", new FormData(form))).job;
+  } catch (error) {
+    field("estimate").textContent = error.message;
+  }
+}
+field("measure").onclick = measure;
+source.addEventListener("job", event => {
+  const job = JSON.parse(event.data);
+  if (job.job !== measuring || !OVER.includes(job.state)) return;
+  measuring = 0;
+  if (job.state === "failed") field("estimate").textContent = job.error; else later();
+});
+
+if (field("suggest")) field("suggest").onclick = async () => {
+  const button = field("suggest"), error = field("prompt-error");
+  button.disabled = true;
+  button.textContent = "Looking …";
+  say("looking for a caption");
+  error.hidden = true;
+  try {
+    const middle = (Number(field("from").value) + Number(field("to").value)) / 2 / fps;
+    field("prompt").value = (await post("caption", {time: middle})).caption;
+    say(`caption: ${field("prompt").value}`);
+  } catch (problem) {
+    error.textContent = problem.message;
+    error.hidden = false;
+  }
+  button.disabled = false;
+  button.textContent = "Suggest";
+};
+
 async function update() {
   const turn = ++latest, data = new FormData(form), strip = field("strip"), note = field("strip-note");
   data.delete("prompt");
   const query = new URLSearchParams(data);
-  ask("estimate", query).then(found => { field("estimate").textContent = found.estimate; }, error => { field("estimate").textContent = error.message; });
+  estimate(query);
   try {
     const found = await ask("frames", query);
     if (turn !== latest) return;

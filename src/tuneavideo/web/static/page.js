@@ -3,6 +3,7 @@
 const one = (selector, within = document) => within.querySelector(selector);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 const own = document.body.dataset.run, title = document.title;
+const WORDS = {begin: "starting", plan: "starting", open: "loading the model", memory: "planning memory", encode: "encoding the clip", tune: "training step", preview: "preview step", invert: "inversion step", edit: "denoising step", evaluate: "scoring", export: "exporting", measure: "measuring"};
 const OVER = ["done", "failed", "cancelled", "paused"];
 const known = new Map(all("[data-job]").map(item => [Number(item.dataset.job), {state: one(".state", item).dataset.state, run: item.dataset.of}]));
 let dirty = false;
@@ -14,11 +15,13 @@ function clock(seconds) {
 
 function details(job) {
   const parts = [];
-  if (job.stage) parts.push(job.total ? `${job.stage} ${job.number} of ${job.total}` : job.stage);
+  const stage = WORDS[job.stage] || job.stage;
+  if (job.stage) parts.push(job.total ? `${stage} ${job.number} of ${job.total}` : stage);
   if (job.stage === "tune" && job.loss !== undefined) parts.push(`loss ${job.loss.toPrecision(3)}`);
   if (job.stage === "tune" && job.pace) parts.push(job.pace < 1 ? `${(1 / job.pace).toFixed(1)} steps a second` : `${job.pace.toFixed(1)} s a step`);
   if (typeof job.left === "number") parts.push(clock(job.left));
   if (job.about && job.stage !== "tune") parts.push(job.about);
+  if (job.idle > 3) parts.push(`this step takes ${Math.round(job.idle)} s so far`);
   return parts.join(", ");
 }
 
@@ -55,9 +58,21 @@ function showJob(item, job) {
   bar.hidden = !["running", "stopping"].includes(job.state);
   if (job.total) { bar.max = job.total; bar.value = job.number; } else bar.removeAttribute("value");
   one(".detail", item).textContent = job.state === "running" ? details(job) : "";
+  showPicture(item, job);
   why.textContent = job.error || "";
   why.hidden = !job.error;
   one('[data-action="retry"] button', item).firstChild.textContent = job.state === "paused" ? "Resume" : "Retry";
+}
+
+// The edits while they are sampled; a picture replaces the one before when it is loaded.
+function showPicture(item, job) {
+  const picture = one(".picture", item);
+  if (job.state !== "running" || !job.picture || job.stage === "encode") { picture.hidden = true; return; }
+  if (picture.dataset.number === String(job.picture)) return;
+  picture.dataset.number = job.picture;
+  const next = new Image();
+  next.onload = () => { picture.src = next.src; picture.hidden = false; };
+  next.src = `/jobs/${Number(job.job)}/picture?${Number(job.picture)}`;
 }
 
 function say(text) { one("#live").textContent = text; }
@@ -108,10 +123,11 @@ for (const form of all("#edit-form")) {
 }
 if (one("#stale")) one("#stale button").onclick = () => location.reload();
 
-function send(file, then, error, bar) {
+function send(file, then, error, bar) { sendTo("/clips", file, then, error, bar); }
+function sendTo(place, file, then, error, bar) {
   const request = new XMLHttpRequest();
   const failed = text => { error.textContent = text; error.hidden = false; if (bar) bar.hidden = true; };
-  request.open("POST", `/clips?name=${encodeURIComponent(file.name)}`);
+  request.open("POST", `${place}?name=${encodeURIComponent(file.name)}`);
   request.setRequestHeader("accept", "application/json");
   request.setRequestHeader("content-type", "application/octet-stream");
   request.responseType = "json";
@@ -137,44 +153,4 @@ if (upload) {
 for (const video of all(".gallery video")) {
   video.closest("li").addEventListener("pointerenter", () => video.play().catch(() => {}));
   video.closest("li").addEventListener("pointerleave", () => video.pause());
-}
-
-// Repeat or vary an edit, and load the settings of a downloaded one.
-function text(value) {
-  if (Array.isArray(value)) return value.map(text).join(" ");
-  return value === null ? "" : value === true ? "on" : value === false ? "off" : String(value);
-}
-function fill(values) {
-  for (const [name, value] of Object.entries(values)) {
-    const field = one(`#edit-form [name="${CSS.escape(name)}"]`);
-    if (!field) continue;
-    field.value = text(value);
-    field.dispatchEvent(new Event("input", {bubbles: true}));
-  }
-}
-for (const figure of all("[data-edit]")) {
-  const edit = JSON.parse(figure.dataset.edit), values = {...edit.values, prompt: edit.prompt, seeds: edit.seeds}, form = one("#edit-form");
-  one(".repeat", figure).onclick = () => { fill(values); form.requestSubmit(); };
-  one(".vary", figure).onclick = () => { fill(values); form.scrollIntoView(); one("#prompt").focus(); };
-}
-const load = one("#load-file");
-if (load) load.onchange = () => {
-  const error = one("#load .error");
-  send(load.files[0], async made => {
-    const answer = await fetch("/settings", {method: "POST", headers: {accept: "application/json"}, body: new URLSearchParams({clip: made.clip})});
-    const values = await answer.json();
-    if (answer.ok) { fill(values); say("settings loaded"); one("#prompt").focus(); } else { error.textContent = values.error; error.hidden = false; }
-    fetch(`/clips/${made.clip}/delete`, {method: "POST", redirect: "manual"});
-  }, error);
-};
-
-const wipe = one("#wipe");
-if (wipe) {
-  const over = one(".wipe video + video"), draw = () => { over.style.clipPath = `inset(0 0 0 ${wipe.value}%)`; };
-  wipe.oninput = draw;
-  one("#wipe-edit").onchange = event => {
-    over.src = event.target.value;
-    over.addEventListener("loadeddata", () => go(frame), {once: true});
-  };
-  draw();
 }

@@ -17,7 +17,7 @@ from tuneavideo.settings import EditSettings, Sampling, Styling, TuneSettings
 # Settings that have controls of their own on the page, or that the page does not offer since they name files or code.
 ELSEWHERE = {
     "video", "run", "prompt", "edit", "base", "preset", "start", "start_time", "stride", "sample_fps", "num_frames",
-    "fit", "report_to", *Styling.model_fields,
+    "fit", "report_to", "step", *Styling.model_fields,
 }  # fmt: skip
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 FRAMES = ("num_frames", "start_time", "sample_fps", "stride", "fit")
