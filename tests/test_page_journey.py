@@ -108,7 +108,7 @@ def test_a_clip_is_uploaded_trimmed_tuned_edited_compared_and_downloaded(
 
     page.wait_for_url("**/runs/my-dog-1")
     expect(page.locator(".job .state")).to_have_text("running", timeout=PATIENCE)
-    expect(page.locator(".job .detail")).to_contain_text("tune", timeout=PATIENCE)
+    expect(page.locator(".job .detail")).to_contain_text("training step", timeout=PATIENCE)
     expect(page).to_have_title(re.compile("%"))
     expect(page.locator("#loss-now")).to_contain_text("of 30", timeout=PATIENCE)
     expect(page.get_by_text("Edit 000")).to_be_visible(timeout=PATIENCE)

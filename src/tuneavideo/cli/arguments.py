@@ -143,8 +143,8 @@ def of_web(about: str | None) -> Parser:
     made.add_argument("--models", type=Path, metavar="DIR", help="Folder of base models that the page offers.")
     made.add_argument(
         "--captions", metavar="MODEL",
-        help="Folder, or hub id in the hub's cache, of a model that suggests captions (BLIP, GIT). By default the first one "
-        "in the cache. Nothing is downloaded.",
+        help="Folder, or hub id in the hub's cache, of a model that suggests captions (BLIP, GIT). By default the "
+        "first one in the cache. Nothing is downloaded.",
     )  # fmt: skip
     return made
 

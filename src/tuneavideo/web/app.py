@@ -23,10 +23,15 @@ from tuneavideo.web.pages import forms
 from tuneavideo.web.pages.clip import ClipPages
 from tuneavideo.web.pages.run import RunPages
 from tuneavideo.web.queue import Queue
+from tuneavideo.web.queue import Request as Queued
 from tuneavideo.web.requests import read_form
 from tuneavideo.web.runs import Runs, last_step
 from tuneavideo.web.workers import Workers
 
+JOBS = {
+    "tune": "Training", "preview": "Preview without training", "edit": "Edits", "evaluate": "Scores",
+    "export": "Export", "measure": "Measurement",
+}  # fmt: skip
 HERE, REPORT = Path(__file__).parent, Path(__file__).parents[1] / "reporting"
 STATIC = {
     "page.js": (HERE / "static/page.js", "text/javascript"),
@@ -58,7 +63,7 @@ class Page:
             loader=ChoiceLoader([FileSystemLoader(HERE / "templates"), FileSystemLoader(REPORT)]),
             autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         )  # fmt: skip
-        self.templates.globals |= {"version": __version__, "quote": quote}
+        self.templates.globals |= {"version": __version__, "quote": quote, "JOBS": JOBS}
         self.templates.filters["shown"] = forms.shown
 
     def routes(self) -> list[Route]:
@@ -80,7 +85,10 @@ class Page:
 
     def jobs(self, run: str | None = None) -> list[dict[str, Any]]:
         """Return the states of the last jobs, newest first."""
-        return [self.workers.state(each) | {"created": each.created} for each in self.queue.all(run)]
+        return [
+            self.workers.state(each) | {"created": each.created, "words": words_of(each)}
+            for each in self.queue.all(run)
+        ]
 
     async def home(self, request: Request) -> Response:
         words = request.query_params.get("q", "")[:200]
@@ -150,3 +158,11 @@ class Page:
                     {"run": listed.name, "number": step["number"], "total": listed.total, "loss": step["loss"]}
                 )
         return found
+
+
+def words_of(request: Queued) -> str:
+    """Return in a few words what a job makes: its caption, its prompts or its format."""
+    values = request.settings
+    if request.kind in ("edit", "preview"):
+        return " · ".join(values.get("prompt", ()))[:300]
+    return str(values.get("to" if request.kind == "export" else "prompt", ""))[:300] if request.run else ""

@@ -84,7 +84,7 @@ def caption(folder: str, picture: str) -> str:
 
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    model = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
     pixels = AutoImageProcessor.from_pretrained(folder, **options)(images=image, return_tensors="pt").pixel_values
     with torch.inference_mode():
         [tokens] = model.generate(pixel_values=pixels, max_new_tokens=WORDS, do_sample=False)

@@ -135,7 +135,8 @@ def still(path: str, time: float) -> dict[str, Any]:
     """Return the frame at a time in seconds as PNG, base64."""
     from PIL import Image
 
-    image = videos.read(path, start_time=time, count=1, size=_bounded(STILL), fewer=True).images
+    folder, size = Path(path).parent, _bounded(STILL)
+    image = videos.read_any(path, folder, start_time=time, count=1, size=size, fewer=True).images
     with io.BytesIO() as file:
         Image.fromarray(next(iter(image))).save(file, format="PNG")
         return {"picture": base64.b64encode(file.getvalue()).decode()}

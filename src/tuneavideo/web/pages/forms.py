@@ -29,6 +29,12 @@ SLIDERS = {
     "strength": ("Strength of the edit", 0.05, 1, 0.05),
 }
 
+# Words of the page for other settings beside the sliders.
+LABELS = {
+    "validation_steps": "Preview every N steps", "keep_weights": "Keep the weights of previews",
+    "lora_rank": "Rank of a small adapter", "memory": "Memory in GB",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Field:
@@ -98,7 +104,7 @@ def field(kind: type[Settings], name: str, value: Any) -> Field:
     about = " ".join(str(info.description).split()).replace("`", "")
     made: dict[str, Any] = {
         "name": name,
-        "label": name.replace("_", " ").capitalize(),
+        "label": LABELS.get(name, name.replace("_", " ").capitalize()),
         "help": about,
         "value": shown(value),
     }

@@ -122,11 +122,12 @@ class RunPages:
             if not values["prompt"]:
                 raise SettingsError("prompt is empty; say in words what the edit shows")
             if form.get("step"):
-                values["step"] = int(form["step"]) if form["step"].isdecimal() else form["step"]
-                run.require_model(values["step"])
+                values["step"] = form["step"]
             if form.get("mask"):
                 values["mask"] = str(self.runs.mask(run, form["mask"]))
-            api.edit_settings({**values, "run": str(run.path)})
+            settings = api.edit_settings({**values, "run": str(run.path)})
+            if settings.step is not None:
+                run.require_model(settings.step)
         except TuneAVideoError as error:
             return await self._shown(name, form, error_line(error))
         self.page.workers.request("edit", name, values)

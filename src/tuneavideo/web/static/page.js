@@ -4,6 +4,7 @@ const one = (selector, within = document) => within.querySelector(selector);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 const own = document.body.dataset.run, title = document.title;
 const WORDS = {begin: "starting", plan: "starting", open: "loading the model", memory: "planning memory", encode: "encoding the clip", tune: "training step", preview: "preview step", invert: "inversion step", edit: "denoising step", evaluate: "scoring", export: "exporting", measure: "measuring"};
+const JOBS = {tune: "Training", preview: "Preview", edit: "Edits", evaluate: "Scores", export: "Export", measure: "Measurement"};
 const OVER = ["done", "failed", "cancelled", "paused"];
 const known = new Map(all("[data-job]").map(item => [Number(item.dataset.job), {state: one(".state", item).dataset.state, run: item.dataset.of}]));
 let dirty = false;
@@ -30,20 +31,21 @@ function onJob(job) {
   known.set(job.job, now);
   for (const item of all(`[data-job="${Number(job.job)}"]`)) showJob(item, now);
   const percent = now.total ? `${Math.round(100 * now.number / now.total)} %` : "…";
-  for (const card of cards(now.run)) {
+  const changed = before.state && before.state !== now.state;
+  for (const card of now.state === "done" && !changed ? [] : cards(now.run)) {
     one(".state", card).dataset.state = now.state;
     one(".state", card).textContent = now.state === "running" ? `${now.stage} ${percent}` : now.state;
   }
   if (now.state === "running") {
-    one("#now").textContent = `${now.kind} ${now.run}: ${percent}`;
-    if (!own || own === now.run) document.title = `${percent} ${now.kind} – ${title}`;
+    one("#now").textContent = `${JOBS[now.kind] || now.kind} ${now.run}: ${percent}`;
+    if (!own || own === now.run) document.title = `${percent} ${JOBS[now.kind] || now.kind} – ${title}`;
   } else if (![...known.values()].some(each => each.state === "running")) {
     one("#now").textContent = "";
     document.title = title;
   }
-  const changed = before.state && before.state !== now.state;
-  if (changed) say(`${now.kind} of ${now.run}: ${now.state}${now.error ? `: ${now.error}` : ""}`);
-  if (now.run !== own) return;
+  if (changed) say(`${JOBS[now.kind] || now.kind} of ${now.run}: ${now.state}${now.error ? `: ${now.error}` : ""}`);
+  if (document.body.dataset.here === "home" && changed && now.run && OVER.includes(now.state)) refresh();
+  if (now.run !== own || !own) return;
   addSteps(job.steps || []);
   const made = job.made && ["encode", "tune", "preview", "edit"].includes(job.stage);
   if (made || (changed && OVER.includes(now.state))) refresh();
@@ -117,7 +119,7 @@ if (chart) addSteps(chart.dataset.steps.trim().split(" ").filter(Boolean).map(ea
 // Sliders show their values; some actions ask first.
 for (const slider of all(".slide input")) slider.addEventListener("input", () => { slider.nextElementSibling.value = slider.value; });
 for (const form of all("form[data-confirm]")) form.addEventListener("submit", event => { if (!confirm(form.dataset.confirm)) event.preventDefault(); });
-for (const form of all("#edit-form")) {
+for (const form of all("#edit-form, .gallery, #upload, .search")) {
   form.addEventListener("input", () => { dirty = true; });
   form.addEventListener("submit", () => { dirty = false; });
 }
@@ -150,7 +152,9 @@ if (upload) {
   upload.addEventListener("drop", event => { event.preventDefault(); upload.classList.remove("over"); start(event.dataTransfer.files[0]); });
   upload.addEventListener("submit", event => event.preventDefault());
 }
-for (const video of all(".gallery video")) {
+for (const list of all("details")) list.addEventListener("toggle", () => { for (const video of all("video", list)) video.preload = "metadata"; });
+for (const list of all("details[open]")) for (const video of all("video", list)) video.preload = "metadata";
+for (const video of all(".gallery video, .chips video")) {
   video.closest("li").addEventListener("pointerenter", () => video.play().catch(() => {}));
   video.closest("li").addEventListener("pointerleave", () => video.pause());
 }

@@ -77,3 +77,11 @@ source.addEventListener("push", event => {
     note.append(" ", link);
   }
 });
+
+// Previews of the training play while they are pointed at, and on a click.
+for (const button of all(".sample")) {
+  const video = one("video", button), play = () => video.play().catch(() => {});
+  button.onpointerenter = event => { if (event.pointerType === "mouse") play(); };
+  button.onpointerleave = () => video.pause();
+  button.onclick = () => { if (video.paused) play(); else video.pause(); };
+}
