@@ -141,3 +141,22 @@ def test_a_mask_of_another_length_is_refused(run: Path, tmp_path: Path) -> None:
         mask_file(tmp_path / f"masks/{number}.png", INSIDE)
     with pytest.raises(VideoError, match="expected 1 frame or 3"):
         api.edit(run, "a circle", mask=str(tmp_path / "masks"), progress=False)
+
+
+def test_keep_changes_what_the_prompt_changes_only(tmp_path: Path) -> None:
+    """Another subject leaves most of the background, another background the subject's own pixels."""
+    clip = next(clip for clip in miniature.clips() if clip["name"] == "dog-jumping")
+    own = {"source_prompt": clip["caption"], "keep": True, "num_frames": 4, "num_inference_steps": 10}
+    prompts = [edit["prompt"] for edit in clip["edits"] if edit["kind"] in ("subject", "background")]
+    folders = api.edit(clip["path"], prompts, out=tmp_path / "run", formats=("frames",), progress=False, **own)
+    source = read(tmp_path / "run" / "source.mp4").frames_THWC
+    subject, background = (read(folder / "frames").frames_THWC.astype(int) for folder in folders)
+    track = clip["track"][: 4 * 4 : 4]
+    squares = np.zeros(source.shape[:3], bool)
+    for frame, (x, y) in zip(squares, track, strict=True):
+        frame[max(0, round(y) - 6) : round(y) + 6, max(0, round(x) - 6) : round(x) + 6] = True
+    kept = np.abs(subject - source).max(axis=3) == 0
+    assert kept.mean() > 0.25
+    assert kept[squares].mean() < 0.1
+    kept = np.abs(background - source).max(axis=3) == 0
+    assert kept[squares].mean() > 0.5 > kept[~squares].mean()

@@ -156,6 +156,7 @@ PROMPTS = ["a blue circle moves", "a red circle jumps"]
         {"sampler": "dpm++"},
         {"sampler": "euler-ancestral", "attention_injection": 0.0, "num_inference_steps": 3, "temporal_consistency": 1},
         {"mask": "MASK", "fresh_noise": 0.4, "temporal_consistency": 0.7},
+        {"keep": True, "fresh_noise": 0.4},
         {"mask": "MASK", "attention_injection": 0.0, "sampler": "euler", "strength": 0.5},
     ],
 )

@@ -19,8 +19,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "editing": (
         "edit", "negative_prompt", "guidance_scale", "guidance_interval", "attention_injection", "temporal_consistency",
-        "strength", "seeds", "fresh_noise", "num_inference_steps", "num_inv_steps", "sampler", "timestep_spacing",
-        "feature_reuse", "validation_steps", "keep_weights", "step",
+        "keep", "strength", "seeds", "fresh_noise", "num_inference_steps", "num_inv_steps", "sampler",
+        "timestep_spacing", "feature_reuse", "validation_steps", "keep_weights", "step",
     ),
     "memory": (
         "memory", "mixed_precision", "gradient_checkpointing", "offload", "batch_guidance", "batch_prompts", "window",

@@ -37,6 +37,8 @@ class Sampling(Settings):
     temporal_consistency: Fraction = 0.0
     """Strength, from 0 to 1, of averaging the predicted frames along the clip's motion: less flicker, softer detail
     where things move. Measured on the miniature only."""
+    keep: bool = False
+    """Keep the clip where the prompt does not change it: where the predictions for caption and prompt agree."""
     sampler: Literal["ddim", "dpm++", "dpm++-karras", "unipc", "deis", "plms", "euler", "heun", "euler-ancestral"] = (
         "ddim"
     )
@@ -78,14 +80,14 @@ class Sampling(Settings):
     @property
     def needs_trajectory(self) -> str:
         """Name of a setting that needs the inverted latents of every step; empty if none does."""
-        return "attention_injection" if self.attention_injection else ""
+        return "attention_injection" if self.attention_injection else "keep" if self.keep else ""
 
     @model_validator(mode="after")
     def _check_trajectory(self) -> Sampling:
         name = self.needs_trajectory
         if not name:
             return self
-        off = "0" if name == "attention_injection" else "None"
+        off = {"attention_injection": "0", "keep": "false"}.get(name, "None")
         if self.inversion_steps != self.num_inference_steps:
             raise ValueError(
                 f"{name} needs one inversion step per denoising step: set num_inv_steps (now {self.inversion_steps}) "
@@ -354,6 +356,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_inv_steps": 50,
         "attention_injection": 0.0,
         "temporal_consistency": 0.0,
+        "keep": False,
         "guidance_interval": (0.0, 1.0),
         "feature_reuse": 1,
         "window": None,

@@ -35,6 +35,7 @@ from tuneavideo.evaluation.metrics.judge import Judge, Reading
 from tuneavideo.evaluation.metrics.judge_metrics import ATTRIBUTES, subject_squares
 from tuneavideo.evaluation.steadiness import References
 from tuneavideo.method import consistency, editing, inversion
+from tuneavideo.method.changes import edit_masks
 from tuneavideo.method.inflate import VideoUNet, inflate
 from tuneavideo.method.noise import NoiseSchedule
 from tuneavideo.method.tuning import Tuning
@@ -243,11 +244,13 @@ def _edit(pipe: Any, settings: TuneSettings, prompts: Sequence[str], *, tuned: b
     with _measured(stages, "edit", CountingUNet(video, settings.feature_reuse)) as unet:
         (height, width), is_consistent = clean.shape[3:], settings.temporal_consistency > 0
         flows = neighbour_flows(clip.images, height, width, consistency.RADIUS) if is_consistent else ()
+        known = inverted.trajectory, caption, text, codec.embed(pipe, [""])
+        masks = edit_masks(settings, clip, None, unet, *known)
         *_, last = editing.edit(
             unet, noise_schedule, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators,
-            flows=flows,
+            flows=flows, mask=codec.latent_masks(masks, clean),
         )  # fmt: skip
-    return clip, codec.decode(pipe, last.latents, clip.fps), stages
+    return clip, codec.decode(pipe, last.latents, clip.fps, masks), stages
 
 
 def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str, Tensor]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tuneavideo import video as videos
 from tuneavideo.method import consistency, editing, graphs, inversion
+from tuneavideo.method.changes import edit_masks
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.editing import Trajectory
 from tuneavideo.method.inflate import VideoUNet
@@ -77,17 +78,20 @@ class EditSession:
         clean, caption = self._clean(), self._embedded([self.run.read_settings().prompt])
         prompts = [prompt for prompt, _ in requests]
         negative, text = self._embedded([settings.negative_prompt, *prompts]).split([1, len(prompts)])
+        masks = edit_masks(
+            settings, self.source, self.mask, self._prepared(settings), trajectory, caption, text, self._embedded([""])
+        )
         latents, steps = clean, editing.edit(
             self._prepared(settings, settings.feature_reuse), self.noise_schedule,
             editing.sampler_of(self.noise_schedule, settings), settings, trajectory, clean, caption, text, negative,
             [torch.Generator().manual_seed(seed) for _, seed in requests],
-            flows=self._flows if settings.temporal_consistency else (), mask=codec.latent_mask(self.mask, clean),
+            flows=self._flows if settings.temporal_consistency else (), mask=codec.latent_masks(masks, clean),
         )  # fmt: skip
         for step in steps:
             latents = step.latents
             words = " | ".join(prompts)
             yield Progress("edit", step.number, step.total, about=words, picture=partial(self._picture, step))
-        return [self._decoded(each, settings) for each in latents.split(1)]
+        return [self._decoded(*each, settings) for each in zip(latents.split(1), masks, strict=True)]
 
     def _picture(self, step: EditStep) -> np.ndarray:
         """Decode a few frames of the clean latents that a step predicts: edits below each other, `H W 3`."""
@@ -114,10 +118,10 @@ class EditSession:
     def _embedded(self, prompts: list[str]) -> Conditions:
         return self.addons.with_reference(codec.embed(self.pipe, prompts))
 
-    def _decoded(self, latents: Tensor, settings: Sampling) -> AnyVideo:
+    def _decoded(self, latents: Tensor, mask: Mask | None, settings: Sampling) -> AnyVideo:
         """Decode an edit; it has the source's sound if it has the source's frame rate."""
         fps = settings.fps or self.source.fps
-        edit = videos.collect(codec.decode_frames(self.pipe, latents, self.mask), fps, self.run.path)
+        edit = videos.collect(codec.decode_frames(self.pipe, latents, mask), fps, self.run.path)
         same = math.isclose(fps, self.source.fps, rel_tol=1e-4)
         return dataclasses.replace(edit, sound_SC=self.source.sound_SC if same else None)
 

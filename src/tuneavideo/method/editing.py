@@ -174,8 +174,8 @@ def edit(
         negative: Conditions of the negative prompt of each edit, or of one for all.
         generator: For fresh noise and samplers that add noise; a list has one per edit.
         flows: Motion of the clip, for temporal consistency (see `Consistency`).
-        mask: `1 1 T H W` in 0..1 (T may be 1), 1 where the edits may change; elsewhere the latents are the clip's at
-            every step, without fresh noise. It needs a whole trajectory.
+        mask: `B 1 T H W` in 0..1 (B and T may be 1), 1 where the edits may change; elsewhere the latents are the clip's
+            at every step, without fresh noise. It needs a whole trajectory.
 
     Raises:
         SettingsError: The trajectory lacks timesteps of the sampler.
@@ -192,12 +192,15 @@ def edit(
     if settings.temporal_consistency:
         motion = [torch.from_numpy(flow).to(clean.device) for flow in flows]
         options["consistency"] = Consistency(clean, motion, settings.temporal_consistency), noise_schedule
-    fresh: float | Tensor = settings.fresh_noise
+    fresh: list[float | Tensor] = [settings.fresh_noise] * count
     if mask is not None:
         alphas = [*(float(noise_schedule.alphas[round(float(t))]) for t in sampler.timesteps), 1.0]
-        options["background"], fresh = Background(mask, latents, alphas), fresh * mask
+        options["background"] = Background(mask, latents, alphas)
+        fresh = [*(settings.fresh_noise * mask).expand(count, *mask.shape[1:]).split(1)]
     inverted, alpha = latents[0].to(clean.device), sampler.start_alpha
-    start = torch.cat([sampling.mix_noise(inverted, clean, alpha, fresh, each) for each in generators])
+    start = torch.cat(
+        [sampling.mix_noise(inverted, clean, alpha, *each) for each in zip(fresh, generators, strict=True)]
+    )
     negative = negative if len(negative) == count else negative.expand(count)
     options |= {"generator": generators[0] if count == 1 else generator}
     yield from sampling.generate(video, sampler, start, text, negative, settings.guidance_scale, **options)

@@ -88,7 +88,7 @@ class Background:
     """The source clip outside a mask (blended latents, Avrahami et al. 2023).
 
     Attributes:
-        mask: `1 1 T H W` in 0..1, 1 where edits may change; T may be 1.
+        mask: `B 1 T H W` in 0..1, 1 where edits may change; B and T may be 1.
         latents: `1 C T H W` of the source before each step of the sampler, and after the last.
         alphas: Their alpha_bars.
     """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -60,9 +60,10 @@ def at_once(device: torch.device) -> int:
     return max(1, min(MOST_AT_ONCE, free_and_total(device)[0] // FREE_A_FRAME)) if device.type == "cuda" else 1
 
 
-def latent_mask(mask: Mask | None, latents: Tensor) -> Tensor | None:
-    """Return the fraction of a mask in each of the `latents` `1 C T H W`, as `1 1 T H W` on their device."""
-    return None if mask is None else torch.from_numpy(mask.fractions(*latents.shape[3:]))[None, None].to(latents.device)
+def latent_masks(masks: Sequence[Mask | None], latents: Tensor) -> Tensor | None:
+    """Return the fraction of each edit's mask in each of the `latents` `1 C T H W`, as `B 1 T H W` on their device."""
+    fractions = [torch.from_numpy(mask.fractions(*latents.shape[3:])) for mask in masks if mask]
+    return torch.stack(fractions)[:, None].to(latents.device) if fractions else None
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -71,9 +72,10 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float) -> list[Video]:
-    """Decode latents to one clip per entry of the batch, frame by frame."""
-    return [Video(np.stack(list(decode_frames(pipe, latents[None]))), fps) for latents in latents_BCTHW]
+def decode(pipe: Pipeline, latents_BCTHW: Tensor, fps: float, masks: Sequence[Mask | None] = ()) -> list[Video]:
+    """Decode latents to one clip per entry of the batch, frame by frame; see `decode_frames` for their masks."""
+    pairs = zip_longest(latents_BCTHW.split(1), masks)
+    return [Video(np.stack(list(decode_frames(pipe, latents, mask))), fps) for latents, mask in pairs]
 
 
 def decode_frames(pipe: Pipeline, latents_1CTHW: Tensor, mask: Mask | None = None) -> Iterator[np.ndarray]:

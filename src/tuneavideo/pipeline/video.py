@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tuneavideo.errors import ModelError, SettingsError
 from tuneavideo.method import consistency, editing, sampling
+from tuneavideo.method.changes import edit_masks
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.editing import Trajectory
 from tuneavideo.method.inflate import VideoUNet, inflate, video_unet
@@ -35,7 +36,9 @@ from tuneavideo.video.masks import Mask
 
 OUTPUT_TYPES = ("pil", "video", "np", "pt", "latent")
 # Settings that need an inverted clip, with the values at which they have no effect.
-_OF_CLIPS = {"attention_injection": 0.0, "temporal_consistency": 0.0, "fresh_noise": 0.0, "strength": 1.0}
+_OF_CLIPS = {
+    "attention_injection": 0.0, "temporal_consistency": 0.0, "keep": False, "fresh_noise": 0.0, "strength": 1.0,
+}  # fmt: skip
 FPS = 8.0
 """Frame rate of clips from random noise, in frames per second."""
 
@@ -204,10 +207,10 @@ class VideoMixin(AdapterMixin):
         conditions = self._conditions(prompt, negative_prompt, *embeds, copies=num_videos_per_prompt)
         sampler, size = self._sampler(given, chosen), (num_frames, height, width)
         source = latents if isinstance(latents, InvertedClip) else None
-        kept = self._mask(mask, source)
-        steps = self._steps(latents, size, chosen, sampler, *conditions, generator, kept)
+        masks = self._masks(mask, source, chosen, conditions[0])
+        steps = self._steps(latents, size, chosen, sampler, *conditions, generator, masks)
         result = self._denoised(steps, sampler, chosen, callback)
-        frames = self._decoded(result, output_type, chosen, source, kept)
+        frames = self._decoded(result, output_type, chosen, source, masks)
         return TuneAVideoPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _steps(
@@ -219,7 +222,7 @@ class VideoMixin(AdapterMixin):
         text: Conditions,
         negative: Conditions,
         generator: Any,
-        mask: Mask | None,
+        masks: list[Mask | None],
     ) -> Iterator[EditStep]:
         """Return the denoising steps of an inverted clip, or of given or random noise of a size (frames, pixels)."""
         if isinstance(generator, list) and len(generator) != len(text):
@@ -238,8 +241,21 @@ class VideoMixin(AdapterMixin):
             unet, NoiseSchedule.of(self.scheduler), sampler, chosen, trajectory, trajectory.latents[-1:],
             latents.caption.to(device), text, negative, generator,
             flows=latents.flows if chosen.temporal_consistency else (),
-            mask=codec.latent_mask(mask, trajectory.latents),
+            mask=codec.latent_masks(masks, trajectory.latents),
         )  # fmt: skip
+
+    def _masks(
+        self, mask: np.ndarray | str | Path | None, source: InvertedClip | None, chosen: Sampling, text: Conditions
+    ) -> list[Mask | None]:
+        """Return the mask of each clip of a call."""
+        given = self._mask(mask, source)
+        if not chosen.keep:
+            return [given] * len(text)
+        if source is None or source.video is None:
+            raise SettingsError("keep needs the frames of the clip: give what invert returns as latents")
+        unet = editing.prepared(self._video(), chosen, source.clean.shape[2])
+        caption, empty = source.caption.to(self._execution_device), codec.embed(self, [""])
+        return edit_masks(chosen, source.video, given, unet, source.trajectory, caption, text, empty)
 
     def _mask(self, mask: np.ndarray | str | Path | None, source: InvertedClip | None) -> Mask | None:
         """Return the mask of a call. Raises SettingsError without a clip, ValueError for another shape."""
@@ -324,12 +340,19 @@ class VideoMixin(AdapterMixin):
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
     def _decoded(
-        self, latents: Tensor, output_type: str, chosen: Sampling, source: InvertedClip | None, mask: Mask | None
+        self,
+        latents: Tensor,
+        output_type: str,
+        chosen: Sampling,
+        source: InvertedClip | None,
+        masks: list[Mask | None],
     ) -> Any:
         """Return the frames of clips in the form of `TuneAVideoPipelineOutput`, with the sound of their source."""
         is_latent = output_type == "latent"
         clips_TCHW = [
-            torch.stack([*codec.decode_pixels(self, each, mask)]) for each in latents.split(1) if not is_latent
+            torch.stack([*codec.decode_pixels(self, *each)])
+            for each in zip(latents.split(1), masks, strict=True)
+            if not is_latent
         ]
         self.maybe_free_model_hooks()
         if is_latent:

@@ -58,6 +58,16 @@ class Mask:
             raise VideoError(f"{path}: all of it is dark, so nothing may change; make bright what may")
         return cls(source, inside_THW)
 
+    @classmethod
+    def of_sites(cls, source: AnyVideo, changed_THW: np.ndarray) -> Self:
+        """Make the mask of changed latents: True where an edit may change the clip, at the size of the latents."""
+        factors = source.height // changed_THW.shape[1], source.width // changed_THW.shape[2]
+        return cls(source, changed_THW.repeat(factors[0], axis=1).repeat(factors[1], axis=2))
+
+    def within(self, other: Mask | None) -> Mask:
+        """Return the mask of what both let change."""
+        return self if other is None else Mask(self.source, self.inside_THW & other.inside_THW)
+
     def fractions(self, height: int, width: int) -> np.ndarray:
         """Return the fraction of each latent's pixels that is inside, float32 `T height width`."""
         frames, rows, columns = self.inside_THW.shape
