@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import struct
@@ -10,7 +9,6 @@ import threading
 import zlib
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,53 +16,24 @@ from filelock import FileLock
 from starlette.testclient import TestClient
 
 from tests.clips import barcodes, encode
-from tuneavideo import miniature
+from tests.shared.page import CLIP, FORM, ORIGIN, client, tuned_run
 from tuneavideo.config import checked
 from tuneavideo.errors import RunError, SettingsError
 from tuneavideo.settings import EditSettings, TuneSettings
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import Video, read, write
-from tuneavideo.web.app import Page
 from tuneavideo.web.pages import forms
 from tuneavideo.web.queue import CANCELLED, DONE, FAILED, WAITING, Queue
-from tuneavideo.web.server import application
 from tuneavideo.web.worker import begin
-
-HOME, CLIP = "http://localhost:7860", "/clips/dog-jumping"
-ORIGIN = {"origin": HOME}
-FORM = {"base": "miniature", "preset": "default", "prompt": "a dog is jumping", "num_frames": "8", "sample_fps": "4"}
-
-
-def client(root: Path, **options: Any) -> TestClient:
-    return TestClient(
-        application(Page(root), with_workers=False, **options), HOME, headers=ORIGIN, follow_redirects=False,
-        raise_server_exceptions=False,
-    )  # fmt: skip
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A root folder with a tuned run that has an edit with HTML in its prompt, and files outside."""
+    """A root folder with a tuned run, and files outside."""
     root = tmp_path / "place" / "runs"
     (tmp_path / "place").mkdir()
     (tmp_path / "place/secret.mp4").write_text("secret")
-    run = RunFolder(root / "dog-1")
-    run.path.mkdir(parents=True)
-    clip = miniature.clips()[0]
-    run.write_settings(
-        TuneSettings(video=str(clip["path"]), prompt="<b>a dog</b>", num_frames=8, max_train_steps=3), {}
-    )
-    source = read(clip["path"], count=8)
-    write(source, run.source)
-    run.adapter.mkdir()
-    (run.adapter / "adapter_config.json").write_text(json.dumps({"about": {"steps": 3, "max_train_steps": 3}}))
-    own = EditSettings(run="-", prompt=("-",), num_inference_steps=7)
-    with run.new_edit("<script>alert(1)</script>") as (draft, _):
-        write(source, draft / "edit.mp4")
-        made = own.model_dump(mode="json", exclude={"run", "prompt", "seeds"})
-        text = {"prompt": "<script>alert(1)</script> '\"", "seed": 4, "tuned_steps": 3}
-        (draft / "edit.json").write_text(json.dumps(text | made))
-    run.log_step({"number": 3, "loss": 0.1, "learning_rate": 1e-3, "seconds": 0.5, "memory": 10**9})
+    tuned_run(root)
     return root
 
 

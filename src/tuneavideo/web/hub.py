@@ -25,7 +25,7 @@ class Pushes:
     """The uploads of this server, by run.
 
     Attributes:
-        states: The last upload of each run: `state` (`running`, `done` or `failed`), `text`, and `link` when done.
+        states: The last upload of each run: `state` (`running`, `done` or `failed`), `text`, `link` (at first empty).
     """
 
     def __init__(self, events: Events) -> None:
@@ -73,8 +73,8 @@ class Pushes:
             self._publish(name, state="failed", text=f"not pushed: {error_line(error)}")
 
     def _publish(self, name: str, **state: str) -> None:
-        self.states[name] = state
-        self.events.publish("push", {"run": name, **state})
+        self.states[name] = {"link": "", **state}
+        self.events.publish("push", {"run": name, **self.states[name]})
 
 
 def push(run: str, repository: str, token: str, is_private: bool) -> str:
