@@ -270,7 +270,8 @@ def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = Non
     """Write an HTML page on runs: clips, prompts, scores, the loss, settings, time and memory.
 
     Args:
-        runs: Run folders; several are compared with the first. A folder that is no run is left out with a warning.
+        runs: Run folders, or folders of runs; several are compared with the first. A folder that is no run is left out
+            with a warning.
         out: HTML file to write, which contains all clips. None: `report.html` in the run folder, or in the current
             folder for several runs.
 
@@ -285,7 +286,7 @@ def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = Non
     from tuneavideo.reporting import write
 
     folders, errors = list[RunFolder](), list[RunError]()
-    for run in _as_tuple(runs):
+    for run in (each for place in _as_tuple(runs) for each in _runs_in(Path(place))):
         try:
             folders.append(RunFolder.open(run))
         except RunError as error:
@@ -297,6 +298,14 @@ def report(runs: str | Path | Iterable[str | Path], out: str | Path | None = Non
     path = Path(out or (folders[0].report if len(folders) == 1 else RunFolder(Path()).report))
     write(folders, path)
     return path
+
+
+def _runs_in(place: Path) -> list[Path]:
+    """Return the runs in a folder of runs, with those that failed before they began; any other place as it is."""
+    if RunFolder(place).settings.is_file() or not place.is_dir():
+        return [place]
+    inside = (RunFolder(path) for path in sorted(place.iterdir()) if path.is_dir())
+    return [run.path for run in inside if run.settings.is_file() or run.error.is_file()] or [place]
 
 
 def models() -> list[dict[str, Any]]:

@@ -102,7 +102,7 @@ def of_benchmark(about: str | None) -> Parser:
         metavar="DIR",
         help="Folder of the benchmark: its frames, and its configs or its table.",
     )
-    tgve.add_argument("--clips", type=_count, help="Number of clips, evenly spread. By default all.")
+    tgve.add_argument("--clips", type=count, help="Number of clips, evenly spread. By default all.")
     tgve.add_argument("--base", help="Base model. (default: sd1.4)")
     tgve.add_argument("--preset", help="Preset. (default: default)")
     tgve.add_argument(
@@ -112,15 +112,13 @@ def of_benchmark(about: str | None) -> Parser:
     small = parser("miniature", "The bundled model on the bundled clips, scored by the bundled classifier.", which)
     small.add_argument("variants", nargs="*", help="Presets, or untuned. (default: untuned official default)")
     small.add_argument("--quick", action="store_true", help="Use 4 clips only.")
-    small.add_argument("--seeds", type=_count, help="Number of seeds. (default: 1)")
+    small.add_argument("--seeds", type=count, help="Number of seeds. (default: 1)")
     small.add_argument(
         "--part",
         choices=("development", "report", "harder", "harder-report"),
         help="Part of the clips. (default: development)",
     )
-    small.add_argument(
-        "--processes", type=_count, help="Number of clips at the same time. By default one per CPU core."
-    )
+    small.add_argument("--processes", type=count, help="Number of clips at the same time. By default one per CPU core.")
     for each in (tgve, small):
         each.add_argument("--out", metavar="DIR", help="Folder for the results; a stopped benchmark continues there.")
     return whole
@@ -157,7 +155,7 @@ def of_convert(about: str | None) -> Parser:
     made.add_argument("--to", required=True, choices=("diffusers", "official", "mindone", "ldm", "lora", "adapter"))
     made.add_argument("--base", help="Base of tuned layers. By default the base that an adapter names.")
     made.add_argument("--like", help="Model with configs, tokenizer and scheduler, if the source has none.")
-    made.add_argument("--rank", type=_count, default=64, help="Rank of a LoRA. (default: 64)")
+    made.add_argument("--rank", type=count, default=64, help="Rank of a LoRA. (default: 64)")
     made.add_argument(
         "--style",
         choices=("diffusers", "kohya"),
@@ -169,7 +167,7 @@ def of_convert(about: str | None) -> Parser:
     return made
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"found {text}; give 1 or more")

@@ -96,7 +96,7 @@ class Show:
             elif name != self.at and each.stage != "tune":
                 bar.reset(self.tasks[each.stage], total=each.total)
             self.at = name
-            left = _clock(self.time_left.seconds())
+            left = clock(self.time_left.seconds())
             bar.update(self.tasks[each.stage], completed=each.number, note=_details(each), left=left)
             if bar.disable and each.number * 10 // each.total > (each.number - 1) * 10 // each.total:
                 self._print(
@@ -148,7 +148,7 @@ def _pace(step: Step) -> str:
     return f"{1 / step.seconds:.1f} steps/s" if step.seconds < 1 else f"{step.seconds:.1f} s/step"
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
     """Format the time left; empty if it is unknown."""
     if seconds is None:
         return ""

@@ -17,6 +17,7 @@ from typing import Any
 
 from tuneavideo import __version__
 from tuneavideo.cli import arguments
+from tuneavideo.cli.batch import batch
 from tuneavideo.cli.completion import completion_script
 from tuneavideo.cli.console import Show, report_done, stopped
 from tuneavideo.cli.options import Command
@@ -237,7 +238,10 @@ def report(argv: Sequence[str]) -> None:
     """Write an HTML page on runs: clips, scores, the loss, settings."""
     from tuneavideo import api
 
-    meanings = {"runs": "Run folders; several are compared.", "out": "HTML file to write. By default report.html."}
+    meanings = {
+        "runs": "Run folders, or folders of runs; several are compared.",
+        "out": "HTML file to write. By default report.html.",
+    }
     options = arguments.options("report", report.__doc__, argv, **meanings)
     page = api.report(options.runs, options.out)
     print(json.dumps({"report": str(page), "runs": options.runs}) if options.json else f"report: {page}")
@@ -305,6 +309,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": convert,
     "mindone": mindone,
     "evaluate": evaluate,
+    "batch": batch,
     "benchmark": benchmark,
     "report": report,
     "web": web,

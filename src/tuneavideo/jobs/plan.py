@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuneavideo import miniature
@@ -30,6 +31,15 @@ def choose_frames(settings: TuneSettings) -> Span:
         settings.video, usual=default_frames(settings.base), count=settings.num_frames, start=settings.start,
         stride=settings.stride, start_time=settings.start_time, sample_fps=settings.sample_fps,
     )  # fmt: skip
+
+
+def visible_devices() -> list[str]:
+    """Return the GPUs that a worker process gets each; without a GPU one worker has the CPU."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [each.strip() for each in chosen.split(",") if each.strip()] or ["cpu"]
+    found = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number in range(len([*found.iterdir()]))] if found.is_dir() else ["default"]
 
 
 def base_of(settings: EditSettings) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -53,7 +57,7 @@ def load_image_pipeline(
     base: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Pipeline:
     """Load a base as `load_pipeline` does, without inflating the UNet. Raises ModelError."""
-    pipe = loading.load_stock_pipeline(base, dtype=dtype or torch.float32)
+    pipe = _stock_pipeline(base, dtype or torch.float32)
     if not isinstance(pipe, Pipeline) or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"{base}: found a {type(pipe).__name__}; a Stable Diffusion 1.x, 2.x or XL text-to-image model is needed"
@@ -65,3 +69,27 @@ def load_image_pipeline(
     channels_last.optimise(pipe.unet)
     channels_last.optimise(pipe.vae)
     return pipe
+
+
+_kept: dict[tuple[str, torch.dtype], Any] | None = None
+
+
+@contextmanager
+def keeping_base() -> Generator[None, None, None]:
+    """Keep the last base that is loaded within the block in the computer's memory, and load it again from there."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
+def _stock_pipeline(base: str, dtype: torch.dtype) -> Any:
+    """Load a base, or copy the one that is kept: jobs change the modules of theirs."""
+    if _kept is None:
+        return loading.load_stock_pipeline(base, dtype=dtype)
+    if (base, dtype) not in _kept:
+        _kept.clear()
+        _kept[base, dtype] = loading.load_stock_pipeline(base, dtype=dtype)
+    return copy.deepcopy(_kept[base, dtype])

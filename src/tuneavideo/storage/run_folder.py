@@ -82,6 +82,7 @@ class RunFolder(RunFiles):
         if not run.settings.is_file():
             around = next((each for each in run.path.parents if cls(each).settings.is_file()), None)
             found = f"{run.settings.name} is missing" if run.path.exists() else "it does not exist"
+            found += f" ({run.last_error})" if run.last_error else ""
             advice = f"it belongs to the run {around}" if around else "'tuneavideo tune' makes one"
             raise RunError(f"{path} is no run folder: {found}; {advice}")
         return run

@@ -8,24 +8,15 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from tuneavideo.jobs.plan import visible_devices
 from tuneavideo.web.events import Events
 from tuneavideo.web.queue import CANCELLED, DONE, FAILED, PAUSED, WAITING, Queue, Request
 
 GRACE = 1.5  # seconds in which a cancelled job may end by itself
 FIRST = 1.0  # seconds before workers start: the first page goes before
 LONGEST_WAIT = 10.0  # seconds between two starts of a worker that ends at once
-
-
-def devices() -> list[str]:
-    """Return the GPUs that a worker gets each; without a GPU one worker has the CPU."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [each.strip() for each in chosen.split(",") if each.strip()] or ["cpu"]
-    found = Path("/proc/driver/nvidia/gpus")
-    return [str(number) for number in range(len([*found.iterdir()]))] if found.is_dir() else ["default"]
 
 
 class Workers:
@@ -38,7 +29,7 @@ class Workers:
         self._tasks = list[asyncio.Task[None]]()
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._supervise(device)) for device in devices()]
+        self._tasks = [asyncio.create_task(self._supervise(device)) for device in visible_devices()]
 
     async def stop(self) -> None:
         """End the workers' input, upon which they stop after their current steps."""
