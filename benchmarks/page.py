@@ -6,53 +6,120 @@ python -m benchmarks.page
 from __future__ import annotations
 
 import json
+import os
+import socket
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 from tests.page_server import BRIEF, Server, served
 from tests.test_page_chaos import listening
 
 LISTENERS = 200
+SECONDS = 60.0
 
 
 def main() -> None:
-    """Print each figure as a line of JSON."""
+    """Print each figure as a line of JSON, with the computer's load beside it."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("first start", "second start"):
+        for name in ("first start", "second start", "third start"):
             with served(Path(folder)) as server:
                 server.send("/")
-                show(name, seconds=time.monotonic() - server.began)
+                seconds = time.monotonic() - server.began
+                times = psutil.Process(server.process.pid).cpu_times()
+                show(name, seconds=seconds, cpu_seconds=times.user + times.system)
         with served(Path(folder)) as server:
-            measure_jobs(server)
+            measure_whole_job(server)
+            measure_listeners(server)
 
 
-def measure_jobs(server: Server) -> None:
-    """Measure answers, events and training with and without listeners, and cancelling."""
-    server.send("/clips/dog-jumping/tune", BRIEF | {"max_train_steps": "2000"})
-    while server.jobs()[1].get("stage") != "tune":
+def measure_whole_job(server: Server) -> None:
+    """Measure the time between events of a job from its request to its end: loading, training, an edit."""
+    gaps, edit = Gaps(server), {"edit": "a cat is jumping on the grass"}
+    server.send("/clips/dog-jumping/tune", BRIEF | {"max_train_steps": "60", "num_inference_steps": "20"} | edit)
+    server.wait(1, ("running",))
+    gaps.begin()
+    server.wait(1)
+    show("events of a job", longest_gap=gaps.longest(), events=len(gaps.times))
+
+
+def measure_listeners(server: Server) -> None:
+    """Measure answers, events and training with one and with many listeners in turns, and cancelling."""
+    gaps = Gaps(server)
+    server.send("/clips/dog-jumping/tune", BRIEF | {"max_train_steps": "9000"})
+    while server.jobs()[2].get("stage") != "tune":
         time.sleep(0.2)
-    show("one listener", **paces(server), answer=answer(server))
-    streams = [listening(server) for _ in range(LISTENERS)]
-    show(f"{LISTENERS} listeners", **paces(server), answer=answer(server))
-    for stream in streams:
-        stream.close()
+    paces = {1: list[dict[str, float]](), LISTENERS: list[dict[str, float]]()}
+    for count in (1, LISTENERS) * 2:
+        streams = [listening(server) for _ in range(count)]
+        for stream in streams:
+            threading.Thread(target=drain, args=(stream,), daemon=True).start()
+        gaps.begin()
+        made = pace(server, SECONDS / 2) | {"answer": answer(server), "longest_gap": gaps.longest()}
+        paces[count].append(made)
+        show(f"{count} listeners", **made)
+        for stream in streams:
+            stream.shutdown(socket.SHUT_RDWR)
+    cpu = {count: statistics.mean(each["cpu_per_step"] for each in made) for count, made in paces.items()}
+    steps = {count: statistics.mean(each["steps_per_second"] for each in made) for count, made in paces.items()}
+    by_cpu, by_clock = cpu[LISTENERS] / cpu[1] - 1, steps[1] / steps[LISTENERS] - 1
+    show("training with listeners", slower_by_cpu=by_cpu, slower_by_clock=by_clock)
     began = time.monotonic()
-    server.send("/jobs/1/cancel", {})
-    show("cancel", seconds=time.monotonic() - began, state=server.jobs()[1]["state"])
+    server.send("/jobs/2/cancel", {})
+    show("cancel", seconds=time.monotonic() - began, state=server.jobs()[2]["state"])
 
 
-def paces(server: Server, seconds: float = 20) -> dict[str, float]:
-    """Return the steps per second of the job that runs, and the longest time between two new numbers."""
-    first, began = server.jobs()[1]["number"], time.monotonic()
-    changed, longest, last = began, 0.0, first
-    while time.monotonic() - began < seconds:
-        number = server.jobs()[1]["number"]
-        if number != last:
-            longest, changed, last = max(longest, time.monotonic() - changed), time.monotonic(), number
-        time.sleep(0.1)
-    return {"steps_per_second": (last - first) / (changed - began), "longest_gap": longest}
+class Gaps:
+    """A browser that notes when events of jobs arrive."""
+
+    def __init__(self, server: Server) -> None:
+        self.times = list[float]()
+        threading.Thread(target=self._listen, args=(listening(server),), daemon=True).start()
+
+    def begin(self) -> None:
+        self.times = [time.monotonic()]
+
+    def longest(self) -> float:
+        """Return the longest time between two events since `begin`, in seconds."""
+        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+    def _listen(self, stream: socket.socket) -> None:
+        for part in parts(stream):
+            if b"event: job" in part:
+                self.times.append(time.monotonic())
+
+
+def parts(stream: socket.socket) -> Iterator[bytes]:
+    while part := stream.recv(2**16):
+        yield part
+
+
+def drain(stream: socket.socket) -> None:
+    """Read a stream as a browser does, until it is closed."""
+    for _ in parts(stream):
+        pass
+
+
+def pace(server: Server, seconds: float) -> dict[str, float]:
+    """Return the steps per second of the job that runs, its CPU time per step, and the server's CPU time per second."""
+    processes = [server.workers()[0], psutil.Process(server.process.pid)]
+
+    def state() -> tuple[float, list[float]]:
+        return server.jobs()[2]["number"], [sum(each.cpu_times()[:2]) for each in processes]
+
+    began, (first, before) = time.monotonic(), state()
+    time.sleep(seconds)
+    passed, (last, after) = time.monotonic() - began, state()
+    worker, own = (b - a for a, b in zip(before, after, strict=True))
+    return {
+        "steps_per_second": (last - first) / passed, "cpu_per_step": worker / (last - first),
+        "server_cpu_per_second": own / passed,
+    }  # fmt: skip
 
 
 def answer(server: Server, count: int = 20) -> float:
@@ -65,9 +132,9 @@ def answer(server: Server, count: int = 20) -> float:
     return statistics.median(times)
 
 
-def show(name: str, **figures: float | str) -> None:
-    rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in figures.items()}
-    print(json.dumps({"what": name, **rounded}), flush=True)
+def show(name: str, **figures: Any) -> None:
+    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
+    print(json.dumps({"what": name, **rounded, "load": round(os.getloadavg()[0], 1)}), flush=True)
 
 
 if __name__ == "__main__":

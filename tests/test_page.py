@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
 import threading
 import zlib
 from collections.abc import Generator
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -106,6 +109,15 @@ def test_a_wrong_value_is_refused_in_the_words_of_the_command_line(
     assert not Queue(root).all()
 
 
+def test_control_characters_and_html_of_a_caption_are_text(page: TestClient, root: Path) -> None:
+    words = "a \x1b[2J\x00\u202edog <img src=x onerror=alert(1)>"
+    assert page.post(f"{CLIP}/tune", data=FORM | {"prompt": words, "edit": words}).status_code == 303
+    for path in ("/queue", "/", "/runs/dog-jumping-1", f"{CLIP}?prompt=%3Cimg+src%3Dx%3E&edit=%3Cimg+src%3Dx%3E"):
+        assert "<img src=x" not in page.get(path).text, path
+    (request,) = Queue(root).waiting()
+    assert "\0" not in request.settings["prompt"]
+
+
 def test_edits_are_requested_varied_downloaded_and_deleted(page: TestClient, root: Path, tmp_path: Path) -> None:
     shown = page.get("/runs/dog-1").text
     assert "num inference steps 7" in shown and "seed 4" in shown
@@ -158,9 +170,35 @@ def test_an_uploaded_clip_is_measured_shown_and_cut_to_the_frames_that_are_used(
     assert page.get(place).status_code == 404
 
 
-def png_of(width: int, height: int) -> bytes:
+def gif_of(width: int, height: int) -> bytes:
     """A GIF that declares a size and has no more than its header."""
     return b"GIF89a" + struct.pack("<HH", width, height) + b"\xf7\x00\x00" + bytes(768) + b",\0\0\0\0"
+
+
+def png_of(side: int) -> bytes:
+    """A whole black PNG of one bit per pixel."""
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(side * (1 + side // 8)))),
+        (b"IEND", b""),
+    )
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def mov_of(side: int) -> bytes:
+    """A video of one such picture, which has a few kB and decodes to almost a GB."""
+    with io.BytesIO() as file, av.open(file, "w", format="mov") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.width = stream.height = side
+        stream.pix_fmt = "monob"
+        packet = av.Packet(png_of(side))
+        packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1)
+        container.mux(packet)
+        container.close()
+        return file.getvalue()
 
 
 UPLOADS = {
@@ -169,7 +207,8 @@ UPLOADS = {
     "a playlist": ("clip.mp4", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"),
     "a list of files": ("clip.mkv", b"ffconcat version 1.0\nfile /etc/passwd\n"),
     "a zip bomb": ("clip.mp4", b"PK\3\4" + zlib.compress(bytes(10**7))),
-    "a wide picture": ("clip.gif", png_of(65535, 65535)),
+    "a wide picture": ("clip.gif", gif_of(65535, 65535)),
+    "frames of 16,000 x 16,000": ("clip.mov", mov_of(16_000)),
     "a head only": ("clip.mp4", b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom"),
     "a broken box": ("clip.mp4", b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + b"\xff\xff\xff\xffmoov" + bytes(100)),
     "matroska noise": ("clip.webm", b"\x1aE\xdf\xa3" + bytes(range(256)) * 20),

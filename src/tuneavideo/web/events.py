@@ -11,7 +11,7 @@ from typing import Any
 HEARTBEAT = 15.0  # seconds after which silent streams send a comment, so that proxies keep them open
 BACKLOG = 64  # parts that a slow browser may be behind; older ones are dropped
 # Seconds of which events are sent together; more with many listeners, since each costs time.
-PERIOD, PER_LISTENER, MOST = 0.25, 0.003, 0.7
+PERIOD, PER_LISTENER, MOST = 0.2, 0.0015, 0.5
 
 
 class Events:
@@ -26,6 +26,12 @@ class Events:
         self._pending = list[str]()
         self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """End all streams."""
+        self._closed = True
+        self._changed.set()
 
     @property
     def has_listeners(self) -> bool:
@@ -61,9 +67,10 @@ class Events:
             self._send_in(HEARTBEAT)
         try:
             yield f"retry: 1000\n\n{first}".encode()
-            while True:
-                while seen == self._count:
+            while not self._closed:
+                if seen == self._count:
                     await self._changed.wait()
+                    continue
                 new = min(self._count - seen, len(self._parts))
                 seen = self._count
                 yield b"".join([*self._parts][-new:])

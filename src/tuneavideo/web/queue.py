@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Collection, Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from tuneavideo.errors import DiskError, RunError
+from tuneavideo.storage import atomic
 from tuneavideo.storage.run_files import slug
 
 TABLE = """create table if not exists jobs (
@@ -27,6 +28,9 @@ TABLE = """create table if not exists jobs (
 WAITING, PAUSED, DONE, FAILED, CANCELLED = "waiting", "paused", "done", "failed", "cancelled"
 MOST_WAITING = 500
 MOST_STARTS = 5  # of a job whose worker ends each time
+RESERVE = 2**18  # bytes kept on the disk for records of the queue
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,8 @@ class Queue:
         self.root, self.folder = root, root / ".web"
         for name in ("locks", "pictures"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        with self._connected() as database:
-            database.execute("pragma journal_mode = wal")
-            database.execute(TABLE)
+        # Without a write-ahead log the queue can be read on a full disk.
+        self._run(lambda database: (database.execute("pragma journal_mode = delete"), database.execute(TABLE)))
 
     def add(self, kind: str, run: str, settings: Mapping[str, Any], *, is_new: bool = False) -> Request:
         """Add a request.
@@ -79,17 +82,19 @@ class Queue:
         Raises:
             RunError: Too many jobs are waiting.
         """
-        with self._connected() as database:
+
+        def insert(database: sqlite3.Connection) -> int:
             database.execute("begin immediate")
             (waiting,) = database.execute("select count(*) from jobs where state = ?", (WAITING,)).fetchone()
             if waiting >= MOST_WAITING:
                 raise RunError(f"{waiting} jobs are waiting already; cancel some, or wait until some are done")
-            if is_new:
-                run = self._free_name(run, database)
-            values = (kind, run, json.dumps(dict(settings)), time.time())
+            name = self._free_name(run, database) if is_new else run
+            values = (kind, name, json.dumps(dict(settings)), time.time())
             made = database.execute("insert into jobs (kind, run, settings, created) values (?, ?, ?, ?)", values)
             database.execute("commit")
-        return self.get(made.lastrowid or 0)
+            return made.lastrowid or 0
+
+        return self.get(self._run(insert))
 
     def get(self, number: int) -> Request:
         """Return a request. Raises RunError when there is none."""
@@ -160,11 +165,8 @@ class Queue:
 
     def finish(self, number: int, state: str, error: str = "") -> None:
         """Set the state of a request that waits; one that was cancelled meanwhile keeps its state."""
-        with self._connected() as database:
-            database.execute(
-                "update jobs set state = ?, error = ?, starts = 0 where id = ? and state = ?",
-                (state, error, number, WAITING),
-            )
+        change = "update jobs set state = ?, error = ?, starts = 0 where id = ? and state = ?"
+        self._run(lambda database: database.execute(change, (state, error, number, WAITING)))
 
     def _free_name(self, stem: str, database: sqlite3.Connection) -> str:
         """Return the first `<stem>-<n>` that is neither a folder nor requested."""
@@ -177,24 +179,34 @@ class Queue:
         return name
 
     def _select(self, condition: str, *values: Any) -> list[Request]:
-        with self._connected() as database:
-            columns = "id, kind, run, settings, created, state, error, first, starts"
-            rows = database.execute(f"select {columns} from jobs {condition}", values).fetchall()
+        columns = "id, kind, run, settings, created, state, error, first, starts"
+        rows = self._run(lambda each: each.execute(f"select {columns} from jobs {condition}", values).fetchall())
         return [Request(number, kind, run, json.loads(settings), *rest) for number, kind, run, settings, *rest in rows]
 
     def _update(self, change: str, number: int, *values: Any) -> None:
-        with self._connected() as database:
-            database.execute(f"update jobs set {change} where id = ?", (*values, number))
+        self._run(lambda database: database.execute(f"update jobs set {change} where id = ?", (*values, number)))
 
-    @contextmanager
-    def _connected(self) -> Generator[sqlite3.Connection, None, None]:
-        """Open the database. Raises DiskError when it cannot be read or written."""
-        file = self.folder / "queue.sqlite"
-        try:
-            database = sqlite3.connect(file, timeout=10, isolation_level=None)
+    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do some work in the database. On a full disk the reserved bytes are given up, so that ends can be recorded.
+
+        Raises:
+            DiskError: The database cannot be read or written.
+        """
+        reserve = self.folder / "reserve"
+        while True:
             try:
-                yield database
-            finally:
-                database.close()
-        except sqlite3.Error as error:
-            raise DiskError(f"{file} cannot be used: {error}; make room, or make it writable") from error
+                with closing(sqlite3.connect(self._file, timeout=10, isolation_level=None)) as database:
+                    done = work(database)
+                break
+            except sqlite3.Error as error:
+                if not reserve.exists():
+                    raise DiskError(f"{self._file} cannot be used: {error}; make room, or make it writable") from error
+                reserve.unlink(missing_ok=True)
+        if not reserve.exists() and atomic.free(self.folder) > 8 * RESERVE:
+            with suppress(DiskError):
+                atomic.write(reserve, bytes(RESERVE))
+        return done
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "queue.sqlite"

@@ -70,7 +70,8 @@ def serve(
     token = secrets.token_urlsafe(24) if is_open or hosts else ""
     everywhere = host in ("0.0.0.0", "::")
     names = [host, *hosts, *([socket.gethostname()] if everywhere else [])]
-    app = application(Page(root, models, captions), token, names, any_address=everywhere)
+    page = Page(root, models, captions)
+    app = application(page, token, names, any_address=everywhere)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -88,4 +89,10 @@ def serve(
         timeout_graceful_shutdown=1,
     )  # fmt: skip
     sys.stdout.flush()
-    uvicorn.Server(config).run(sockets=[listener])
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            page.events.close()  # or else open streams would hold up the end
+            await super().shutdown(sockets)
+
+    Server(config).run(sockets=[listener])

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from tuneavideo import api
 from tuneavideo.config import checked
-from tuneavideo.errors import RunInUse, TuneAVideoError, error_line
+from tuneavideo.errors import DiskError, RunInUse, TuneAVideoError, error_line
 from tuneavideo.job_settings import clip_edit_settings
 from tuneavideo.progress import Progress, TimeLeft
 from tuneavideo.settings import EditSettings, Sampling, TuneSettings
@@ -36,7 +36,7 @@ from tuneavideo.web.pages import estimate
 from tuneavideo.web.queue import DONE, FAILED, MOST_STARTS, WAITING, Queue, Request
 
 INTERVAL = 0.4  # seconds between two messages of one stage
-BEAT = 0.8  # seconds without a message after which one says that the job still runs
+BEAT = 0.6  # seconds without a message after which one says that the job still runs
 PATIENCE = 2.0  # seconds after which a job whose run was in use is tried again
 LAST_WAIT = 30.0  # seconds after the server's end at which a worker that still computes is ended
 
@@ -78,9 +78,14 @@ class Worker:
         while not self.closing:
             now = time.monotonic()
             self.refused = {number: due for number, due in self.refused.items() if due > now}
-            with self.queue.taken(self.refused) as request:
-                if request:
-                    self.work(request)
+            request = None
+            try:
+                with self.queue.taken(self.refused) as request:
+                    if request:
+                        self.work(request)
+            except DiskError as error:  # the queue cannot be written: the job stays in it
+                logging.warning("%s", error)
+                self.wake.wait(PATIENCE)
             if not request:
                 self.wake.wait(1)
                 self.wake.clear()
@@ -95,29 +100,35 @@ class Worker:
         if self.queue.get(request.id).state != WAITING:  # stopped before this line
             return None
         self.queue.started(request)
-        self.note({"job": request.id, "run": request.run, "kind": request.kind, "state": "running"}, stage="begin")
-        state = DONE
+        state = WAITING
         try:
-            if not self.complete(request):
-                self.queue.settled(request)
-                state = "stopped"
+            state = self._ended(request)
+        finally:
+            with self._turn:
+                self.current = {}
+            self.queue.picture(request.id).unlink(missing_ok=True)
+            self.tell(job=request.id, state=state)
+        return None
+
+    def _ended(self, request: Request) -> str:
+        """Run a job, and return the state that is recorded."""
+        self.note({"job": request.id, "run": request.run, "kind": request.kind, "state": "running"}, stage="begin")
+        try:
+            is_whole = self.complete(request)
         except RunInUse as error:
             self.refused[request.id] = time.monotonic() + PATIENCE
             self.queue.settled(request, str(error))
-            state = "waiting"
+            return WAITING
         except Exception as error:
-            state = FAILED
             if not isinstance(error, TuneAVideoError):
                 logging.exception("job %d", request.id)
             self.queue.finish(request.id, FAILED, error_line(error))
+            return FAILED
+        if is_whole:
+            self.queue.finish(request.id, DONE)
         else:
-            if state == DONE:
-                self.queue.finish(request.id, DONE)
-        with self._turn:
-            self.current = {}
-        self.queue.picture(request.id).unlink(missing_ok=True)
-        self.tell(job=request.id, state=state)
-        return None
+            self.queue.settled(request)
+        return DONE if is_whole else "stopped"
 
     def note(self, job: dict[str, Any], **progress: Any) -> None:
         """Send progress of the job that runs."""
@@ -176,7 +187,8 @@ class Picture:
 
         with io.BytesIO() as contents:
             Image.fromarray(each.picture()).save(contents, format="JPEG", quality=85)
-            atomic.write(self.file, contents.getvalue())
+            with suppress(DiskError):
+                atomic.write(self.file, contents.getvalue())
         self.count += 1
         self.due = time.monotonic() + max(0.5, 10 * (time.monotonic() - began))
         return self.count

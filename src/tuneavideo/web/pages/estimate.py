@@ -15,7 +15,6 @@ from tuneavideo import api
 from tuneavideo.bases import BASES
 from tuneavideo.jobs.plan import default_frames, steps_ahead
 from tuneavideo.progress import WORK
-from tuneavideo.reporting.formatting import duration
 from tuneavideo.settings import TuneSettings
 from tuneavideo.storage import atomic
 from tuneavideo.web.runs import Runs, last_step, settings_of
@@ -25,6 +24,8 @@ RECENT = 20  # runs that are looked at
 
 def described(runs: Runs, settings: TuneSettings) -> dict[str, Any]:
     """Return the `estimate` of a tuning in a sentence, and whether a measurement would improve it (`measure`)."""
+    from tuneavideo.reporting.formatting import duration  # slow to import: the first page goes before
+
     base, pixels = BASES.get(settings.base), _pixels(settings)
     known, found = [*_of_runs(runs, settings.base)], measurements(runs.root).get(settings.base)
     if known:

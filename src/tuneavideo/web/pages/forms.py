@@ -32,7 +32,7 @@ SLIDERS = {
 # Words of the page for other settings beside the sliders.
 LABELS = {
     "validation_steps": "Preview every N steps", "keep_weights": "Keep the weights of previews",
-    "lora_rank": "Rank of a small adapter", "memory": "Memory in GB",
+    "lora_rank": "Rank of a small adapter", "memory": "Memory in GB", "keep": "Keep what the prompt leaves as it is",
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class RunPages:
     def _contents(self, run: RunFolder) -> dict[str, Any]:
         settings = run.read_settings()
         standard = settings.model_dump()
-        shown, main = [*forms.SLIDERS][1:], ("negative_prompt", "seeds", "fresh_noise")
+        shown, main = [*forms.SLIDERS][1:], ("negative_prompt", "seeds", "fresh_noise", "keep")
         every = forms.defaults(EditSettings, standard)
         return {
             "settings": settings, "edits": self.runs.edits(run), "samples": self.runs.samples(run),
