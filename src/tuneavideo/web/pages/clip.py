@@ -17,12 +17,11 @@ from tuneavideo import api
 from tuneavideo.bases import BASES, is_hub_id
 from tuneavideo.errors import SettingsError, TuneAVideoError, error_line
 from tuneavideo.job_settings import clip_edit_settings
-from tuneavideo.jobs.plan import default_frames
+from tuneavideo.jobs.plan import default_frames, visible_devices
 from tuneavideo.settings import PRESETS, TuneSettings
 from tuneavideo.web.clips import Clip
 from tuneavideo.web.pages import estimate, forms
 from tuneavideo.web.requests import read_form
-from tuneavideo.web.workers import devices
 
 if TYPE_CHECKING:
     from tuneavideo.web.app import Page
@@ -104,7 +103,7 @@ class ClipPages:
         found = await asyncio.to_thread(estimate.described, self.page.runs, settings)
         if found["measure"]:
             found["measure"] = await asyncio.to_thread(estimate.is_here, settings.base)
-            is_small = settings.base == "miniature" or devices() not in (["cpu"], ["default"])
+            is_small = settings.base == "miniature" or visible_devices() not in (["cpu"], ["default"])
             found["auto"] = found["measure"] and is_small and not self.page.queue.waiting()
         return JSONResponse(found)
 
