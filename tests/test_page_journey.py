@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import axe_playwright_python
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.clips import encode
@@ -20,13 +22,14 @@ from tuneavideo import miniature
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import probe, read
 
+AWAY = Path(__file__)  # a file that is no mask
 CHROMIUM = shutil.which("chromium") or ""
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 # Folder that gets the pictures of docs/page.md.
 PICTURES = os.environ.get("TUNEAVIDEO_PICTURES")
 PATIENCE = 180_000.0  # milliseconds for a job on a busy computer
 
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=90_000)
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed"),
@@ -64,7 +67,7 @@ def opened(browser: Browser, **options: Any) -> tuple[Page, list[str]]:
     page.on("console", note)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("dialog", lambda dialog: dialog.accept())
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)
     return page, errors
 
 
@@ -100,16 +103,19 @@ def test_a_clip_is_uploaded_trimmed_tuned_edited_compared_and_downloaded(
     page.locator("#prompt").fill("a dog is jumping on the grass")
     page.locator("#edit").fill("a panda is jumping on the grass")
     page.locator("#max_train_steps").fill("30")
+    page.locator("#validation_steps").fill("15")
+    page.locator("#keep_weights").select_option("on")
+    expect(page.locator("#estimate")).to_contain_text("a step, and", timeout=PATIENCE)
+    page.locator("h1").evaluate("heading => heading.scrollIntoView()")
+    picture(page, "page-clip")
     page.get_by_text("All settings").click()
     page.locator("#num_inference_steps").fill("5")
-    page.locator("#validation_steps").fill("15")
-    picture(page, "page-clip")
     page.get_by_role("button", name="Train", exact=True).click()
 
     page.wait_for_url("**/runs/my-dog-1")
     expect(page.locator(".job .state")).to_have_text("running", timeout=PATIENCE)
     expect(page.locator(".job .detail")).to_contain_text("training step", timeout=PATIENCE)
-    expect(page).to_have_title(re.compile("%"))
+    expect(page).to_have_title(re.compile("%"), timeout=PATIENCE)
     expect(page.locator("#loss-now")).to_contain_text("of 30", timeout=PATIENCE)
     expect(page.get_by_text("Edit 000")).to_be_visible(timeout=PATIENCE)
     assert page.locator("table .sample").count() == 3, "previews of the steps 0, 15 and 30"
@@ -161,6 +167,52 @@ def test_a_clip_is_uploaded_trimmed_tuned_edited_compared_and_downloaded(
     assert not errors, errors
 
 
+def test_edits_are_made_of_a_step_and_within_a_mask(
+    server: Server, browser: Browser, root: Path, tmp_path: Path
+) -> None:
+    page, errors = opened(browser, viewport={"width": 1440, "height": 900})
+    run, mask = RunFolder(root / "my-dog-1"), np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 255
+    Image.fromarray(mask).save(tmp_path / "right half.png")
+    page.goto(f"{server.url}/runs/my-dog-1")
+    page.get_by_role("button", name="Edit from this step").first.click()
+    expect(page.locator("#step")).to_have_value("15")
+    page.locator("#edit-form #prompt").fill("a cat is jumping on the grass")
+    page.locator("#mask-file").set_input_files(tmp_path / "right half.png")
+    expect(page.locator("#mask")).to_have_value("right-half-1")
+    expect(page.locator("#mask-picture")).to_be_visible()
+    page.locator("#mask-file").set_input_files(AWAY)
+    expect(page.locator("#mask-error")).to_contain_text("no ending of a picture or a video")
+    page.get_by_role("button", name="Make edits").click()
+    expect(page.get_by_text("step 15, mask right-half-1")).to_be_visible(timeout=PATIENCE)
+    edit = run.whole_edits()[-1]
+    made, source = read(edit / "edit.mp4").frames_THWC, read(run.source).frames_THWC
+    left, right = (
+        np.abs(made[:, :, part].astype(int) - source[:, :, part]).mean() for part in (slice(30), slice(34, None))
+    )
+    assert left < 2 < right, "outside the mask the clip is kept"
+    assert run.read_edit(edit)["tuned_steps"] == 15
+    page.get_by_text("Push to the Hugging Face hub").click()
+    assert page.locator("#token").get_attribute("type") == "password"
+    assert [each for each in errors if "400" not in each] == [], errors
+
+
+def test_a_clip_is_edited_without_training_and_shown_while_it_is_sampled(server: Server, browser: Browser) -> None:
+    page, errors = opened(browser, viewport={"width": 1440, "height": 900})
+    page.goto(f"{server.url}/clips/cat-running")
+    page.locator("#edit").fill("a dog is running in the room")
+    page.get_by_text("All settings").click()
+    page.locator("#num_inference_steps").fill("60")
+    page.get_by_role("button", name="Preview without training").click()
+    page.wait_for_url("**/runs/cat-running-untrained-1")
+    expect(page.locator(".job .picture")).to_be_visible(timeout=PATIENCE)
+    picture(page, "page-sampling")
+    expect(page.get_by_text("Edit 000")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("Edited without tuning")).to_be_visible()
+    expect(page.get_by_role("button", name="Tune")).to_be_visible()
+    assert not errors, errors
+
+
 def test_the_page_works_at_a_phones_width_by_keyboard_alone(server: Server, browser: Browser) -> None:
     page, errors = opened(browser, viewport={"width": 390, "height": 844}, has_touch=True)
     page.goto(server.url)
@@ -196,7 +248,7 @@ def test_the_page_works_at_a_phones_width_by_keyboard_alone(server: Server, brow
 
 def until(page: Page, script: str) -> None:
     """Wait until an expression is true; the page's policy forbids Playwright's own way."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 90
     while not page.evaluate(script):
         assert time.monotonic() < end, script
         page.wait_for_timeout(100)

@@ -152,9 +152,7 @@ if (upload) {
   upload.addEventListener("drop", event => { event.preventDefault(); upload.classList.remove("over"); start(event.dataTransfer.files[0]); });
   upload.addEventListener("submit", event => event.preventDefault());
 }
-for (const list of all("details")) list.addEventListener("toggle", () => { for (const video of all("video", list)) video.preload = "metadata"; });
-for (const list of all("details[open]")) for (const video of all("video", list)) video.preload = "metadata";
-for (const video of all(".gallery video, .chips video")) {
+for (const video of all(".gallery video")) {
   video.closest("li").addEventListener("pointerenter", () => video.play().catch(() => {}));
   video.closest("li").addEventListener("pointerleave", () => video.pause());
 }
