@@ -90,14 +90,31 @@ function refresh() {
   }
 }
 
-const source = new EventSource("/events");
+// All tabs share one connection, since browsers open at most six to a host: the tab with the lock tells the others.
+const source = new EventTarget(), others = new BroadcastChannel("tuneavideo");
+const deliver = (type, data) => source.dispatchEvent(new MessageEvent(type, {data}));
+others.onmessage = event => deliver(event.data.type, event.data.data);
+function listen() {
+  const events = new EventSource("/events");
+  for (const type of ["job", "other", "push"]) events.addEventListener(type, ({data}) => { deliver(type, data); others.postMessage({type, data}); });
+  addEventListener("pagehide", () => events.close());
+  return new Promise(() => {});
+}
+async function connect() {
+  if (!navigator.locks) return listen();  // at an address without TLS that is not this computer's
+  navigator.locks.request("tuneavideo", {ifAvailable: true}, lock => lock ? listen() : null).then(async () => {
+    navigator.locks.request("tuneavideo", listen);
+    const now = await (await fetch("/state")).json();
+    for (const job of now.jobs.reverse()) deliver("job", JSON.stringify(job));
+  });
+}
+addEventListener("DOMContentLoaded", connect);
 source.addEventListener("job", event => onJob(JSON.parse(event.data)));
 source.addEventListener("other", event => {
   const run = JSON.parse(event.data), text = `step ${run.number} of ${run.total}, loss ${run.loss.toPrecision(3)}`;
   if (run.run === own && one("#other")) one("#other").textContent = text;
   for (const card of cards(run.run)) one(".state", card).textContent = `in another process: ${text}`;
 });
-addEventListener("pagehide", () => source.close());
 
 // The curve of the loss, on a logarithmic scale.
 const chart = one("#chart"), steps = [];
