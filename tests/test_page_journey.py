@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.clips import encode
-from tests.page_server import Server, served
+from tests.page_server import BRIEF, Server, served
 from tuneavideo import miniature
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.video import probe, read
@@ -243,6 +244,23 @@ def test_the_page_works_at_a_phones_width_by_keyboard_alone(server: Server, brow
     expect(page.get_by_text("Edit 000")).to_be_visible(timeout=PATIENCE)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     expect(page.locator("#live")).to_have_attribute("role", "status")
+    assert not errors, errors
+
+
+def test_many_tabs_show_a_job_that_one_of_them_requests(server: Server, browser: Browser) -> None:
+    first, errors = opened(browser)
+    tabs = [first, *(first.context.new_page() for _ in range(7))]  # more than a browser's connections to one host
+    for tab in tabs:
+        tab.goto(f"{server.url}/queue")
+    status, text = server.send("/clips/dog-jumping/measure", BRIEF, accept="application/json")
+    assert status == 202, text
+    for tab in tabs:
+        shown = tab.locator(f"[data-job='{json.loads(text)['job']}'] .state")
+        expect(shown).to_have_text("done", timeout=PATIENCE)
+    first.close()
+    assert server.send("/clips/dog-jumping/measure", BRIEF)[0] == 202
+    for tab in tabs[1:]:
+        expect(tab.locator("main .jobs").first).to_contain_text("Measurement", timeout=PATIENCE)
     assert not errors, errors
 
 

@@ -44,6 +44,7 @@ function onJob(job) {
     document.title = title;
   }
   if (changed) say(`${JOBS[now.kind] || now.kind} of ${now.run}: ${now.state}${now.error ? `: ${now.error}` : ""}`);
+  if (document.body.dataset.here === "queue" && !one(`[data-job="${Number(job.job)}"]`) && !OVER.includes(now.state)) refresh();
   if (document.body.dataset.here === "home" && changed && now.run && OVER.includes(now.state)) refresh();
   if (now.run !== own || !own) return;
   addSteps(job.steps || []);
