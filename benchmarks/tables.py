@@ -1,4 +1,4 @@
-"""Tables of README.md, docs/performance.md and benchmarks/results/*.md, made from the JSON files of benchmarks/results.
+"""Tables of README.md, docs and benchmarks/results/*.md, made from the JSON files of benchmarks/results.
 
     python -m benchmarks.tables --write      put the tables into the pages
     python -m benchmarks.tables --check      exit code 1, and the pages' names, if one is not up to date
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "batch.md")
 BLOCK = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = Mapping[str, Any]
@@ -198,6 +198,35 @@ def _estimates() -> Iterator[str]:
         yield _line([frames, *(f"{row[name]} GB" for name in kinds)])
 
 
+def _batch() -> Iterator[str]:
+    """Yield the table of throughput and of what a driver takes."""
+    found = _read("batch")
+    yield from _heading(["what", "measured", "load of the two cores"])
+
+    def load(row: Row) -> str:
+        return " to ".join(map(str, row["load_before_and_after"]))
+
+    for name, row in found.get("throughput", {}).items():
+        if isinstance(row, dict):
+            kept, alone = row["base kept"], row["a process each"]
+            times = f"{kept['seconds']:.1f} s ({kept['cpu_seconds']:.1f} s of CPU) a job in a worker, "
+            times += f"{alone['seconds']:.1f} s ({alone['cpu_seconds']:.1f} s) as a process: "
+            ratios = f"{row['ratio of seconds']:.1f} times, of CPU time {row['ratio of cpu_seconds']:.1f} times"
+            yield _line([f"miniature, {name}", times + ratios, load(found["throughput"])])
+    for name in ("ray", "many", "many on ray"):
+        if row := found.get(name):
+            what = f"{row['jobs']:,} jobs of {row['seconds_of_a_job']:g} s" + ", Ray" * ("ray" in name)
+            times = f"first job after {row['seconds_to_first_job']:.1f} s, "
+            times += f"{1e3 * row['seconds_per_job_and_worker']:.0f} ms a job and worker, driver at most "
+            yield _line([what, f"{times}{row['driver_peak_mb']:.0f} MB, {row['rows']:,} rows", load(row)])
+
+
+def _scale() -> Iterator[str]:
+    from benchmarks import scale
+
+    yield from scale.table(_read("scale"))
+
+
 def _startup() -> Iterator[str]:
     yield from _heading(["base", "imports", "loading the base", "rest, up to the first step"])
     for name, row in _read("startup").items():
@@ -257,6 +286,8 @@ TABLES: dict[str, Callable[..., Iterable[str]]] = {
     "packages": _packages,
     "windows": _windows,
     "rows": _rows,
+    "batch": _batch,
+    "scale": _scale,
 }
 
 if __name__ == "__main__":

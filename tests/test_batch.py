@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -13,8 +15,10 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from tests import forks
 from tests.batch_jobs import contents_of, edits, job_file
 from tests.conftest import Said, moving_square
+from tuneavideo import api
 from tuneavideo.batch.batch import Batch
 from tuneavideo.batch.job_file import BatchJob, read_jobs
 from tuneavideo.batch.job_run import run_job
@@ -290,3 +294,41 @@ def test_the_command_runs_is_killed_stopped_and_continued_to_the_results_of_an_u
 def test_a_root_on_a_disk_is_named_as_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert DiskRoot("runs/a").place == "runs/a" and DiskRoot("runs/a").path == tmp_path / "runs/a"
+
+
+def limited(words: list[str]) -> None:
+    """Run the command in little memory, on a disk that takes small files only; its workers have the same limits."""
+    memory = psutil.Process().memory_info().vms + 2**29
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    main.main(words)
+
+
+@pytest.mark.long
+def test_one_job_without_memory_disk_clip_or_base_does_not_stop_the_others_and_each_is_named(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {
+        "ordinary.mp4": {}, "memory.mp4": {"train_batch_size": 4000}, "disk.mp4": {"width": 512, "height": 512},
+        "corrupt.mp4": {}, "base.mp4": {"base": str(tmp_path / "nowhere")}, "last.mp4": {},
+    }  # fmt: skip
+    for name in own:
+        moving_square(tmp_path / name)
+    (tmp_path / "corrupt.mp4").write_bytes(b"no clip")
+    clips = [{"video": name, "prompt": "a square", **settings} for name, settings in own.items()]
+    file, root = job_file(tmp_path, base, clips=clips), tmp_path / "runs"
+    code, output = forks.run(
+        partial(limited, ["batch", str(file), "--out", str(root), "--json"]), tmp_path / "log", 400
+    )
+    assert code == 2 and "4 of 6 jobs failed; try them again with: tuneavideo batch" in output, output
+    end = next(json.loads(line) for line in output.splitlines() if line.startswith('{"event": "end"'))
+    reasons = {name.rsplit("-", 1)[0]: error for name, error in end["failures"].items()}
+    assert end["done"] == 2 and set(reasons) == {"memory", "disk", "corrupt", "base"}, output
+    assert "out of memory" in reasons["memory"] and "File too large; make room" in reasons["disk"]
+    assert "corrupt.mp4" in reasons["corrupt"] and "nowhere' does not exist" in reasons["base"]
+    rows = parquet.read_table(root / "results.parquet").to_pylist()
+    assert sorted(row["state"] for row in rows) == ["done"] * 2 + ["failed"] * 4
+    page = api.report(root, tmp_path / "report.html").read_text()
+    assert "ordinary" in page and "last" in page
+    for name in ("corrupt", "base"):
+        assert f"{root}/{name}-" in caplog.text and reasons[name][:40] in caplog.text

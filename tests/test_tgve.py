@@ -227,3 +227,17 @@ def test_ctrl_c_stops_the_miniature_benchmark_in_a_line(tmp_path: Path) -> None:
     assert last == "tuneavideo: stopped; go on with: the same command" and "Traceback" not in output
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+
+
+def test_the_benchmarks_have_job_files_for_batches(configs: Path, tmp_path: Path) -> None:
+    from benchmarks import job_files
+
+    from tuneavideo.batch.job_file import read_jobs
+
+    job_files.main(["tgve", str(configs), str(tmp_path / "tgve.yaml"), "--base", "sd1.5"])
+    jobs = read_jobs(tmp_path / "tgve.yaml")
+    assert len(jobs) == 3 and {len(job.edits) for job in jobs} == {4}
+    assert {(job.settings.base, job.settings.width, job.settings.seed) for job in jobs} == {("sd1.5", 16, 33)}
+    job_files.main(["miniature", str(tmp_path / "miniature.yaml"), "--part", "report", "--seeds", "2"])
+    jobs = read_jobs(tmp_path / "miniature.yaml")
+    assert len(jobs) == 2 * 12 and {job.settings.seed for job in jobs} == {0, 1}

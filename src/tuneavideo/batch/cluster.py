@@ -81,8 +81,9 @@ class ClusterRunner:
 
         self.ray, self.pool, self.workers = ray, pool, workers
         try:
+            _check_answers(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"no Ray cluster answers at {address}: {' '.join(str(error).split())[:200]}; start one with 'ray start "
                 "--head', or give another --ray"
@@ -181,6 +182,9 @@ class ClusterRunner:
             self.names[number] = answer
         elif job:
             yield {"job": job.id, "worker": self.names[number], **answer}
+            if answer.get("restart"):
+                self.ray.kill(self.actors[number], no_restart=False)
+                return self._call_ready(number)
         self.idle.append(number)
 
     def _assign(self) -> Iterator[Message]:
@@ -214,6 +218,13 @@ class ClusterRunner:
                         file=sys.stderr, flush=True,
                     )  # fmt: skip
                     os._exit(2)
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError when nothing listens at HOST:PORT, for which Ray would wait a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), 10).close()
 
 
 def gpu_fraction(needed_gb: float, total: int) -> float:

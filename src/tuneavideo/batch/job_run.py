@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -12,7 +11,7 @@ from tuneavideo import api
 from tuneavideo.batch import states
 from tuneavideo.batch.job_file import BatchJob
 from tuneavideo.batch.roots import root_at
-from tuneavideo.errors import RunInUse, error_line
+from tuneavideo.errors import MemoryShort, RunInUse, error_line
 from tuneavideo.progress import Progress
 from tuneavideo.storage.run_folder import RunFolder
 
@@ -31,8 +30,8 @@ def run_job(job: BatchJob, root: str, scores: bool, stopping: Callable[[], bool]
         stopping: Function that is called after every step.
 
     Yields:
-        A dict with `state`: `running` with the progress, and at the end `done` with `rows`, `failed` with `error`, or
-        `stopped`.
+        A dict with `state`: `running` with the progress, and at the end `done` with `rows`, `failed` with `error` and
+        with `restart` (whether memory ran out, which the process may not get back), or `stopped`.
     """
     place, began = root_at(root), time.perf_counter()
     last, stage = 0.0, ""
@@ -55,9 +54,8 @@ def run_job(job: BatchJob, root: str, scores: bool, stopping: Callable[[], bool]
     except RunInUse as error:
         yield {"state": "failed", "error": str(error)}
     except Exception as error:
-        _free_memory()
         place.write_error(job, error)
-        yield {"state": "failed", "error": error_line(error)}
+        yield {"state": "failed", "error": error_line(error), "restart": isinstance(error, MemoryShort)}
 
 
 def progress_of(each: Progress) -> dict[str, Any]:
@@ -107,12 +105,3 @@ def _is_worth_keeping(job: BatchJob, each: Progress) -> bool:
     """Return whether a checkpoint or an edit was finished."""
     is_checkpoint = each.step is not None and each.step.number % job.settings.checkpointing_steps == 0
     return is_checkpoint or (each.path is not None and each.stage in ("tune", "edit"))
-
-
-def _free_memory() -> None:
-    """Free what a failed job holds on the device."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

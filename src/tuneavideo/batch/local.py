@@ -82,6 +82,8 @@ class LocalRunner:
                     message = about | json.loads(line)
                     self._messages.put(message)
                     if message["state"] in OVER:
+                        if message.get("restart"):
+                            process.wait()
                         break
                 else:
                     why = _ending(process.wait())

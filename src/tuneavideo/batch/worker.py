@@ -47,11 +47,13 @@ class Worker:
         os._exit(1)
 
     def run(self) -> None:
-        """Run jobs until stdin ends."""
+        """Run jobs until stdin ends, or one ran out of memory: the next ones get a new process."""
         while job := self.jobs.get():
             for message in self.run_job(job, lambda: self.is_stopping):
                 self.output.write(json.dumps(message) + "\n")
                 self.output.flush()
+                if message.get("restart"):
+                    return
 
 
 def prepare() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -80,6 +81,7 @@ class ShowBatch:
 
     def __init__(self, whole: Batch, as_json: bool) -> None:
         self.whole, self.as_json = whole, as_json
+        self.output = sys.stdout
         self.workers: dict[str, Message] = {}
         self.interrupted = 0
         self.began, self.ended = time.monotonic(), 0
@@ -90,7 +92,7 @@ class ShowBatch:
 
     def event(self, name: str, **values: Any) -> None:
         if self.as_json:
-            print(json.dumps({"event": name, **values}), flush=True)
+            print(json.dumps({"event": name, **values}), flush=True, file=self.output)
 
     def counts(self) -> str:
         """Describe how many jobs are in each state."""
@@ -112,7 +114,10 @@ class ShowBatch:
         console = Console(stderr=True)
         is_live = console.is_terminal and not self.as_json
         try:
-            with Live(console=console, auto_refresh=False, transient=True) as live:
+            with (
+                contextlib.redirect_stdout(sys.stderr),  # Ray prints messages
+                Live(console=console, auto_refresh=False, transient=True) as live,
+            ):
                 for message in self.whole.run(runner):
                     if message is not None:
                         self._note(message, is_live)

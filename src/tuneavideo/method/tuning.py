@@ -264,8 +264,10 @@ class Tuning:
         if self.ema:
             self.ema.step(self.parameters.values())
 
-    def _generator(self, batch: int) -> torch.Generator:
-        place = (self.settings.seed, self.accelerator.process_index, self.number, batch)
+    def _generator(self, batch: int, index: int) -> torch.Generator:
+        """Return the generator of the sample `index` of a batch; the samples of all processes are counted together."""
+        sample = self.accelerator.process_index * self.settings.train_batch_size + index
+        place = (self.settings.seed, sample, self.number, batch)
         return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
     def _transferred(self, loss_A: Tensor, t_N: Tensor, norm: Tensor) -> tuple[float, float | None, float]:
@@ -282,12 +284,17 @@ class Tuning:
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draw latents from the posterior, noise, and a timestep per clip; of a long clip for a random window."""
-        settings, generator = self.settings, self._generator(batch)
-        frames = self._window(generator)
+        generators = [self._generator(batch, index) for index in range(self.settings.train_batch_size)]
+        frames = self._window(generators[0])
         mean, std = self.mean[:, :, frames], self.std[:, :, frames]
-        shape = (settings.train_batch_size, *mean.shape[1:])
-        sample, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-        t_B = torch.randint(len(self.alphas), shape[:1], generator=generator)
+        draws = [
+            (
+                *(torch.randn(mean.shape, generator=each) for _ in range(2)),
+                torch.randint(len(self.alphas), (1,), generator=each),
+            )
+            for each in generators
+        ]
+        sample, noise, t_B = map(torch.cat, zip(*draws, strict=True))
         sample, noise, t_B = (x.to(mean.device) for x in (sample, noise, t_B))
         return mean + std * sample, noise, t_B
 
