@@ -43,10 +43,10 @@ def stub(job: BatchJob, root: str, scores: bool, stopping: Callable[[], bool]) -
     yield {"state": "done", "rows": [row], "seconds": float(job.settings.prompt)}
 
 
-def throughput(count: int) -> dict[str, Any]:
+def throughput(count: int, sizes: int) -> dict[str, Any]:
     """Compare the time and CPU time of a job in a worker and in a process of its own."""
     clip, found = miniature.clips()[0], dict[str, Any]()
-    for name, settings in SIZES.items():
+    for name, settings in [*SIZES.items()][:sizes]:
         edit = {"edit": [clip["edits"][0]["prompt"]]}
         common = {"video": str(clip["path"]), "prompt": clip["caption"], "stride": 2, "num_frames": 8}
         with tempfile.TemporaryDirectory() as place:
@@ -143,13 +143,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("throughput", "ray", "many", "cluster"))
     parser.add_argument("--jobs", type=int)
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="of throughput: number of sizes of a job")
     parser.add_argument("--ray", action="store_true", help="run many jobs on a Ray cluster")
     options = parser.parse_args()
     if options.what == "cluster":
         return cluster()
     name, load = options.what, [round(os.getloadavg()[0], 1)]
     if options.what == "throughput":
-        found = throughput(options.jobs or 6)
+        found = throughput(options.jobs or 6, options.sizes)
     elif options.what == "ray":
         found = in_cluster(lambda address: many(options.jobs or 200, 0.0, address))
         found["fraction_of_a_job_of_30_s"] = found["seconds_per_job_and_worker"] / 30

@@ -94,22 +94,26 @@ def simulate(jobs: int, gpus: int, work: Work, per_job: float) -> float:
 
 def row(jobs: int, gpus: int, work: Work, driver: dict[str, Any]) -> dict[str, Any]:
     """Return hours, storage and how far each shared part is used; the largest of these is the bottleneck."""
-    per_job = driver["seconds_per_job_and_worker"] / driver["workers"]
+    per_job = (driver["seconds_per_job_and_worker"] - driver["seconds_of_a_job"]) / driver["workers"]
     memory = driver["driver_peak_mb"] / 1e3 / driver["jobs"]
     hours = simulate(jobs, gpus, work, per_job)
-    written = jobs * (kept_megabytes(ADAPTER) + CHECKPOINTS * CHECKPOINT) / 1e3
+    kept, passing = jobs * kept_megabytes(ADAPTER) / 1e3, jobs * CHECKPOINTS * CHECKPOINT / 1e3
     rate = jobs / (hours * 3600)
     used = {
         "GPUs": rate * work.seconds / gpus,
         "driver's time": rate * per_job,
+        "reading of the job file": rate * driver["seconds_to_read"] / driver["jobs"],
         "driver's memory": jobs * memory / MEMORY,
-        "bandwidth of the storage": written / (hours * 3600) / BANDWIDTH,
+        "bandwidth of the storage": (kept + passing) / (hours * 3600) / BANDWIDTH,
         "objects per second": rate * (10 + 4 * EDITS + CHECKPOINTS) / OBJECTS,
     }
     shared = {name: value for name, value in used.items() if name != "GPUs"}
     first = max(shared, key=lambda name: shared[name])
     return {
-        "clips": jobs, "gpus": gpus, "hours": round(hours, 1), "gpu_hours": round(jobs * work.seconds / 3600),
+        "clips": jobs, "gpus": gpus,
+        "hours": round(max(hours, (kept + passing) / BANDWIDTH / 3600), 1),
+        "hours_without_checkpoints": round(max(hours, kept / BANDWIDTH / 3600), 1),
+        "gpu_hours": round(jobs * work.seconds / 3600),
         "tb": round(jobs * kept_megabytes(ADAPTER) / 1e6, 2),
         "tb_low_rank": round(jobs * kept_megabytes(LOW_RANK) / 1e6, 2),
         "used": {name: round(value, 4) for name, value in used.items()}, "first_bottleneck": first,
@@ -124,14 +128,16 @@ def table(result: dict[str, Any]) -> list[str]:
         f"inversion, {work.edit:.1f} s of four edits, {work.other:.1f} s of encoding, decoding, checkpoints and the "
         "adapter.",
         "",
-        "| clips | GPUs | hours | GPU hours | storage, whole matrices | with `lora_rank: 16` | most used shared part |",
-        "|---|---|---|---|---|---|---|",
+        "| clips | GPUs | hours | hours, no checkpoints uploaded | GPU hours | storage, whole matrices | "
+        "with `lora_rank: 16` | most used shared part |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for each in rows:
         part = each["first_bottleneck"]
         lines.append(
-            f"| {each['clips']:,} | {each['gpus']:,} | {each['hours']:,} | {each['gpu_hours']:,} | {each['tb']:,} TB | "
-            f"{each['tb_low_rank']:,} TB | {part} ({each['used'][part]:.0%}) |"
+            f"| {each['clips']:,} | {each['gpus']:,} | {each['hours']:,} | {each['hours_without_checkpoints']:,} | "
+            f"{each['gpu_hours']:,} | {each['tb']:,} TB | {each['tb_low_rank']:,} TB | "
+            f"{part} ({each['used'][part]:.0%}) |"
         )
     assumed = [f"- {name}: {value:g}" for name, value in result["assumed"].items()]
     return [*lines, "", "Assumed, not measured:", "", *assumed]

@@ -237,6 +237,7 @@ def runner(folder: Path, prompts: list[str], workers: int = 2) -> LocalRunner:
     return LocalRunner(Pool(jobs), str(folder), folder / "logs", scores=False, workers=workers, work=STUB)
 
 
+@pytest.mark.long
 def test_workers_that_die_are_started_again_and_other_jobs_are_not_touched(tmp_path: Path) -> None:
     prompts = ["die", "die once", "raise", *["sleep 0"] * 10]
     ends = [each for each in runner(tmp_path, prompts).messages() if each and each["state"] in ("done", "failed")]
