@@ -52,6 +52,7 @@ def test_a_preview_without_training_is_the_edit_of_a_clip_that_the_command_line_
     assert (tuning.num_inference_steps, tuning.max_train_steps) == (3, 40), "its tuning is not shortened"
 
 
+@pytest.mark.long
 def test_an_interrupted_preview_is_made_anew_in_its_folder_and_then_tuned(root: Path) -> None:
     queue = Queue(root)
     values = {

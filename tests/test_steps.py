@@ -24,7 +24,7 @@ def frames(edit: Path) -> np.ndarray:
     return video.frames_THWC
 
 
-@pytest.mark.parametrize("more", [{}, {"lora_rank": 2, "use_ema": True}])
+@pytest.mark.parametrize("more", [{}, pytest.param({"lora_rank": 2, "use_ema": True}, marks=pytest.mark.long)])
 def test_edits_are_made_with_the_weights_of_a_step(base: Path, tmp_path: Path, more: dict[str, object]) -> None:
     clip, place = moving_square(tmp_path / "square.mp4"), tmp_path / "run"
     words = {"edit": ("a circle",), "base": str(base), "keep_weights": True, "learning_rate": 1e-2} | STEPS | more
