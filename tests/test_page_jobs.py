@@ -172,3 +172,12 @@ def test_a_damaged_record_of_measurements_is_made_again(root: Path) -> None:
     assert estimate.measurements(root) == {}
     estimate.note(root, "miniature", {"pixels": 1.0, "seconds": 1.0, "memory": 1.0, "more": 1.0})
     assert estimate.measurements(root).keys() == {"miniature"}
+
+
+def test_control_characters_and_html_of_a_caption_are_text(page: TestClient, root: Path) -> None:
+    words = "a \x1b[2J\x00\u202edog <img src=x onerror=alert(1)>"
+    assert page.post(f"{CLIP}/tune", data=FORM | {"prompt": words, "edit": words}).status_code == 303
+    for path in ("/queue", "/", "/runs/dog-jumping-1", f"{CLIP}?prompt=%3Cimg+src%3Dx%3E&edit=%3Cimg+src%3Dx%3E"):
+        assert "<img src=x" not in page.get(path).text, path
+    (request,) = Queue(root).waiting()
+    assert "\0" not in request.settings["prompt"]
