@@ -12,7 +12,7 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from tuneavideo.errors import RunError, SettingsError, TuneAVideoError, error_line
@@ -49,12 +49,17 @@ def application(
         assert isinstance(error, HTTPException), "registered for it"
         return answer(request, error.detail, error.status_code)
 
+    async def on_gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=400)  # the browser went away while it sent a body
+
     async def on_fault(request: Request, error: Exception) -> Response:
         return answer(request, error_line(error), 500)
 
     inner = Starlette(
         routes=page.routes(), lifespan=lifespan,
-        exception_handlers={TuneAVideoError: on_error, HTTPException: on_status, Exception: on_fault},
+        exception_handlers={
+            TuneAVideoError: on_error, HTTPException: on_status, ClientDisconnect: on_gone, Exception: on_fault,
+        },
     )  # fmt: skip
     return Guard(inner, token, {*LOOPBACK, *hosts}, any_address)
 
