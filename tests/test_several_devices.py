@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -76,3 +77,18 @@ def test_a_killed_process_ends_the_run_which_continues(base: Path, clip: Path, t
     _, errors = resumed.communicate(timeout=400)
     assert resumed.returncode == 0, errors
     assert run.is_tuned and [step["number"] for step in run.steps()] == [*range(1, stopped + 6)]
+
+
+def test_the_prompts_of_an_edit_are_spread_over_processes(base: Path, clip: Path, tmp_path: Path) -> None:
+    run = RunFolder(api.tune(clip, "a square", base=str(base), out=tmp_path / "run", mixed_precision="no", **BRIEF))
+    prompts = ["a circle", "a red circle", "a blue square"]
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    done = launched("edit", str(run.path), *words, "--json")
+    output, errors = done.communicate(timeout=400)
+    assert done.returncode == 0, errors
+    (told,) = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert sorted(told["edits"]) == [str(edit) for edit in run.whole_edits()] and len(told["edits"]) == 3
+    assert [run.read_edit(edit)["prompt"] for edit in run.whole_edits()] == prompts
+    together = {edit.name[4:]: (edit / "edit.mp4").read_bytes() for edit in run.whole_edits()}
+    for edit in api.edit(run.path, prompts):
+        assert (edit / "edit.mp4").read_bytes() == together[edit.name[4:]]

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Generator, Iterator, Sequence, Set
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from tuneavideo import video as videos
 from tuneavideo.config import check_windows
@@ -28,11 +34,14 @@ from tuneavideo.models.loading import Pipeline
 from tuneavideo.progress import Events, Progress
 from tuneavideo.settings import EditSettings
 from tuneavideo.storage import cache
+from tuneavideo.storage.run_files import EDIT, number_in
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.training import disk_space
 from tuneavideo.training.checkpoints import read_weights
 from tuneavideo.training.memory_plan import memory_advice
 from tuneavideo.video.masks import Mask
+
+PROCESS_TIMEOUT = timedelta(days=7)  # longer than any preview or inversion, which one process makes for all
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +49,33 @@ logger = logging.getLogger(__name__)
 def edit(settings: EditSettings, pipe: Pipeline | None = None) -> Events:
     """Make the edits of a clip, one per prompt and seed; those that a stopped request left are kept.
 
+    Several processes of `accelerate launch` share the edits; the first one has the lock and the inversion.
+
     Args:
         settings: Settings of the edits.
         pipe: Base of a run without tuning, if it is loaded already.
     """
-    run = RunFolder.open(settings.run)
-    with run.job(settings.step), memory_advice(run, settings):
+    run, processes = RunFolder.open(settings.run), _connected()
+    is_first = processes.is_main_process
+    with run.job(settings.step) if is_first else run.present(), memory_advice(run, settings):
         request = settings.model_dump(mode="json", exclude={"run"})
         done = run.edits_of(request)
         done = done if done < set(product(settings.prompt, settings.seeds)) else set()
+        [done] = broadcast_object_list([done])
         yield from announce(settings)
         session = checked_session(settings, len(due_edits(settings, done)), pipe)
-        run.begin_edits(request)
-        yield from with_few_threads(make_edits(settings, session, done), session)
-        run.end_edits()
+        if is_first:
+            run.begin_edits(request)
+        yield from with_few_threads(make_edits(settings, session, done, processes=processes), session)
+        if is_first:
+            run.end_edits()
+
+
+def _connected() -> PartialState:
+    """Connect the processes of `accelerate launch`, if there are several, and return their state."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return PartialState()
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
 
 
 def checked_session(settings: EditSettings, count: int, pipe: Pipeline | None = None) -> EditSession:
@@ -84,8 +106,9 @@ def due_edits(settings: EditSettings, done: Set[tuple[str, int]]) -> list[tuple[
 
 
 def make_edits(
-    settings: EditSettings, session: EditSession, done: Set[tuple[str, int]] = frozenset(), is_planned: bool = False
-) -> Events:
+    settings: EditSettings, session: EditSession, done: Set[tuple[str, int]] = frozenset(), is_planned: bool = False,
+    processes: PartialState | None = None,
+) -> Events:  # fmt: skip
     """Make the edits of every prompt and seed.
 
     Args:
@@ -93,8 +116,18 @@ def make_edits(
         session: Loaded session of the run.
         done: Prompt and seed of edits that exist already.
         is_planned: Whether the plan was shown before, as it is after tuning.
+        processes: Processes that share the edits.
     """
     due = due_edits(settings, done)
+    numbers: dict[tuple[str, int], int | None] = dict.fromkeys(due)
+    several = processes if processes and processes.num_processes > 1 else None
+    if several:
+        [first] = broadcast_object_list([session.run.next_edit])
+        numbers = {each: first + index for index, each in enumerate(due)}
+        if several.is_main_process:
+            yield from session.invert(settings)
+        several.wait_for_everyone()
+        due = due[several.process_index :: several.num_processes]
     if not is_planned:
         base, prompts = plan.base_of(settings), (*settings.prompt, settings.negative_prompt)
         warn_of_truncation(session.pipe, base, prompts)
@@ -108,8 +141,14 @@ def make_edits(
     for batch in batched(due, settings.batch_prompts):
         clips = yield from session.edit(batch, settings)
         for (prompt, seed), video in zip(batch, clips, strict=True):
-            folder = write_edit(session, settings, prompt, seed, video)
+            folder = write_edit(session, settings, prompt, seed, video, numbers[prompt, seed])
             yield Progress("edit", path=folder, about=prompt)
+    if several:
+        several.wait_for_everyone()
+        others = {number for each, number in numbers.items() if each not in due} if several.is_main_process else set()
+        for folder in session.run.whole_edits():
+            if number_in(folder, EDIT) in others:
+                yield Progress("edit", path=folder, about=session.run.read_edit(folder)["prompt"])
 
 
 def batched(requests: Sequence[tuple[str, int]], size: int) -> Iterator[Sequence[tuple[str, int]]]:

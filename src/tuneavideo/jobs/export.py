@@ -19,9 +19,11 @@ from tuneavideo.video.montage import side_by_side
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av")
 
 
-def write_edit(session: EditSession, settings: EditSettings, prompt: str, seed: int, video: AnyVideo) -> Path:
-    """Write the files of an edit into a new folder, and return the folder."""
-    with session.run.new_edit(prompt) as (draft, folder):
+def write_edit(
+    session: EditSession, settings: EditSettings, prompt: str, seed: int, video: AnyVideo, number: int | None = None
+) -> Path:
+    """Write the files of an edit into a new folder, by default with the next free number, and return the folder."""
+    with session.run.new_edit(prompt, number) as (draft, folder):
         for kind in settings.formats:
             videos.write(video, draft / ("frames" if kind == "frames" else f"edit.{kind}"))
         source = dataclasses.replace(session.source, fps=video.fps, sound_SC=video.sound_SC)

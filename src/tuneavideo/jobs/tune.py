@@ -7,7 +7,6 @@ import gc
 import importlib.util
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from tuneavideo import video as videos
 from tuneavideo.errors import MissingExtra, RunError, TuneAVideoError
 from tuneavideo.jobs import plan
-from tuneavideo.jobs.edit import announce, checked_session, due_edits, make_edits, with_few_threads
+from tuneavideo.jobs.edit import PROCESS_TIMEOUT, announce, checked_session, due_edits, make_edits, with_few_threads
 from tuneavideo.jobs.export import model_card, versions
 from tuneavideo.jobs.prepare import encode_clip, encode_text, precision_of, read_clip, stored_clip, warn_of_truncation
 from tuneavideo.jobs.session import EditSession, Moments
@@ -41,8 +40,6 @@ from tuneavideo.training.memory_plan import memory_advice, plan_memory
 from tuneavideo.training.optimizers import make_optimizer
 from tuneavideo.video import AnyVideo
 from tuneavideo.video.montage import side_by_side
-
-PROCESS_TIMEOUT = timedelta(days=7)  # longer than any preview, which one process makes while the others wait
 
 
 def tune(settings: TuneSettings, *, out: str | Path | None = None, resume: str | Path | None = None) -> Events:

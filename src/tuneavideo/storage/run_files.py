@@ -203,14 +203,19 @@ class RunFiles:
         return max((number_in(edit, EDIT) or 0 for edit in self.whole_edits()), default=-1) + 1
 
     @contextmanager
-    def new_edit(self, prompt: str) -> Generator[tuple[Path, Path], None, None]:
+    def new_edit(self, prompt: str, number: int | None = None) -> Generator[tuple[Path, Path], None, None]:
         """Yield a hidden folder to fill, and the folder `edits/<number>-<prompt>` that it becomes on success.
+
+        Args:
+            prompt: Prompt of the edit.
+            number: Its number; by default the next free one.
 
         Raises:
             DiskError: The place cannot be written or is full.
         """
-        number, folder = self.next_edit, self.path / "edits"
-        while any(folder.glob(f"{number:03d}-*")):  # of an edit that an older version left unfinished
+        folder, is_given = self.path / "edits", number is not None
+        number = self.next_edit if number is None else number
+        while not is_given and any(folder.glob(f"{number:03d}-*")):  # of an edit that an older version left unfinished
             number += 1
         path = folder / f"{number:03d}-{slug(prompt)}"
         with atomic.replacing(path) as draft:
