@@ -140,7 +140,7 @@ def test_jobs_fail_with_a_reason_on_a_full_disk_and_end_when_there_is_room(small
         clip = b"\0\0\0\x18ftypmp42" + bytes(1000)
         status, text = server.send("/clips?name=a.mp4", clip, accept="application/json")
         assert status == 400 and "the disk of the page is full" in text, "an upload leaves room for the runs"
-        assert server.send(TUNE, BRIEF | {"max_train_steps": "60", "checkpointing_steps": "5"})[0] == 303
+        assert server.send(TUNE, BRIEF | {"max_train_steps": "300"})[0] == 303
         while server.jobs()[1].get("stage") != "tune":
             time.sleep(0.05)
         fill()
@@ -148,7 +148,7 @@ def test_jobs_fail_with_a_reason_on_a_full_disk_and_end_when_there_is_room(small
         assert status in (303, 400) and (status == 303 or "make room" in text), "requests are kept or refused"
         assert server.send("/")[0] == 200, "the page can be read"
         end = time.monotonic() + 240
-        while (job := server.jobs()[1])["state"] == "running" and "number" in job and job["number"] < 60:
+        while (job := server.jobs()[1])["state"] == "running" and "number" in job and job["number"] < 300:
             assert time.monotonic() < end, job
             time.sleep(0.1)
         time.sleep(2)
