@@ -23,6 +23,8 @@ from tuneavideo.evaluation.miniature import CONTROL, PARTS, VERSION, Variant, be
 from tuneavideo.evaluation.steadiness import MAX_FLICKER, MAX_SUBJECT, MIN_SHOWN
 
 LEDGER = Path(__file__).parent / "results" / "miniature.jsonl"
+FIRST = LEDGER.with_name("miniature-first.jsonl")
+"""Rows of the first bundled miniature, whose pictures are less sharp."""
 PAGE = Path(__file__).parent.parent / "docs" / "quality.md"
 TEMPLATE = Path(__file__).with_name("quality.md")
 VARIANTS = {
@@ -32,6 +34,8 @@ VARIANTS = {
         Variant("default"),
         Variant("official", OFFICIAL),
         Variant("official, not tuned", OFFICIAL, tuned=False),
+        Variant("default, kept", {"keep": True}),
+        Variant("default, masked", masked=True),
         Variant("untuned, not consistent", BEFORE, tuned=False),
         Variant("anchor", ANCHOR),
         *(Variant(name, settings) for name, settings in SWEEP.items()),
@@ -44,7 +48,7 @@ SCORES = (
     "good", "clean", "success", "shown", "preserved", "track", "flicker_ratio", "subject_ratio", "consistency",
     "background_db", "true_psnr", "true_motion_psnr", "true_features",
 )  # fmt: skip
-STEADINESS = (*REPORTED, *STEADY, "untuned, not consistent")
+STEADINESS = (*REPORTED, "default, kept", "default, masked", *STEADY, "untuned, not consistent")
 KINDS = ("subject", "background", "style", "two")
 Rows = Sequence[Mapping[str, Any]]
 
@@ -71,26 +75,32 @@ def main() -> None:
     for name in chosen.variants:
         _print(name, edits_of(_of(rows, name)))
     if chosen.page:
-        PAGE.write_text(page(read_rows(LEDGER)), encoding="utf-8")
+        PAGE.write_text(page(read_rows(LEDGER), read_rows(FIRST)), encoding="utf-8")
 
 
-def page(rows: Rows) -> str:
-    """Format the experiments as Markdown, with all numbers from the ledger."""
-    development, report = ([row for row in rows if row["set"] == part] for part in ("development", "report"))
+def page(rows: Rows, first: Rows) -> str:
+    """Format the experiments as Markdown, with all numbers from the ledgers of the miniature and of the first one."""
+    development, report = (_part(rows, part) for part in ("development", "report"))
+    first_development, first_report = (_part(first, part) for part in ("development", "report"))
     ideas = {name: f"{idea.expected} | {idea.decision}" for name, idea in IDEAS.items()}
     return TEMPLATE.read_text(encoding="utf-8").format(
-        sweep=_table(development, list(SWEEP)),
-        ideas=_compared(development, ideas, "anchor"),
-        combinations=_table(development, list(COMBINATIONS)),
-        ranks=_compared(development, RANKS_OF_SD, "default, not consistent", "adapter of SD 1.5"),
-        ranks_reported=_compared(report, RANKS_OF_SD, "default, not consistent", "adapter of SD 1.5"),
+        sweep=_table(first_development, list(SWEEP)),
+        ideas=_compared(first_development, ideas, "anchor"),
+        combinations=_table(first_development, list(COMBINATIONS)),
+        ranks=_compared(first_development, RANKS_OF_SD, "default, not consistent", "adapter of SD 1.5"),
+        ranks_reported=_compared(first_report, RANKS_OF_SD, "default, not consistent", "adapter of SD 1.5"),
+        first_reported=_steadiness(first_report, STEADINESS),
         steadiness=_steadiness(development, STEADINESS),
         steadiness_reported=_steadiness(report, STEADINESS),
-        harder=_by_challenge([row for row in rows if row["set"] == "harder"], STEADINESS),
+        harder=_by_challenge(_part(rows, "harder"), STEADINESS),
         reported=_table(report, STEADINESS),
         by_kind=_by_kind(report, STEADINESS),
         differences="\n".join(_difference(report, name) for name in STEADINESS if name != "official"),
     )
+
+
+def _part(rows: Rows, part: str) -> Rows:
+    return [row for row in rows if row["set"] == part]
 
 
 def _table(rows: Rows, names: Sequence[str]) -> str:
@@ -119,7 +129,7 @@ def _table(rows: Rows, names: Sequence[str]) -> str:
 
 
 def _steadiness(rows: Rows, names: Sequence[str]) -> str:
-    """Format the scores of version 2, of the rows that have them."""
+    """Format the scores of version 3, of the rows that have them."""
     limits = {"shown": (MIN_SHOWN, 1.0), "flicker_ratio": (0.0, MAX_FLICKER), "subject_ratio": (0.0, MAX_SUBJECT)}
     means = ("flicker", "flicker_ratio", "subject_change", "subject_ratio", "true_psnr", "true_motion_psnr")
     columns = ("variant", "good", "clean", "shown", "background rests", "subject keeps", "flicker", "relative",

@@ -188,3 +188,15 @@ def test_rows_are_computed_once_and_come_out_the_same(tmp_path: Path) -> None:
     assert [*bench.benchmark(variants, tmp_path / "a", clips=1)] == bench.read_rows(tmp_path / "a") == first
     stages = first[0]["stages"]
     assert stages["edit"]["tflop"] == pytest.approx(8 * stages["invert"]["tflop"], rel=1e-2)  # 4 prompts, guided
+
+
+@pytest.mark.long
+def test_a_mask_of_the_true_edit_keeps_what_it_does_not_change() -> None:
+    variant = bench.Variant("masked", {"num_inference_steps": 2}, tuned=False, masked=True)
+    references, clip, edited, _ = bench.edits_of_clip(variant, CLIPS["dog-jumping"], 0)
+    kinds = [edit["kind"] for edit in CLIPS["dog-jumping"]["edits"]]
+    subject, truth = edited[kinds.index("subject")], references.truths[kinds.index("subject")]
+    kept = (subject.frames_THWC == clip.frames_THWC).all(axis=3)
+    same = (np.abs(truth.frames_THWC.astype(int) - clip.frames_THWC) <= bench.LEAST_CHANGE).all(axis=3)
+    assert 0.3 < kept.mean() < same.mean()
+    assert kept[~same].mean() < 0.05

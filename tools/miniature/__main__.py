@@ -32,13 +32,17 @@ def _latents(settings: Settings, chosen: argparse.Namespace) -> None:
     in_processes(partial(diffusion.draw_shards, count=chosen.shards), settings)
 
 
+def _autoencoder(settings: Settings, chosen: argparse.Namespace) -> None:
+    in_processes(partial(autoencoder.train, start_from=chosen.start_from), settings)
+
+
 def _diffusion(settings: Settings, chosen: argparse.Namespace) -> None:
     in_processes(partial(diffusion.train, start_from=chosen.start_from), settings)
 
 
 STAGES = {
     "clips": Stage(lambda settings, chosen: clips.draw(World.open(settings.build), chosen.product / "clips")),
-    "autoencoder": Stage(_in_processes(autoencoder.train), (4000, 4, 3e-3), (2000, 32, 4e-3)),
+    "autoencoder": Stage(_autoencoder, (4000, 4, 3e-3), (2000, 32, 4e-3)),
     "latents": Stage(_latents),
     "diffusion": Stage(_diffusion, (6500, 36, 2e-3), (2000, 512, 3e-3)),
     "decoder": Stage(_in_processes(autoencoder.tune_decoder), (1000, 4, 1e-3), (800, 32, 1e-3)),
@@ -86,7 +90,7 @@ def _settings(stage: Stage, chosen: argparse.Namespace) -> Settings:
 def main() -> None:
     chosen = _arguments()
     chosen.build.mkdir(parents=True, exist_ok=True)
-    if chosen.start_from:
+    if chosen.start_from and "autoencoder" not in chosen.stage:
         autoencoder.adopt(chosen.build, chosen.start_from)
     for name in chosen.stage:
         STAGES[name].run(_settings(STAGES[name], chosen), chosen)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 CHANNELS = 8
 KL_WEIGHT = 1e-6
 WHOLE_FROM = 0.67
+ANCHOR = 0.1
+"""Weight of the latents' distance from those of the autoencoder that training starts from."""
 LATENT_NOISE = 0.1
 """Strongest noise the decoder learns to bear, against latents of standard deviation one."""
 TO_CHROMA = ((0.5, -0.5, 0.0), (-0.25, -0.25, 0.5))
@@ -60,10 +62,16 @@ def reconstruction_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
     return error.abs().mean() + pooled + chroma(error).abs().mean() + 2 * error.square().mean() + 0.5 * edges
 
 
-def train(settings: Settings) -> None:
-    """Train encoder and decoder for the settings' steps; the state is `autoencoder.pt`."""
+def train(settings: Settings, start_from: Path | None = None) -> None:
+    """Train encoder and decoder for the settings' steps; the state is `autoencoder.pt`.
+
+    An autoencoder to start from keeps its latents near what they were, so that its UNet goes on as well.
+    """
     torch.manual_seed(settings.seed)
     vae = new_autoencoder()
+    before = AutoencoderKL.from_pretrained(start_from, subfolder="vae").to(settings.device) if start_from else None
+    if before:
+        vae.load_state_dict(before.state_dict())
     head = PatchHead(vae.config.latent_channels)
     both = nn.ModuleList([vae, head]).to(settings.device, memory_format=torch.channels_last)
     run, world = Run(settings, "autoencoder", Pair(both, settings.rate), model=both), World.open(settings.build)
@@ -72,8 +80,18 @@ def train(settings: Settings) -> None:
         posterior = vae.encode(wanted).latent_dist
         latents = posterior.sample()
         loss = reconstruction_loss(vae.decode(latents).sample, wanted) + KL_WEIGHT * posterior.kl().mean()
-        learn(run, loss + (1 - progress) * F.l1_loss(head(latents), wanted), both.parameters())
+        loss = loss + (1 - progress) * F.l1_loss(head(latents), wanted)
+        if before:
+            loss = loss + ANCHOR * _moved(before, wanted, posterior.mean)
+        learn(run, loss, both.parameters())
     run.log(f"{psnr(vae, world, settings.device):.2f} dB")
+
+
+def _moved(before: AutoencoderKL, wanted: Tensor, latents: Tensor) -> Tensor:
+    """Compute the mean squared distance of latents from those of another autoencoder, in its standard deviations."""
+    with torch.no_grad():
+        old = before.encode(wanted).latent_dist.mean
+    return F.mse_loss(latents, old) * before.config.scaling_factor**2
 
 
 def _batch(world: World, settings: Settings, step: int, progress: float) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 SHARD = 2048
-MIN_SNR = ((0.0, 1.0), (0.75, 5.0))
+MIN_SNR = ((0.0, 1.0), (0.5, 5.0))
 """From which share of the training on, which gamma: shapes first, which much noise hides, and fine detail last."""
 EMA = 0.99
 

@@ -1,8 +1,8 @@
 """The miniature benchmark: bundled clips with true tracks are tuned, edited with four prompts and scored by the judge.
 
 A row of its results is one clip, variant (settings, or the untuned control) and seed. Rows in the file are not computed
-again. Every clip is computed by one thread, so that a row is the same to the last digit. Rows of version 2 have the
-scores of `steadiness` as well; the others are those of version 1. Rows of version 1 are computed again when needed.
+again. Every clip is computed by one thread, so that a row is the same to the last digit. Rows of version 3 have the
+scores of `steadiness` as well; the others are those of version 1. Rows of earlier versions are computed again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from scipy.ndimage import binary_dilation
 from torch import Tensor
 
 from tuneavideo import miniature
@@ -33,7 +34,7 @@ from tuneavideo.evaluation.flops import CountingUNet, count_flops
 from tuneavideo.evaluation.metrics.background import psnr
 from tuneavideo.evaluation.metrics.judge import Judge, Reading
 from tuneavideo.evaluation.metrics.judge_metrics import ATTRIBUTES, subject_squares
-from tuneavideo.evaluation.steadiness import References
+from tuneavideo.evaluation.steadiness import References, true_edits
 from tuneavideo.method import consistency, editing, inversion
 from tuneavideo.method.changes import edit_masks
 from tuneavideo.method.inflate import VideoUNet, inflate
@@ -45,12 +46,15 @@ from tuneavideo.storage import cache
 from tuneavideo.training.optimizers import make_optimizer
 from tuneavideo.video import Video
 from tuneavideo.video.flow import neighbour_flows
+from tuneavideo.video.masks import Mask
 
-VERSION = 2
+VERSION = 3
 PARTS = ("development", "report", "harder", "harder-report")
 """Sets of clips: to choose settings by, and held out; and the same of clips that are harder to edit."""
 MAX_TRACK_DISTANCE = 4.0
 """Largest mean distance of a subject from its track, in pixels at 64, at which its motion counts as preserved."""
+LEAST_CHANGE, AROUND = 24, 3
+"""Smallest change of a masked pixel, in grey levels, and the distance from one at which pixels are masked as well."""
 MIN_BACKGROUND_PSNR = 20.0
 """Smallest PSNR outside the subject, in dB, at which an unedited background counts as preserved."""
 
@@ -63,11 +67,13 @@ class Variant:
         name: Name in rows and tables.
         settings: Overrides of the miniature's own settings.
         tuned: Whether the clip is tuned at all.
+        masked: Whether each edit is given a mask of the pixels that the true edit changes, and some around them.
     """
 
     name: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tuned: bool = True
+    masked: bool = False
 
 
 CONTROL = Variant("untuned", tuned=False)
@@ -177,7 +183,7 @@ def edits_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _key(variant: Variant, clip: Mapping[str, Any], seed: int) -> str:
     unused = {"video", "mixed_precision"}  # the benchmark always runs in full precision
     own = _settings(variant, clip, seed).model_dump(mode="json", exclude=unused, exclude_defaults=True)
-    return cache.key(_weights(), own, variant.tuned)
+    return cache.key(_weights(), own, variant.tuned, *(["masked"] if variant.masked else []))
 
 
 def _settings(variant: Variant, clip: Mapping[str, Any], seed: int) -> TuneSettings:
@@ -190,13 +196,31 @@ def _weights() -> str:
     return cache.key(*(file.read_bytes() for file in sorted(miniature.MODEL.rglob("*.safetensors"))))
 
 
-def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def edits_of_clip(
+    variant: Variant, clip: Mapping[str, Any], seed: int
+) -> tuple[References, Video, list[Video], dict[str, Any]]:
+    """Make the edits of a bundled clip by one thread.
+
+    Args:
+        variant: Settings.
+        clip: One of `miniature.clips()`.
+        seed: Seed of the new layers and the tuning.
+
+    Returns:
+        What its edits are compared with, the clip, its edits, and operations and seconds of every stage.
+    """
     torch.set_num_threads(1)
     settings = _settings(variant, clip, seed)
     pipe = pipelines.load_image_pipeline(settings.base, device="cpu")
     prompts = [edit["prompt"] for edit in clip["edits"]]
-    source, videos_made, stages = _edit(pipe, settings, prompts, tuned=variant.tuned)
-    edits = score_edits(references_of(clip, settings, source, pipe), source, videos_made)
+    truths = true_edits(clip, _chosen(settings)) if variant.masked else ()
+    source, edited, stages = _edit(pipe, settings, prompts, truths, tuned=variant.tuned)
+    return references_of(clip, settings, source, pipe), source, edited, stages
+
+
+def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    references, source, edited, stages = edits_of_clip(variant, clip, seed)
+    edits = score_edits(references, source, edited)
     return {
         "key": key, "version": VERSION, "variant": variant.name, "settings": dict(variant.settings),
         "tuned": variant.tuned, "clip": clip["name"], "set": clip["set"], "seed": seed, "edits": edits,
@@ -206,9 +230,14 @@ def _row(key: str, variant: Variant, clip: Mapping[str, Any], seed: int) -> dict
 
 def references_of(clip: Mapping[str, Any], settings: TuneSettings, source: Video, pipe: Any) -> References:
     """Return what edits of a bundled clip are compared with; `pipe` has the autoencoder."""
+    return References.of(clip, source, _chosen(settings), pipe, Judge.open())
+
+
+def _chosen(settings: TuneSettings) -> slice:
+    """Return which of a clip's frames are edited."""
     stride = settings.stride or 1
-    chosen = slice(settings.start, settings.start + stride * source.frames, stride)
-    return References.of(clip, source, chosen, pipe, Judge.open())
+    assert isinstance(settings.num_frames, int)
+    return slice(settings.start, settings.start + stride * settings.num_frames, stride)
 
 
 def score_edits(references: References, source: Video, edited: Sequence[Video]) -> list[dict[str, Any]]:
@@ -221,8 +250,13 @@ def score_edits(references: References, source: Video, edited: Sequence[Video]) 
     return edits
 
 
-def _edit(pipe: Any, settings: TuneSettings, prompts: Sequence[str], *, tuned: bool) -> tuple[Video, list[Video], dict]:
-    """Return the source frames, one edit per prompt, and the seconds and TFLOP of each stage."""
+def _edit(
+    pipe: Any, settings: TuneSettings, prompts: Sequence[str], truths: Sequence[Video], *, tuned: bool
+) -> tuple[Video, list[Video], dict]:
+    """Return the source frames, one edit per prompt, and the seconds and TFLOP of each stage.
+
+    True edits, if there are any, give the masks.
+    """
     side = codec.default_size(pipe)
     count = settings.num_frames if isinstance(settings.num_frames, int) else None
     clip = videos.read(
@@ -245,12 +279,18 @@ def _edit(pipe: Any, settings: TuneSettings, prompts: Sequence[str], *, tuned: b
         (height, width), is_consistent = clean.shape[3:], settings.temporal_consistency > 0
         flows = neighbour_flows(clip.images, height, width, consistency.RADIUS) if is_consistent else ()
         known = inverted.trajectory, caption, text, codec.embed(pipe, [""])
-        masks = edit_masks(settings, clip, None, unet, *known)
+        masks = [_mask(clip, truth) for truth in truths] or edit_masks(settings, clip, None, unet, *known)
         *_, last = editing.edit(
             unet, noise_schedule, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators,
             flows=flows, mask=codec.latent_masks(masks, clean),
         )  # fmt: skip
     return clip, codec.decode(pipe, last.latents, clip.fps, masks), stages
+
+
+def _mask(clip: Video, truth: Video) -> Mask:
+    changed_THW = np.abs(clip.frames_THWC.astype(int) - truth.frames_THWC).max(3) > LEAST_CHANGE
+    around = np.ones((1, 2 * AROUND + 1, 2 * AROUND + 1), bool)
+    return Mask(clip, binary_dilation(changed_THW, around))
 
 
 def _tune(pipe: Any, video: VideoUNet, settings: TuneSettings, moments: dict[str, Tensor]) -> dict[str, Any]:

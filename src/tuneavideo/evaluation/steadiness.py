@@ -1,7 +1,8 @@
-"""Second version of the miniature benchmark's scores: whether an edit is good, and its distance to the true edit.
+"""Third version of the miniature benchmark's scores: whether an edit is good, and its distance to the true edit.
 
 An edit is *good* if it is clean, shows what was requested in `MIN_SHOWN` of its frames, its background flickers at most
-`MAX_FLICKER` times as much as the clip's own, and its subject changes at most `MAX_SUBJECT` times as much as it must.
+`MAX_FLICKER` times as much as the clip's own, its subject changes at most `MAX_SUBJECT` times as much as it must, and
+the judge's features are within `MAX_DISTANCE` of the true edit's.
 The clip's own and the true edits, which are drawn, pass through the autoencoder before they are compared with.
 The thresholds were chosen on drawings: all true edits are good, none with its frames in another order.
 """
@@ -32,6 +33,8 @@ MAX_FLICKER = 3.0
 """Largest flicker of the background, relative to the clip's own."""
 MAX_SUBJECT = 1.5
 """Largest change of the subject, relative to the larger of those of the clip's own and of the true edit."""
+MAX_DISTANCE = 0.1
+"""Largest mean cosine distance of the judge's features to those of the true edit; people recognise subjects below."""
 RADIUS, SHIFT = 10, 3
 """Radius of the disc that is compared around a subject's centre, and the largest error of this centre, in pixels."""
 MIN_BYSTANDER_PSNR = 15.0
@@ -192,14 +195,14 @@ class References:
         steady = (calm is None or calm <= MAX_FLICKER) and subject <= MAX_SUBJECT
         decibels = psnr(truth, video, _bystander(self.clip, video, 0.6)) if "bystander" in self.clip else None
         is_kept = decibels is None or decibels >= MIN_BYSTANDER_PSNR
-        cosine = F.cosine_similarity(after.features_TD, self.readings[number].features_TD)
+        distance = float(1 - F.cosine_similarity(after.features_TD, self.readings[number].features_TD).mean())
         return {
             "shown": round(shown, 3), "flicker": _rounded(own.flicker), "flicker_ratio": _rounded(calm),
             "subject_change": _rounded(own.colours), "subject_ratio": _rounded(subject),
-            "good": clean and shown >= MIN_SHOWN and steady and is_kept,
+            "good": clean and shown >= MIN_SHOWN and steady and is_kept and distance <= MAX_DISTANCE,
             "true_psnr": round(psnr(truth, video, np.ones(video.frames_THWC.shape[:3], bool)), 2),
             "true_motion_psnr": round(_motion_psnr(truth, video), 2),
-            "true_features": round(float(1 - cosine.mean()), 4), "bystander_db": _rounded(decibels),
+            "true_features": round(distance, 4), "bystander_db": _rounded(decibels),
         }  # fmt: skip
 
 

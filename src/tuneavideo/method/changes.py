@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.ndimage import label
 from torch import Tensor
 from torch.nn.functional import avg_pool3d, max_pool3d
 
@@ -24,6 +26,8 @@ FLOOR = 0.4
 """Effect of the texts, relative to that at the strongest sites, below which a site counts as unchanged."""
 THRESHOLD = 0.4
 """Smallest relative difference of a changed site."""
+SMALLEST = 0.02
+"""Fraction of the clip below which a connected region is not kept."""
 
 
 def edit_masks(
@@ -51,7 +55,15 @@ def edit_masks(
     if not settings.keep:
         return [given] * len(text)
     sites_BTHW = changed_sites(video, trajectory, caption, text, empty).cpu().numpy()
-    return [Mask.of_sites(source, sites_THW).within(given) for sites_THW in sites_BTHW]
+    return [Mask.of_sites(source, _without_islands(sites_THW)).within(given) for sites_THW in sites_BTHW]
+
+
+def _without_islands(changed_THW: np.ndarray) -> np.ndarray:
+    """Change small unchanged regions as well, which would stay as patches of the clip within the edit."""
+    regions_THW = np.zeros(changed_THW.shape, np.int32)
+    label(~changed_THW, output=regions_THW)
+    sizes = np.bincount(regions_THW.ravel())
+    return changed_THW | (sizes < SMALLEST * changed_THW.size)[regions_THW]
 
 
 @torch.no_grad()
