@@ -144,7 +144,7 @@ def test_tuning_draws_windows_of_one_size_each_behind_the_first_frame() -> None:
     work = long_tuning()
     for number in range(50):
         work.number = number
-        frames = work._window(work._generator(0))
+        frames = work._window(work._generator(0, 0))
         assert isinstance(frames, list) and frames[0] == 0 and len(frames) == 6 and frames[-1] < 20
         steps = [b - a for a, b in itertools.pairwise(frames)]
         assert min(steps) == 1 and sum(step > 1 for step in steps) <= 1
@@ -158,7 +158,7 @@ def test_tuning_sees_every_frame_but_the_first_equally_often(frames: int, window
     counts = [0] * frames
     for number in range(draws):
         work.number = number
-        for frame in work._window(work._generator(0)):  # pyright: ignore[reportGeneralTypeIssues]
+        for frame in work._window(work._generator(0, 0)):  # pyright: ignore[reportGeneralTypeIssues]
             counts[frame] += 1
     mean = draws * (window - 1) / (frames - 1)
     spread = 4 / mean**0.5  # four standard deviations of a count, for windows of one frame

@@ -251,7 +251,7 @@ def score_edits(references: References, source: Video, edited: Sequence[Video]) 
 
 
 def _edit(
-    pipe: Any, settings: TuneSettings, prompts: Sequence[str], truths: Sequence[Video], *, tuned: bool
+    pipe: Any, settings: TuneSettings, prompts: Sequence[str], truths: Sequence[Video] = (), *, tuned: bool
 ) -> tuple[Video, list[Video], dict]:
     """Return the source frames, one edit per prompt, and the seconds and TFLOP of each stage.
 
