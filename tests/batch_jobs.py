@@ -10,8 +10,11 @@ from typing import Any
 import yaml
 
 from tests.conftest import moving_square
+from tuneavideo.batch.job_file import read_jobs
+from tuneavideo.batch.job_run import run_job
 from tuneavideo.storage.run_folder import RunFolder
 
+STUB = "tests.batch_stub:stub"
 SMALL = {"num_frames": 2, "max_train_steps": 2, "num_inference_steps": 1, "num_inv_steps": 1, "checkpointing_steps": 1,
          "learning_rate": 1e-2, "gradient_checkpointing": False, "mixed_precision": "no"}  # fmt: skip
 
@@ -35,3 +38,13 @@ def contents_of(root: Path) -> dict[str, str]:
 def edits(root: Path, name: str) -> list[str]:
     run = RunFolder(root / name)
     return [json.loads((edit / "edit.json").read_text())["prompt"] for edit in run.whole_edits()]
+
+
+def written(path: Path, **contents) -> Path:
+    path.write_text(yaml.safe_dump(contents))
+    return path
+
+
+def run_all(file: Path, root: Path, *, scores: bool = False) -> dict[str, dict]:
+    """Run all jobs of a file in this process; return the last message of each."""
+    return {job.name: [*run_job(job, str(root), scores, lambda: False)][-1] for job in read_jobs(file)}

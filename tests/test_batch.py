@@ -12,11 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from pyarrow import parquet
 
 from tests import forks
-from tests.batch_jobs import contents_of, edits, job_file
+from tests.batch_jobs import STUB, contents_of, edits, job_file, run_all, written
 from tests.conftest import Said, moving_square
 from tuneavideo import api
 from tuneavideo.batch.batch import Batch
@@ -29,18 +28,6 @@ from tuneavideo.cli import main
 from tuneavideo.errors import DiskError, SettingsError
 from tuneavideo.models import loading, pipelines
 from tuneavideo.storage.run_folder import RunFolder
-
-STUB = "tests.batch_stub:stub"
-
-
-def written(path: Path, **contents) -> Path:
-    path.write_text(yaml.safe_dump(contents))
-    return path
-
-
-def run_all(file: Path, root: Path, *, scores: bool = False) -> dict[str, dict]:
-    """Run all jobs of a file in this process; return the last message of each."""
-    return {job.name: [*run_job(job, str(root), scores, lambda: False)][-1] for job in read_jobs(file)}
 
 
 def command(*words: str) -> subprocess.Popen:

@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.batch_jobs import contents_of, job_file
+from tests.batch_jobs import STUB, contents_of, job_file, run_all, written
 from tests.conftest import Said
-from tests.test_batch import STUB, run_all, written
 from tuneavideo.batch import object_storage
 from tuneavideo.batch.batch import Batch
 from tuneavideo.batch.cluster import ClusterRunner, gpu_fraction
@@ -101,6 +100,29 @@ def test_runs_in_object_storage_are_those_on_a_disk_and_continue_from_the_last_u
     batch = Batch.of(file, root)
     assert batch.due() == [] and batch.rows[job.id][0]["file"] == whole[job.name]["rows"][0]["file"]
     assert batch.root.write_results(b"") == f"{root}/results.parquet"
+
+
+def test_what_a_worker_made_before_its_upload_failed_is_never_deleted(tmp_path: Path) -> None:
+    import fsspec
+
+    files, far, near = fsspec.filesystem("file", auto_mkdir=True), tmp_path / "far", tmp_path / "near"
+    mirror = object_storage.Mirror(files, str(far), near)
+    mirror.download()
+    near.mkdir()
+    (near / "steps.jsonl").write_text("1")
+    mirror.upload()
+    (near / "adapter.safetensors").write_text("finished")  # the storage fails, or the worker is killed, here
+    again = object_storage.Mirror(files, str(far), near)
+    again.download()
+    assert (near / "adapter.safetensors").read_text() == "finished", "it goes on from there"
+    again.upload()
+    assert (far / "adapter.safetensors").read_text() == "finished"
+    assert not [*far.glob(".*")]
+    (near / "edit.mp4").write_text("only here")
+    (far / "steps.jsonl").write_text("of another machine")
+    object_storage.Mirror(files, str(far), near).download()
+    assert (near / "steps.jsonl").read_text() == "of another machine" and not (near / "edit.mp4").exists()
+    assert (tmp_path / "near.1" / "edit.mp4").read_text() == "only here"
 
 
 @pytest.mark.long

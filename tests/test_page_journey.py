@@ -93,7 +93,21 @@ def test_a_clip_is_uploaded_trimmed_tuned_edited_compared_and_downloaded(
     page.goto(server.url)
     page.locator("#file").set_input_files(upload)
     page.wait_for_url("**/clips/*")
+    trim_and_train(page)
+    page.wait_for_url("**/runs/my-dog-1")
+    run = RunFolder(root / "my-dog-1")
+    watch(page, run)
+    play(page)
+    download_and_repeat(page, run, tmp_path / "edit.mp4")
+    page.get_by_role("button", name="Delete a cat").click()
+    expect(page.get_by_text("Edit 001")).to_have_count(0)
+    assert len(run.whole_edits()) == 3
+    page.get_by_role("link", name="Report").click()
+    expect(page.locator("#player")).to_be_visible()
+    assert not errors, errors
 
+
+def trim_and_train(page: Page) -> None:
     page.locator("#from").focus()
     for _ in range(3):
         page.keyboard.press("ArrowRight")
@@ -113,14 +127,14 @@ def test_a_clip_is_uploaded_trimmed_tuned_edited_compared_and_downloaded(
     page.locator("#num_inference_steps").fill("5")
     page.get_by_role("button", name="Train", exact=True).click()
 
-    page.wait_for_url("**/runs/my-dog-1")
+
+def watch(page: Page, run: RunFolder) -> None:
     expect(page.locator(".job .state")).to_have_text("running", timeout=PATIENCE)
     expect(page.locator(".job .detail")).to_contain_text("training step", timeout=PATIENCE)
     expect(page).to_have_title(re.compile("%"), timeout=PATIENCE)
     expect(page.locator("#loss-now")).to_contain_text("of 30", timeout=PATIENCE)
     expect(page.get_by_text("Edit 000")).to_be_visible(timeout=PATIENCE)
     assert page.locator("table .sample").count() == 3, "previews of the steps 0, 15 and 30"
-    run = RunFolder(root / "my-dog-1")
     assert read(run.source).frames_THWC.shape == (4, 64, 64, 3)
     own = run.read_settings()
     assert (own.start_time, own.max_train_steps, own.num_inference_steps) == (0.375, 30, 5)
@@ -129,6 +143,8 @@ def test_a_clip_is_uploaded_trimmed_tuned_edited_compared_and_downloaded(
     page.get_by_role("button", name="Make edits").click()
     expect(page.get_by_text("Edit 002")).to_be_visible(timeout=PATIENCE)
 
+
+def play(page: Page) -> None:
     until(
         page, "document.body.classList.contains('ready') && !document.querySelector('video:not([data-alone])').seeking"
     )
@@ -148,11 +164,13 @@ def test_a_clip_is_uploaded_trimmed_tuned_edited_compared_and_downloaded(
     page.locator("h1").evaluate("heading => heading.scrollIntoView()")
     picture(page, "page-run")
 
+
+def download_and_repeat(page: Page, run: RunFolder, file: Path) -> None:
     with page.expect_download() as download:
         page.get_by_role("link", name="mp4 of a panda").click()
-    download.value.save_as(tmp_path / "edit.mp4")
-    assert "a panda is jumping" in probe(tmp_path / "edit.mp4").comment
-    page.locator("#load-file").set_input_files(tmp_path / "edit.mp4")
+    download.value.save_as(file)
+    assert "a panda is jumping" in probe(file).comment
+    page.locator("#load-file").set_input_files(file)
     expect(page.locator("#edit-form #prompt")).to_have_value("a panda is jumping on the grass")
     expect(page.locator("#edit-form #num_inference_steps")).to_have_value("5")
     page.get_by_role("button", name="Repeat a panda").click()
@@ -160,12 +178,6 @@ def test_a_clip_is_uploaded_trimmed_tuned_edited_compared_and_downloaded(
     made = run.whole_edits()
     first, again = (read(edit / "edit.mp4").frames_THWC for edit in (made[0], made[3]))
     assert (first == again).all(), "the same settings make the same edit"
-    page.get_by_role("button", name="Delete a cat").click()
-    expect(page.get_by_text("Edit 001")).to_have_count(0)
-    assert len(run.whole_edits()) == 3
-    page.get_by_role("link", name="Report").click()
-    expect(page.locator("#player")).to_be_visible()
-    assert not errors, errors
 
 
 def test_edits_are_made_of_a_step_and_within_a_mask(

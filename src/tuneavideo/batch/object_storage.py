@@ -16,19 +16,27 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from tuneavideo.batch import states
 from tuneavideo.batch.job_file import BatchJob
 from tuneavideo.batch.roots import RESULTS, Work, clip_on_disk
 from tuneavideo.batch.states import JobState
-from tuneavideo.errors import DiskError, MissingExtra, VideoError
+from tuneavideo.errors import DiskError, MissingExtra, RunInUse, VideoError
+from tuneavideo.storage import atomic
 from tuneavideo.storage.run_files import slug
 from tuneavideo.storage.run_folder import RunFolder
 
 COMPLETE = "complete.json"
 """The object of a run that is written last."""
+VERSIONS = ("ETag", "LastModified", "mtime", "created")
+"""What file systems of fsspec say of the version of an object."""
+NEVER: tuple[int, int] = (-1, -1)
+"""Stamp of a file that may differ from its object."""
 GIVE_UP = 300.0  # seconds of failed attempts after which an error of the storage is the job's
 LONGEST_WAIT = 20.0  # seconds between two attempts
 # Errors that another attempt does not mend.
@@ -76,19 +84,20 @@ class StorageRoot:
     def working(self, job: BatchJob) -> Generator[Work, None, None]:
         folder = scratch(self.place) / job.name
         mirror = Mirror(self.files, f"{self.path}/{job.name}", folder)
-        with _disk_errors(self.place):
-            mirror.download()
-        run, is_whole = RunFolder(folder), False
-        try:
-            with clip_on_disk(job) as job:
-                yield job, run, mirror.upload
-            is_whole = states.is_done(job, run, scores=False)
-        finally:
+        with _alone(folder):
             with _disk_errors(self.place):
-                mirror.upload()
-                if is_whole:
-                    mirror.write(COMPLETE, json.dumps(_completed(job, run)).encode())
-            shutil.rmtree(folder, ignore_errors=True)  # a copy in the scratch folder
+                mirror.download()
+            run, is_whole = RunFolder(folder), False
+            try:
+                with clip_on_disk(job) as job:
+                    yield job, run, mirror.upload
+                is_whole = states.is_done(job, run, scores=False)
+            finally:
+                with _disk_errors(self.place):
+                    mirror.upload()
+                    if is_whole:
+                        mirror.write(COMPLETE, json.dumps(_completed(job, run)).encode())
+                mirror.remove()
 
     def write_error(self, job: BatchJob, error: Exception) -> None:
         with tempfile.TemporaryDirectory() as folder, suppress(Exception):  # its reason is in the message as well
@@ -133,23 +142,50 @@ class Mirror:
 
     def __init__(self, files: Any, path: str, folder: Path) -> None:
         self.files, self.path, self.folder = files, path, folder
+        self._record = folder.with_name(f".{folder.name}.stored.json")
         self.kept = dict[str, tuple[int, int]]()  # size and time of the files that are the same in both places
 
     def download(self) -> None:
-        """Replace the folder on the disk by what the storage has."""
+        """Make the folder on the disk what the storage has.
+
+        A folder is there already if a worker was killed or its upload failed. It is ahead of the storage, and stays,
+        if nobody has changed the storage since. Otherwise it gets another name, so that no work is deleted.
+        """
+        stored = self._stored()
         if self.folder.exists():
-            shutil.rmtree(self.folder)  # a copy of a worker that was killed; the storage has all that counts
+            if self._known() == stored:
+                self.kept = {name: NEVER for name in stored}
+                return
+            aside = next(p for n in count(1) if not (p := self.folder.with_name(f"{self.folder.name}.{n}")).exists())
+            logger.warning("the storage was changed since a worker ended here; what it made is kept in %s", aside)
+            self.folder.rename(aside)
+        for name in stored:
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            persistently(lambda name=name, target=target: self.files.get_file(f"{self.path}/{name}", str(target)))
+            self.kept[name] = _stamp(target)
+        self._remember(stored)
+
+    def _stored(self) -> dict[str, list[str]]:
+        """Return size and version of the objects of the run, by name."""
 
         def find() -> dict[str, Any]:
             self.files.invalidate_cache()
             return self.files.find(self.path, detail=True)
 
-        for path in persistently(find):
-            name = path.removeprefix(self.path).lstrip("/")
-            target = self.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            persistently(lambda path=path, target=target: self.files.get_file(path, str(target)))
-            self.kept[name] = _stamp(target)
+        return {
+            path.removeprefix(self.path).lstrip("/"): [str(about.get(key)) for key in ("size", *VERSIONS)]
+            for path, about in persistently(find).items()
+        }
+
+    def _known(self) -> Any:
+        """Return what the storage had after the last download or upload of the folder."""
+        with suppress(OSError, ValueError):
+            return json.loads(self._record.read_bytes())
+
+    def _remember(self, stored: Mapping[str, list[str]]) -> None:
+        self._record.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(self._record, json.dumps(stored))
 
     def upload(self) -> None:
         """Upload new and changed files, the checkpoints last, then remove the copies of files that are gone."""
@@ -166,6 +202,12 @@ class Mirror:
         for name in [name for name in self.kept if name not in present and name != COMPLETE]:
             persistently(lambda name=name: self.files.rm_file(f"{self.path}/{name}"))
             del self.kept[name]
+        self._remember(self._stored())
+
+    def remove(self) -> None:
+        """Remove the folder on the disk, all of which is uploaded."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._record.unlink(missing_ok=True)
 
     def write(self, name: str, contents: bytes) -> None:
         """Write an object beside the copies."""
@@ -210,6 +252,18 @@ def fetched(job: BatchJob) -> Generator[BatchJob, None, None]:
         except Exception as error:
             raise VideoError(f"{job.video} cannot be read: {_line(error)}") from error
         yield replace(job, values={**job.values, "video": str(target)})
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None, None, None]:
+    """Lock the copy of a run against other workers of this machine. Raises RunInUse."""
+    locks = folder.parent.with_name(f"{folder.parent.name}-locks")
+    locks.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(locks / folder.name, timeout=0, thread_local=False):
+            yield
+    except Timeout:
+        raise RunInUse(f"{folder} is in use: another batch runs this job; wait until it is done, or stop it") from None
 
 
 def scratch(place: str) -> Path:

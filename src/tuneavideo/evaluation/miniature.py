@@ -278,8 +278,9 @@ def _edit(
     with _measured(stages, "edit", CountingUNet(video, settings.feature_reuse)) as unet:
         (height, width), is_consistent = clean.shape[3:], settings.temporal_consistency > 0
         flows = neighbour_flows(clip.images, height, width, consistency.RADIUS) if is_consistent else ()
-        known = inverted.trajectory, caption, text, codec.embed(pipe, [""])
-        masks = [_mask(clip, truth) for truth in truths] or edit_masks(settings, clip, None, unet, *known)
+        masks: list[Mask | None] = [_mask(clip, truth) for truth in truths] or [None] * len(prompts)
+        if settings.keep:
+            masks = edit_masks(clip, None, unet, inverted.trajectory, caption, text, codec.embed(pipe, [""]))
         *_, last = editing.edit(
             unet, noise_schedule, sampler, settings, inverted.trajectory, clean, caption, text, empty, generators,
             flows=flows, mask=codec.latent_masks(masks, clean),

@@ -78,9 +78,10 @@ class EditSession:
         clean, caption = self._clean(), self._embedded([self.run.read_settings().prompt])
         prompts = [prompt for prompt, _ in requests]
         negative, text = self._embedded([settings.negative_prompt, *prompts]).split([1, len(prompts)])
-        masks = edit_masks(
-            settings, self.source, self.mask, self._prepared(settings), trajectory, caption, text, self._embedded([""])
-        )
+        masks: list[Mask | None] = [self.mask] * len(prompts)
+        if settings.keep:
+            known = trajectory, caption, text, self._embedded([""])
+            masks = edit_masks(self.source, self.mask, self._prepared(settings), *known)
         latents, steps = clean, editing.edit(
             self._prepared(settings, settings.feature_reuse), self.noise_schedule,
             editing.sampler_of(self.noise_schedule, settings), settings, trajectory, clean, caption, text, negative,

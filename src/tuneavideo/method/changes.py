@@ -16,7 +16,6 @@ from torch.nn.functional import avg_pool3d, max_pool3d
 
 from tuneavideo.method.conditioning import Conditions
 from tuneavideo.method.editing import Trajectory
-from tuneavideo.settings import Sampling
 from tuneavideo.video import AnyVideo
 from tuneavideo.video.masks import Mask
 
@@ -31,7 +30,6 @@ SMALLEST = 0.02
 
 
 def edit_masks(
-    settings: Sampling,
     source: AnyVideo,
     given: Mask | None,
     video: Any,
@@ -40,10 +38,9 @@ def edit_masks(
     text: Conditions,
     empty: Conditions,
 ) -> list[Mask | None]:
-    """Return the mask of each of B edits: the given one, within the sites that its prompt changes if `keep` is set.
+    """Return the mask of each of B edits: the sites that its prompt changes, within the given mask.
 
     Args:
-        settings: Sampling options.
         source: The clip.
         given: Mask of all edits.
         video: The UNet, as `prepared` returns it; for the rest see `changed_sites`.
@@ -52,8 +49,6 @@ def edit_masks(
         text: Conditions of the B prompts.
         empty: Conditions of one empty prompt.
     """
-    if not settings.keep:
-        return [given] * len(text)
     sites_BTHW = changed_sites(video, trajectory, caption, text, empty).cpu().numpy()
     return [Mask.of_sites(source, _without_islands(sites_THW)).within(given) for sites_THW in sites_BTHW]
 

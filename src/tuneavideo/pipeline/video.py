@@ -255,7 +255,7 @@ class VideoMixin(AdapterMixin):
             raise SettingsError("keep needs the frames of the clip: give what invert returns as latents")
         unet = editing.prepared(self._video(), chosen, source.clean.shape[2])
         caption, empty = source.caption.to(self._execution_device), codec.embed(self, [""])
-        return edit_masks(chosen, source.video, given, unet, source.trajectory, caption, text, empty)
+        return edit_masks(source.video, given, unet, source.trajectory, caption, text, empty)
 
     def _mask(self, mask: np.ndarray | str | Path | None, source: InvertedClip | None) -> Mask | None:
         """Return the mask of a call. Raises SettingsError without a clip, ValueError for another shape."""

@@ -10,14 +10,13 @@ import base64
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tuneavideo.errors import ModelError
-from tuneavideo.web.requests import answer_of
+from tuneavideo.web.requests import answer, answer_of, short
 
 KINDS = ("blip", "git", "vision-encoder-decoder")  # `model_type` of models that need no prompt
 WORDS = 30  # most tokens of a caption
@@ -76,8 +75,8 @@ def kind_of(folder: Path) -> str:
         return ""
 
 
-def caption(folder: str, picture: str) -> str:
-    """Describe a PNG picture (base64) with the model of a folder."""
+def caption(folder: str, picture: str) -> dict[str, str]:
+    """Describe a PNG picture (base64) with the model of a folder; return the words as `caption`."""
     import torch
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -88,20 +87,9 @@ def caption(folder: str, picture: str) -> str:
     pixels = AutoImageProcessor.from_pretrained(folder, **options)(images=image, return_tensors="pt").pixel_values
     with torch.inference_mode():
         [tokens] = model.generate(pixel_values=pixels, max_new_tokens=WORDS, do_sample=False)
-    return " ".join(AutoTokenizer.from_pretrained(folder, **options).decode(tokens, skip_special_tokens=True).split())
-
-
-def main() -> None:
-    """Read a folder and a picture from stdin, and print the caption or the error as JSON."""
-    arguments, output = json.load(sys.stdin), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries may print
-    try:
-        result = {"caption": caption(**arguments)}
-    except Exception as error:  # of any library
-        result = {"error": f"the captioning model failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    with output:
-        output.write(json.dumps(result))
+    words = AutoTokenizer.from_pretrained(folder, **options).decode(tokens, skip_special_tokens=True).split()
+    return {"caption": " ".join(words)}
 
 
 if __name__ == "__main__":
-    main()
+    answer(caption, lambda error, _: f"the captioning model failed: {short(error)}")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tuneavideo.bases import BASES, is_hub_id
 from tuneavideo.errors import RunError, SettingsError, TuneAVideoError, error_line
 from tuneavideo.storage.run_folder import RunFolder
 from tuneavideo.web.events import Events
-from tuneavideo.web.requests import answer_of
+from tuneavideo.web.requests import answer, answer_of, short
 
 LONGEST = 3600.0  # seconds of an upload
 
@@ -77,8 +76,8 @@ class Pushes:
         self.events.publish("push", {"run": name, **self.states[name]})
 
 
-def push(run: str, repository: str, token: str, is_private: bool) -> str:
-    """Upload the adapter of a run with a model card to the hub, and return the address of the repository.
+def push(run: str, repository: str, token: str, is_private: bool) -> dict[str, str]:
+    """Upload the adapter of a run with a model card to the hub, and return the address of the repository as `link`.
 
     Neither the clip nor its path is uploaded.
     """
@@ -98,7 +97,7 @@ def push(run: str, repository: str, token: str, is_private: bool) -> str:
         place = hub.create_repo(repository, private=is_private, exist_ok=True)
         operations = [CommitOperationAdd(name, contents) for name, contents in files.items()]
         hub.create_commit(place.repo_id, operations, commit_message="Adapter of tuneavideo")
-    return str(place)
+    return {"link": str(place)}
 
 
 def public_name(base: str) -> str:
@@ -131,19 +130,10 @@ pipe = TuneAVideoPipeline.from_pretrained("{base}", adapter="adapter")
 """
 
 
-def main() -> None:
-    """Read the arguments of `push` from stdin, and print the address or the error as JSON."""
-    arguments, output = json.load(sys.stdin), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries may print
-    try:
-        result = {"link": push(**arguments)}
-    except Exception as error:  # of any library
-        is_own = isinstance(error, TuneAVideoError)
-        line = error_line(error) if is_own else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        result = {"error": line.replace(arguments["token"], "TOKEN") if arguments["token"] else line}
-    with output:
-        output.write(json.dumps(result))
+def _message(error: Exception, arguments: Mapping[str, Any]) -> str:
+    line, token = error_line(error) if isinstance(error, TuneAVideoError) else short(error), arguments["token"]
+    return line.replace(token, "TOKEN") if token else line
 
 
 if __name__ == "__main__":
-    main()
+    answer(push, _message)

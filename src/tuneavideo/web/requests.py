@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -61,3 +62,25 @@ async def answer_of(
     if "error" in result:
         raise kind(result["error"])
     return result
+
+
+def answer(work: Callable[..., dict[str, Any]], describe: Callable[[Exception, Mapping[str, Any]], str]) -> None:
+    """Do in this process what `answer_of` waits for.
+
+    Args:
+        work: What is done; it takes the arguments that are read, and returns the result.
+        describe: Makes the message of an error from the error and the arguments.
+    """
+    arguments, output = json.load(sys.stdin), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries may print
+    try:
+        result = work(**arguments)
+    except Exception as error:  # of any library
+        result = {"error": describe(error, arguments)}
+    with output:
+        output.write(json.dumps(result))
+
+
+def short(error: Exception) -> str:
+    """Return class and message of a library's error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
